@@ -1,0 +1,137 @@
+"""The options of `jaxllm bench` and what they run. Imports neither jax nor a model before a load is started."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
+
+_LATENCY_EXAMPLES = """\
+One fixed batch at a time: every request starts together, has --input-len random tokens and gets --output-len.
+Reports time to first token (TTFT), time per output token (TPOT) and output tokens per second; median of the
+repetitions. Starting and compiling are reported apart.
+
+examples:
+  jaxllm bench latency smollm2-135m
+  jaxllm bench latency smollm2-135m --batch-size 16 --compare transformers --json out.json
+"""
+_THROUGHPUT_EXAMPLES = """\
+Many requests submitted at once; lengths are one number or LOW:HIGH (drawn evenly, seeded). A padded-batch library
+decodes each batch of --compare-batch until its longest request is done; only the tokens asked for are counted.
+
+examples:
+  jaxllm bench throughput smollm2-135m --num-requests 64 --input-len 64 --output-len 8:256
+  jaxllm bench throughput smollm2-135m --compare transformers,llama.cpp
+"""
+_HOST_EXAMPLES = """\
+What the host spends on one decode step outside XLA: schedule, pack, dispatch and update, in milliseconds.
+
+examples:
+  jaxllm bench host smollm2-135m --batch-size 64
+"""
+
+
+def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compare: bool) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m", help=MODEL_HELP)
+    parser.add_argument(
+        "--input-len", "--isl", default=input_len, metavar="N[:M]", help="prompt tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-len", "--osl", default=output_len, metavar="N[:M]", help="output tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=positive, default=3, metavar="N", help="repetitions after the warm-up (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts and lengths")
+    parser.add_argument("--json", metavar="PATH", help="also write the report as JSON (- = stdout, instead of a table)")
+    if compare:
+        parser.add_argument(
+            "--compare-repeat", type=positive, metavar="N", help="repetitions of those (default: as --repeat)"
+        )
+        parser.add_argument(
+            "--compare", default="", metavar="LIST",
+            help="run the same prompts through these libraries too: transformers, llama.cpp",
+        )  # fmt: skip
+    add_engine_options(parser)
+
+
+def fill_parser(parser: Parser) -> None:
+    parser.usage = "%(prog)s LOAD [MODEL] [options]"
+    commands = parser.add_subparsers(dest="load", metavar="LOAD", required=True, parser_class=Parser, prog=parser.prog)
+    latency = commands.add_parser("latency", help="one fixed batch at a time", description=_LATENCY_EXAMPLES)
+    latency.usage = "%(prog)s [MODEL] [options]"
+    latency.add_argument("-b", "--batch-size", type=positive, default=1, metavar="N", help="(default: %(default)s)")
+    _add_bench_options(latency, input_len="64", output_len="128", compare=True)
+    latency.add_argument("--host-profile", action="store_true", help="also report the host's cost per step")
+    latency.set_defaults(run=_run_bench_latency)
+
+    throughput = commands.add_parser("throughput", help="many requests at once", description=_THROUGHPUT_EXAMPLES)
+    throughput.usage = "%(prog)s [MODEL] [options]"
+    throughput.add_argument("--num-requests", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    _add_bench_options(throughput, input_len="64", output_len="8:256", compare=True)
+    throughput.add_argument(
+        "--compare-batch", type=positive, default=16, metavar="N",
+        help="batch of the libraries that pad (default: %(default)s)",
+    )  # fmt: skip
+    throughput.set_defaults(run=_run_bench_throughput)
+
+    host = commands.add_parser("host", help="the host's cost per decode step", description=_HOST_EXAMPLES)
+    host.usage = "%(prog)s [MODEL] [options]"
+    host.add_argument("-b", "--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    _add_bench_options(host, input_len="16", output_len="128", compare=False)
+    host.set_defaults(run=_run_bench_host)
+
+
+def _run_bench_latency(args: argparse.Namespace) -> int:
+    from jaxllm.bench.latency import run_latency
+
+    report = run_latency(
+        engine_config(args),
+        batch_size=args.batch_size,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        repeat=args.repeat,
+        seed=args.seed,
+        compare=_names(args.compare),
+        compare_repeat=args.compare_repeat,
+        host_profile=args.host_profile,
+    )
+    report.emit(args.json)
+    return 0
+
+
+def _run_bench_throughput(args: argparse.Namespace) -> int:
+    from jaxllm.bench.throughput import run_throughput
+
+    report = run_throughput(
+        engine_config(args),
+        num_requests=args.num_requests,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        repeat=args.repeat,
+        seed=args.seed,
+        compare=_names(args.compare),
+        compare_repeat=args.compare_repeat,
+        compare_batch=args.compare_batch,
+    )
+    report.emit(args.json)
+    return 0
+
+
+def _run_bench_host(args: argparse.Namespace) -> int:
+    from jaxllm.bench.latency import run_host
+
+    report = run_host(
+        engine_config(args),
+        batch_size=args.batch_size,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        repeat=args.repeat,
+        seed=args.seed,
+    )
+    report.emit(args.json)
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

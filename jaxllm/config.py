@@ -1,0 +1,329 @@
+"""What the user may set: pydantic models, and YAML + keyword arguments -> EngineConfig.
+
+Every check that needs nothing but the settings themselves lives here, so that a mistake is reported before a model
+is touched. Names and meanings follow TensorRT-LLM's LlmArgs, so that its snippets port; this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has a wrong value or contradicts another one. The message is one line."""
+
+
+# Names of TensorRT-LLM's LlmArgs that a script being ported may carry. They are not fields here, but a value that
+# asks for nothing (None, False, "auto", 0) is harmless and everything else deserves better than "unknown name".
+_NOT_SUPPORTED_YET = {
+    "attention_dp_config": "attention data parallelism",
+    "batched_logits_processor": "logits processors",
+    "cache_transceiver_config": "disaggregated serving",
+    "cp_config": "context parallelism",
+    "disk_cache_path": "KV offload",
+    "disk_cache_size": "KV offload",
+    "enable_attention_dp": "attention data parallelism",
+    "enable_lora": "LoRA",
+    "guided_decoding_backend": "guided decoding",
+    "host_cache_size": "KV offload",
+    "lora_config": "LoRA",
+    "max_attention_window": "overriding the attention windows of a model",
+    "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
+    "moe_cluster_parallel_size": "expert parallelism",
+    "moe_config": "mixture-of-experts models",
+    "orchestrator_type": "several processes",
+    "pp_partition": "pipeline parallelism",
+    "quant_config": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
+    "revision": "choosing a hub revision (download it and pass the directory)",
+    "sparse_attention_config": "sparse attention",
+    "speculative_config": "speculative decoding",
+    "tokenizer_revision": "choosing a hub revision (download it and pass the directory)",
+    "trust_remote_code": "running code from a checkpoint",
+}
+_HARMLESS: tuple[object, ...] = (None, False, 0, "auto")
+
+
+def unknown_name_message(name: str, valid: Iterable[str], what: str = "setting") -> str:
+    """There is no such `what`: say so, with the nearest valid name, or all of them when none is near."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"the valid ones are {', '.join(valid)}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def _describe(error: ValidationError, title: str) -> str:
+    """All problems of a pydantic error in one line."""
+    problems = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if item["type"] == "missing":
+            problems.append(f"{title} needs a value for {where!r}")
+        elif where and item["type"] != "value_error":
+            problems.append(f"{where} = {item['input']!r}: {text[0].lower()}{text[1:]}")
+        else:
+            problems.append(text)
+    return "; ".join(problems)
+
+
+class _Strict(BaseModel):
+    """Base of every settings class: no unknown names, no silent conversions, one-line errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, type(self).__name__)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names_only(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in _NOT_SUPPORTED_YET:
+                # identity for the booleans and 0: 0 == False, and 0.0 is nobody's "off"
+                if not any(value is off or (isinstance(value, str) and value == off) for off in _HARMLESS):
+                    raise ValueError(
+                        f"{name} = {value!r}: {_NOT_SUPPORTED_YET[name]} is not supported yet; leave {name!r} out"
+                    )
+            else:
+                what = "setting" if cls.__name__ == "EngineConfig" else f"setting of {cls.__name__}"
+                raise ValueError(unknown_name_message(str(name), cls.model_fields, what))
+        return kept
+
+
+class KvCacheConfig(_Strict):
+    """The paged KV cache.
+
+    Attributes:
+        enable_block_reuse: keep full pages of finished requests and share them by prefix (hash chain, LRU).
+        free_gpu_memory_fraction: share of the device memory that is free after loading the weights, 0 < f <= 1.
+        max_tokens: explicit size in tokens; with both limits given the smaller one wins.
+        tokens_per_block: page size in tokens, a power of two.
+        dtype: element type of the cache, "auto" = the dtype of the activations.
+    """
+
+    enable_block_reuse: bool = True
+    free_gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    tokens_per_block: int = Field(default=32, ge=1, le=1024)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @field_validator("tokens_per_block")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            near = 1 << value.bit_length()
+            raise ValueError(f"tokens_per_block = {value} must be a power of two, for example {near}")
+        return value
+
+    @model_validator(mode="after")
+    def _at_least_one_page(self) -> KvCacheConfig:
+        if self.max_tokens is not None and self.max_tokens < self.tokens_per_block:
+            raise ValueError(
+                f"kv_cache_config.max_tokens = {self.max_tokens} is less than one page "
+                f"(tokens_per_block = {self.tokens_per_block}); raise it or make the pages smaller"
+            )
+        return self
+
+
+class SchedulerConfig(_Strict):
+    """Who runs when the page pool is short.
+
+    Attributes:
+        capacity_scheduler_policy: MAX_UTILIZATION admits by the pages free now and preempts (recomputes) when they run
+            out; GUARANTEED_NO_EVICT admits a request only if all running ones can reach their max_tokens.
+        waiting_queue_policy: "fcfs", or "priority" (higher first, then first come).
+    """
+
+    capacity_scheduler_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = "MAX_UTILIZATION"
+    waiting_queue_policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+class EngineConfig(_Strict):
+    """Everything an engine needs to know before it starts.
+
+    Attributes:
+        model: directory, .gguf file, hub id, or "smollm2-135m".
+        tokenizer: directory or hub id of another tokenizer than the model's own.
+        skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
+        dtype: of weights and activations; "auto" = the checkpoint's on a GPU, float32 on a CPU.
+        load_format: "auto" reads the checkpoint, "dummy" makes random weights of the same shapes.
+        tensor_parallel_size: devices the heads, the MLP and the vocabulary are split over.
+        pipeline_parallel_size, context_parallel_size, moe_tensor_parallel_size, moe_expert_parallel_size: only 1 yet.
+        max_batch_size: sequences decoded in one step; None = chosen for the device.
+        max_num_tokens: tokens computed in one step (decodes + prompt chunks); None = chosen for the device.
+        max_seq_len: prompt + output tokens of one sequence; None = the model's context, or what fits the KV cache.
+        enable_chunked_prefill: split long prompts over several steps.
+        disable_overlap_scheduler: wait for each step's tokens before the next one is launched (the plain loop).
+        stream_interval: streaming requests are told about every this many tokens.
+        seed: of dummy weights, and of requests that sample without a seed of their own.
+        compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla, "" = none.
+        batch_buckets, token_buckets: decode batch sizes and prefill token counts to compile for; None = chosen.
+        progress: show bars while loading and compiling, if stderr is a terminal.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    context_parallel_size: int = Field(default=1, ge=1)
+    moe_tensor_parallel_size: int | None = None
+    moe_expert_parallel_size: int | None = None
+
+    max_batch_size: int | None = Field(default=None, ge=1)
+    max_num_tokens: int | None = Field(default=None, ge=1)
+    max_seq_len: int | None = Field(default=None, ge=2)
+    enable_chunked_prefill: bool = True
+    disable_overlap_scheduler: bool = False
+    kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig)
+    scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    stream_interval: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    compilation_cache_dir: str | None = None
+    batch_buckets: list[int] | None = None
+    token_buckets: list[int] | None = None
+    progress: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _page_spelling_of_overlap(cls, values: Any) -> Any:
+        """`pytorch_backend_config: {enable_overlap_scheduler: ...}`, as older YAML files have it, is understood."""
+        if not isinstance(values, Mapping) or "pytorch_backend_config" not in values:
+            return values
+        values = dict(values)
+        old = values.pop("pytorch_backend_config")
+        if old is None:
+            return values
+        if not isinstance(old, Mapping) or set(old) - {"enable_overlap_scheduler"}:
+            raise ValueError(
+                f"pytorch_backend_config = {old!r}: only 'enable_overlap_scheduler' is understood there; "
+                "put other settings at the top level"
+            )
+        if old:
+            enabled = old["enable_overlap_scheduler"]
+            if not isinstance(enabled, bool):
+                raise ValueError(f"pytorch_backend_config.enable_overlap_scheduler = {enabled!r} must be true or false")
+            if values.setdefault("disable_overlap_scheduler", not enabled) is enabled:
+                raise ValueError(
+                    f"pytorch_backend_config.enable_overlap_scheduler = {enabled} contradicts "
+                    f"disable_overlap_scheduler = {enabled}; keep only the second"
+                )
+        return values
+
+    @field_validator("model", "tokenizer", "compilation_cache_dir", mode="before")
+    @classmethod
+    def _path_to_str(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("kv_cache_config", "scheduler_config", mode="before")
+    @classmethod
+    def _none_is_default(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("model is empty; give a directory, a .gguf file, a hub id or 'smollm2-135m'")
+        return value
+
+    @field_validator("batch_buckets", "token_buckets")
+    @classmethod
+    def _ascending(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or value[0] < 1 or sorted(set(value)) != value):
+            raise ValueError(f"buckets {value!r} must be positive, ascending and unrepeated, for example [1, 4, 16]")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> EngineConfig:
+        for name, what in (
+            ("pipeline_parallel_size", "pipeline parallelism"),
+            ("context_parallel_size", "context parallelism"),
+            ("moe_tensor_parallel_size", "tensor parallelism of experts"),
+            ("moe_expert_parallel_size", "expert parallelism"),
+        ):
+            value = getattr(self, name)
+            if value not in (None, 1, -1):  # -1 is TensorRT-LLM's "auto" of the two moe sizes
+                raise ValueError(f"{name} = {value}: {what} is not supported yet; use tensor_parallel_size instead")
+        if self.max_batch_size and self.max_num_tokens and self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens = {self.max_num_tokens} is less than max_batch_size = {self.max_batch_size}, but "
+                "every running sequence needs one token per step; raise the first or lower the second"
+            )
+        if self.batch_buckets and self.max_batch_size and self.batch_buckets[-1] < self.max_batch_size:
+            raise ValueError(
+                f"batch_buckets end at {self.batch_buckets[-1]}, below max_batch_size = {self.max_batch_size}; "
+                f"add {self.max_batch_size} to the buckets or lower max_batch_size"
+            )
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ValueError(
+                f"tokenizer = {self.tokenizer!r} contradicts skip_tokenizer_init = True; leave one of them out"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> EngineConfig:
+        """Read settings from a YAML file; `overrides` win over the file (nested settings are merged).
+
+        Raises:
+            ConfigError: the file is missing or not a mapping, or a setting is wrong.
+        """
+        return cls(**merge_settings(load_yaml(path), overrides))
+
+
+def merge_settings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` updated by `overrides`; mappings and settings objects under the same name are merged, not replaced."""
+    merged = dict(base)
+    for name, value in overrides.items():
+        if isinstance(value, BaseModel) and name in merged:
+            value = value.model_dump(exclude_unset=True)
+        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            value = merge_settings(merged[name], value)
+        merged[name] = value
+    return merged
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a YAML file as a dict. Raises ConfigError when it cannot be read or is not a mapping."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the config file {os.fspath(path)!r}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{os.fspath(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{os.fspath(path)!r} must hold settings as 'name: value' lines")
+    return content
+
+
+def settings_names() -> list[str]:
+    """Names accepted by `LLM(...)`."""
+    return list(EngineConfig.model_fields)
+
+
+def choices(config: type[BaseModel], name: str) -> tuple[str, ...]:
+    """The values a Literal setting may have, for help texts."""
+    return tuple(str(value) for value in get_args(config.model_fields[name].annotation))

@@ -1,0 +1,81 @@
+"""The few shapes that the step is compiled for, and which of them a step runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """Room for `decodes` decoding requests and `tiles` tiles of prompt tokens."""
+
+    decodes: int
+    tiles: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that a token can be sampled for: every decode, and the last token of every tile.
+
+        Rounded up to one of few sizes, because the sampler is compiled for each.
+        """
+        n = self.decodes + self.tiles
+        grain = max(1, (1 << (n - 1).bit_length()) // 4)
+        return -(-n // grain) * grain
+
+    def tokens(self, tile: int) -> int:
+        return self.decodes + self.tiles * tile
+
+    def __str__(self) -> str:
+        return f"{self.decodes} decodes + {self.tiles} tiles"
+
+
+def powers_of_two(top: int, step: int = 1) -> list[int]:
+    """1, 2^step, 4^step ... below `top`, then `top` itself."""
+    out = []
+    n = 1
+    while n < top:
+        out.append(n)
+        n <<= step
+    return [*out, top]
+
+
+def plan(
+    max_batch_size: int,
+    max_tiles: int,
+    *,
+    batch_sizes: Iterable[int] | None = None,
+    tile_counts: Iterable[int] | None = None,
+) -> list[Bucket]:
+    """Buckets that between them cover every step the scheduler can make.
+
+    Decode alone, where most time goes, gets a bucket for each batch size; prompts alone get one for each tile count.
+    Steps that mix both are rarer: they get every fourth power for each of the two sizes.
+    """
+    sizes = sorted({n for n in batch_sizes if n <= max_batch_size} | {max_batch_size}) if batch_sizes else None
+    counts = sorted({n for n in tile_counts if n <= max_tiles} | {max_tiles}) if tile_counts else None
+    buckets = {Bucket(n, 0) for n in sizes or powers_of_two(max_batch_size)}
+    buckets |= {Bucket(0, n) for n in counts or powers_of_two(max_tiles)}
+    mixed_sizes = sizes or [n for n in powers_of_two(max_batch_size, 3) if n >= min(8, max_batch_size)]
+    mixed_counts = counts or powers_of_two(max_tiles, 2)
+    buckets |= {Bucket(d, t) for d in mixed_sizes for t in mixed_counts}
+    return sorted(buckets)
+
+
+class Picker:
+    """Chooses the cheapest compiled bucket that holds a step."""
+
+    def __init__(self, buckets: Iterable[Bucket], tile: int):
+        self._by_cost = sorted(buckets, key=lambda b: (b.tokens(tile), b.rows))
+        self._chosen: dict[tuple[int, int], Bucket] = {}
+
+    def pick(self, decodes: int, tiles: int) -> Bucket:
+        """The bucket with the fewest tokens that has room; ValueError when there is none."""
+        key = (decodes, tiles)
+        if key not in self._chosen:
+            fits = (b for b in self._by_cost if b.decodes >= decodes and b.tiles >= tiles)
+            bucket = next(fits, None)
+            if bucket is None:
+                raise ValueError(f"no bucket holds {decodes} decodes and {tiles} tiles")
+            self._chosen[key] = bucket
+        return self._chosen[key]

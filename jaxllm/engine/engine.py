@@ -1,0 +1,235 @@
+"""The engine: one thread that schedules steps, launches them and hands out their tokens.
+
+    step = scheduler.schedule()      who runs, host only
+    flight = runner.launch(step)     on its way to the device
+    tokens = flight.read()           waits for the device
+    scheduler.update(step, tokens)   who goes on
+
+The plain loop does these one after the other. The overlap loop launches the next step before it reads the last one, so
+that the device never waits for the host; both give the same tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.request import FinishReason, Request, Sequence, Update
+from jaxllm.engine.results import ResultMaker
+from jaxllm.engine.runner import InFlight
+from jaxllm.engine.start import Started, start
+from jaxllm.engine.step import Step
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's thread failed, or was shut down with requests pending; the first cause is in `__cause__`."""
+
+
+class Engine:
+    """A model that serves requests from any thread. Raises ValueErrors that name what is wrong before loading anything.
+
+    Attributes:
+        tokenizer: None with `skip_tokenizer_init`.
+        model_config: the model's sizes.
+        start_report: seconds by phase of the start.
+    """
+
+    def __init__(self, config: EngineConfig):
+        parts: Started = start(config)
+        self.config = config
+        self.tokenizer = parts.tokenizer
+        self.model_config = parts.model_config
+        self.start_report = parts.seconds
+        self._runner = parts.runner
+        self._slots = parts.slots
+        self._scheduler = parts.scheduler
+        self._results = ResultMaker(parts.tokenizer)
+        self._inbox: queue.SimpleQueue[Request | int | None] = queue.SimpleQueue()
+        self._requests: dict[int, Request] = {}
+        self._bad: dict[int, list[tuple[int, ...]]] = {}
+        self._death: Exception | None = None
+        self._lock = threading.Lock()
+        self._seconds = {"schedule": 0.0, "update": 0.0, "wait": 0.0}
+        self._counts = {"steps": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0, "requests": 0}
+        self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
+        self._thread.start()
+
+    # ---- any thread -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its `on_update` is called from the engine's thread from now on.
+
+        Raises:
+            ValueError: the request can never be served.
+            EngineDeadError: the engine does not run any more.
+        """
+        params: Any = request.params
+        bad = self._slots.validate(params, self.model_config.vocab_size)
+        self._scheduler.validate(request)
+        if any(len(sequence) > 1 for sequence in bad):
+            for seq in request.sequences:
+                seq.wait_for_token = True
+        with self._lock:
+            if self._death is not None:
+                raise EngineDeadError(str(self._death)) from self._death
+            self._bad[request.request_id] = bad
+            self._requests[request.request_id] = request
+        self._inbox.put(request)
+
+    def abort(self, request_id: int) -> None:
+        """Cancels a request: its pages are free before the next step is scheduled. Unknown ids are ignored."""
+        self._inbox.put(request_id)
+
+    def shutdown(self, timeout: float = 60.0) -> None:
+        """Stops the thread after the step in flight; pending requests end with an EngineDeadError."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join(timeout)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start; `host_ms` is the mean host time per step by phase."""
+        pool, steps = self._scheduler.pool, max(self._counts["steps"], 1)
+        seconds = {**self._seconds, **self._runner.seconds}
+        host = {name: 1e3 * seconds[name] / steps for name in ("schedule", "pack", "dispatch", "update")}
+        return {
+            **self._counts,
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting,
+            "preemptions": self._scheduler.num_preemptions,
+            "pages": pool.capacity,
+            "pages_free": pool.num_free,
+            "pages_cached": pool.num_cached,
+            "cache_hits": pool.stats.hits,
+            "cache_misses": pool.stats.misses,
+            "evictions": pool.stats.evictions,
+            "host_ms": {**host, "steps": self._counts["steps"]},
+            "wait_ms": 1e3 * seconds["wait"] / steps,
+        }
+
+    def reset_stats(self) -> None:
+        """Starts the counters and times of `stats` anew."""
+        for counters in (self._counts, self._seconds, self._runner.seconds):
+            counters.update(dict.fromkeys(counters, 0))
+
+    # ---- the engine's thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self.config.disable_overlap_scheduler:
+                self._plain_loop()
+            else:
+                self._overlap_loop()
+            death: Exception = EngineDeadError("the engine was shut down")
+        except Exception as error:
+            logger.exception("the engine failed")
+            death = EngineDeadError(f"the engine failed: {error}")
+            death.__cause__ = error
+        with self._lock:
+            self._death = death
+            pending, self._requests = list(self._requests.values()), {}
+        for request in pending:
+            self._notify_all(request, FinishReason.ERROR, death)
+
+    def _plain_loop(self) -> None:
+        while self._take_requests(wait=True):
+            step = self._schedule()
+            if step is not None:
+                self._finish(self._launch(step))
+
+    def _overlap_loop(self) -> None:
+        flights: deque[InFlight] = deque()
+        while self._take_requests(wait=not flights):
+            step = self._schedule()
+            if step is not None:
+                flights.append(self._launch(step))
+            if flights and (len(flights) > 1 or step is None):
+                self._finish(flights.popleft())
+
+    def _take_requests(self, wait: bool) -> bool:
+        """Moves what arrived into the scheduler; sleeps while there is nothing to do. False when told to stop."""
+        while True:
+            idle = wait and not self._scheduler.has_work()
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            if isinstance(item, Request):
+                self._add(item)
+            elif item in self._requests:
+                request = self._requests[item]
+                self._scheduler.abort(request)
+                self._forget(request)
+                self._notify_all(request, FinishReason.CANCELLED)
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._scheduler.add(request)
+        except ValueError as error:
+            self._forget(request)
+            self._notify_all(request, FinishReason.ERROR, error)
+        else:
+            self._results.open(request)
+            self._counts["requests"] += 1
+
+    def _schedule(self) -> Step | None:
+        started = time.perf_counter()
+        step = self._scheduler.schedule()
+        self._seconds["schedule"] += time.perf_counter() - started
+        return step
+
+    def _launch(self, step: Step) -> InFlight:
+        for seq in step.started:
+            self._start(seq)
+        self._counts["steps"] += 1
+        self._counts["decode_steps"] += not step.prefills
+        return self._runner.launch(step)
+
+    def _start(self, seq: Sequence) -> None:
+        self._slots.start(seq, self._bad[seq.request.request_id])
+        params: Any = seq.request.params
+        if params.has_penalties:
+            self._runner.reset_penalties(seq)
+        if seq.index == 0 and seq.num_output == 0:
+            self._counts["prompt_tokens"] += seq.num_prompt
+
+    def _finish(self, flight: InFlight) -> None:
+        """Reads a step's tokens, moves its sequences on and tells their owners."""
+        before = time.perf_counter()
+        tokens = flight.read()
+        arrived = time.perf_counter()
+        self._seconds["wait"] += arrived - before
+        self._results.add_prompt_logprobs(flight)
+        events = self._scheduler.update(flight.step, tokens)
+        self._counts["output_tokens"] += len(events)
+        for event in events:
+            seq = event.seq
+            update = self._results.make(event, flight)
+            if update.finish_reason is not None and not event.finished:
+                self._scheduler.finish(seq, update.finish_reason, update.stop_reason)
+            request = seq.request
+            if update.finish_reason is not None and request.finished:
+                self._forget(request)
+            if request.on_update is not None:
+                request.on_update(update)
+        self._seconds["update"] += time.perf_counter() - arrived
+
+    def _forget(self, request: Request) -> None:
+        self._results.close(request)
+        with self._lock:
+            self._requests.pop(request.request_id, None)
+            self._bad.pop(request.request_id, None)
+
+    def _notify_all(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """Ends every sequence that its owner still waits for."""
+        for seq in request.sequences:
+            if request.on_update is not None and (seq.finish_reason in (None, FinishReason.CANCELLED)):
+                request.on_update(Update(seq.index, [], finish_reason=reason, error=error))

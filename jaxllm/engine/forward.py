@@ -1,0 +1,117 @@
+"""The device step: one pure function `(weights, kv, last_token, batch) -> (tokens, logits, hidden, last_token, kv)`.
+
+The whole step is one `shard_map` over the mesh: what a rank computes is written once in `models/decoder.py`, and no
+collective appears that nobody wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxllm.engine.batch import BatchShape
+from jaxllm.layers.attention import AttentionBatch, KVPages
+from jaxllm.layers.embedding import greedy, vocab_logits
+from jaxllm.layers.sampling import SampleOutput, token_logprobs
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Decoder, Layout, abstract, flat_variables
+from jaxllm.parallel.mesh import MODEL_AXES, partition, sharding
+from jaxllm.parallel.params import ParamSpec
+
+KV_AXES = ("pages", "heads", None, None)
+"""Logical axes of k_PKOH and v_PKOH."""
+
+
+class StepFunctions:
+    """The functions that are compiled for each bucket; weights are flat lists of arrays in the order of `paths`."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, mesh: Mesh):
+        model = abstract(cfg, layout)
+        variables = flat_variables(model)
+        self.cfg = cfg
+        self.layout = layout
+        self.mesh = mesh
+        self.paths = [path for path, _ in variables]
+        self.specs: dict[str, ParamSpec] = {path: variable.spec for path, variable in variables}
+        for _, variable in variables:
+            # Where a weight came from must not tell layers apart that compute the same: they share one trace.
+            variable.del_metadata("spec")
+        self._graph, state = nnx.split(model)
+        leaves, self._tree = jax.tree.flatten(state)
+        # jax flattens the state in an order of its own; `_order[i]` is the path of its leaf i.
+        numbered = jax.tree.unflatten(self._tree, range(len(leaves)))
+        order = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(numbered)}
+        self._order = sorted(order, key=order.__getitem__)
+        self._weight_specs = [partition(self.specs[path].axes) for path in self.paths]
+
+    @property
+    def head_path(self) -> str:
+        """The parameter that logits are made with."""
+        return "embed.weight" if self.cfg.tie_embeddings else "head.weight"
+
+    @property
+    def padded_vocab(self) -> int:
+        """Width of the logits over all ranks."""
+        return self.specs[self.head_path].shape[0]
+
+    def kv_shape(self, page_size: int) -> tuple[int, int, int]:
+        """K, O, H of the page pools, over all ranks."""
+        return (self.layout.ranks * self.layout.heads(self.cfg).kv_heads, page_size, self.cfg.head_dim)
+
+    def _model(self, weights: list[jax.Array]) -> Decoder:
+        by_path = dict(zip(self.paths, weights, strict=True))
+        state = jax.tree.unflatten(self._tree, [by_path[path] for path in self._order])
+        return nnx.merge(self._graph, state)
+
+    def forward(self, shape: BatchShape) -> Callable[..., tuple]:
+        """The step for one bucket, as a function of (weights, kv, last_token, packed).
+
+        It returns token_R, the most likely token of each row; logits_RV, float32 and split over the vocabulary;
+        hidden_TD, the final hidden states of all tokens; last_token with token_R written; and the written pages.
+        """
+
+        def step(weights: list[jax.Array], kv: list[KVPages], last_token: jax.Array, packed: jax.Array) -> tuple:
+            tokens_T, positions_T, slots_R, last_R, pages_RW = shape.unpack(packed)
+            decodes = shape.bucket.decodes
+            if decodes:
+                tokens_T = tokens_T.at[:decodes].set(last_token[slots_R[:decodes]])
+            model = self._model(weights)
+            hidden_TD, kv = model(tokens_T, kv, AttentionBatch(decodes, shape.tile, positions_T, pages_RW))
+            logits_RV = model.logits(hidden_TD[last_R])
+            with jax.named_scope("greedy"):
+                token_R = greedy(logits_RV)
+            return token_R, logits_RV, hidden_TD, last_token.at[slots_R].set(token_R), kv
+
+        pages = partition(KV_AXES)
+        kv_specs = [(pages, pages)] * self.cfg.num_layers
+        none, vocab = PartitionSpec(), PartitionSpec(None, MODEL_AXES)
+        return jax.shard_map(
+            step,
+            mesh=self.mesh,
+            in_specs=(self._weight_specs, kv_specs, none, none),
+            out_specs=(none, vocab, none, none, kv_specs),
+            check_vma=False,
+        )
+
+    def token_logprobs(self, num_logprobs: int) -> Callable[[jax.Array, jax.Array, jax.Array], SampleOutput]:
+        """Logprobs of given tokens after given hidden states, as a function of (head weight, hidden_TD, token_T)."""
+        cfg, mesh = self.cfg, self.mesh
+
+        def local(weight_VD: jax.Array, hidden_TD: jax.Array) -> jax.Array:
+            return vocab_logits(hidden_TD, weight_VD, cfg.vocab_size, cfg.logit_softcap)
+
+        def run(weight_VD: jax.Array, hidden_TD: jax.Array, token_T: jax.Array) -> SampleOutput:
+            logits_TV = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(partition(("vocab", None)), PartitionSpec()),
+                out_specs=PartitionSpec(None, MODEL_AXES),
+                check_vma=False,
+            )(weight_VD, hidden_TD)
+            logits_TV = jax.lax.with_sharding_constraint(logits_TV, sharding(mesh, (None, None)))
+            return token_logprobs(logits_TV, token_T, cfg.vocab_size, num_logprobs=num_logprobs)
+
+        return run

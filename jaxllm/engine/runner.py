@@ -1,0 +1,301 @@
+"""Runs scheduled steps on the devices: owns the weights, the KV pages, the compiled programs and the slots' state.
+
+Every program is compiled ahead of time and called with arrays only. Steps are launched one after the other by a single
+thread; the devices run them in that order, which is what makes it safe to reuse a page or a slot in the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.engine.batch import BatchShape, PackedStep, Packer
+from jaxllm.engine.buckets import Bucket, Picker
+from jaxllm.engine.forward import KV_AXES, StepFunctions
+from jaxllm.engine.request import Sequence
+from jaxllm.engine.slots import SlotTable, Variant
+from jaxllm.engine.step import Step
+from jaxllm.layers.attention import KVPages
+from jaxllm.layers.sampling import (
+    PenaltyState,
+    SampleOutput,
+    SamplingBatch,
+    init_penalties,
+    reset_slots,
+    sample,
+)
+from jaxllm.parallel.mesh import sharding
+from jaxllm.sampling_params import MAX_LOGPROBS
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of prompt tokens [start, start + count), still on the device, one SampleOutput for each tile of rows."""
+
+    seq: Sequence
+    start: int
+    count: int
+    parts: list[SampleOutput]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step. `read` waits for it."""
+
+    step: Step
+    packed: PackedStep
+    token_R: jax.Array
+    sampled: SampleOutput | None
+    prompt_logprobs: list[PromptLogprobs]
+
+    def read(self) -> list[int]:
+        """Sampled token of each result row of the step. Blocks until the devices are done."""
+        return np.asarray(self.token_R)[self.packed.rows].tolist()
+
+
+class Runner:
+    """See the module. `compile` must be called before the first `launch`."""
+
+    def __init__(
+        self,
+        functions: StepFunctions,
+        weights: dict[str, jax.Array],
+        mesh: Mesh,
+        *,
+        buckets: list[Bucket],
+        tile: int,
+        num_pages: int,
+        page_size: int,
+        kv_dtype: np.dtype,
+        max_batch_size: int,
+        max_seq_len: int,
+        slots: SlotTable,
+    ):
+        cfg = functions.cfg
+        self.mesh = mesh
+        self.functions = functions
+        self.slots = slots
+        self.tile = tile
+        self.max_seq_len = max_seq_len
+        self.vocab_size = cfg.vocab_size
+        self.buckets = buckets
+        self.packer = Packer(tile=tile, width=-(-max_seq_len // page_size), max_batch_size=max_batch_size)
+        self._picker = Picker(buckets, tile)
+        self._replicated = sharding(mesh, ())
+        self._weights = [weights[path] for path in functions.paths]
+        self._head = weights[functions.head_path]
+        shape = (num_pages, *functions.kv_shape(page_size))
+        pages = sharding(mesh, KV_AXES)
+        zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
+        self._kv: list[KVPages] = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
+        self._last_token = jax.device_put(np.zeros(max_batch_size + 1, np.int32), self._replicated)
+        self._penalties: PenaltyState = jax.device_put(
+            init_penalties(max_batch_size + 1, functions.padded_vocab), self._replicated
+        )
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        self.seconds = {"pack": 0.0, "dispatch": 0.0}
+
+    # ---- programs -------------------------------------------------------------------------------------------------
+
+    def _jobs(self) -> dict[Any, Callable[[], Callable[..., Any]]]:
+        """Every program by its key, and how to compile it; the largest first, because they take longest."""
+        jobs: dict[Any, Callable[[], Callable[..., Any]]] = {
+            bucket: partial(self._compile_step, bucket) for bucket in sorted(self.buckets, reverse=True)
+        }
+        for rows in sorted({bucket.rows for bucket in self.buckets}, reverse=True):
+            for variant in Variant:
+                jobs[rows, variant] = partial(self._compile_sampler, rows, variant)
+        for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
+            jobs["tile_of", tokens] = partial(self._compile_tile_of, tokens)
+        return jobs | {"reset": self._compile_reset, "prompt_logprobs": self._compile_prompt_logprobs}
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that `compile` makes."""
+        return len(self._jobs())
+
+    def compile(self, workers: int, on_done: Callable[[str], None] = lambda name: None) -> None:
+        """Compiles every program, `workers` at a time; `on_done` is told the name of each."""
+
+        def run(job: tuple[Any, Callable[[], Callable[..., Any]]]) -> tuple[Any, Callable[..., Any]]:
+            program = job[1]()
+            on_done(str(job[0]))
+            return job[0], program
+
+        with ThreadPoolExecutor(workers, "compile") as pool:
+            self._programs = dict(pool.map(run, self._jobs().items()))
+
+    def warm_up(self) -> None:
+        """Runs every step program once on padding rows: first calls allocate and, on a GPU, load kernels."""
+        for bucket in self.buckets:
+            packed = self.packer.pack(Step(), bucket)
+            self._forward(packed)
+        jax.block_until_ready(self._last_token)
+
+    def _abstract(self, value: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
+
+    def _compile_step(self, bucket: Bucket) -> Callable[..., Any]:
+        shape = BatchShape(bucket, self.tile, self.packer.width)
+        packed = jax.ShapeDtypeStruct((shape.length,), np.int32, sharding=self._replicated)
+        args = self._abstract((self._weights, self._kv, self._last_token))
+        return jax.jit(self.functions.forward(shape), donate_argnums=(1, 2)).lower(*args, packed).compile()
+
+    def _compile_sampler(self, rows: int, variant: Variant) -> Callable[..., Any]:
+        full = variant is not Variant.PLAIN
+
+        def run(
+            logits_RV: jax.Array, last_token: jax.Array, state: PenaltyState | None, batch: SamplingBatch
+        ) -> tuple[SampleOutput, jax.Array, PenaltyState | None]:
+            logits_RV = jax.lax.with_sharding_constraint(logits_RV, self._replicated)
+            output, state = sample(
+                logits_RV, batch, state, self.vocab_size, penalties=full, num_logprobs=MAX_LOGPROBS if full else 0
+            )
+            return output, last_token.at[batch.slot].set(output.token_R), state
+
+        logits = jax.ShapeDtypeStruct(
+            (rows, self.functions.padded_vocab), np.float32, sharding=sharding(self.mesh, (None, "vocab"))
+        )
+        state = self._abstract(self._penalties) if full else None
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
+            self._sampling_batch(np.full(rows, self.slots.spare), np.zeros(rows, np.int32), [], variant),
+        )
+        args = (logits, self._abstract(self._last_token), state, batch)
+        replicated = self._replicated
+        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=replicated)
+        return jitted.lower(*args).compile()
+
+    def _compile_reset(self) -> Callable[..., Any]:
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=self._replicated)  # noqa: E731
+        jitted = jax.jit(reset_slots, donate_argnums=0, out_shardings=self._replicated)
+        return jitted.lower(self._abstract(self._penalties), ints(1), ints(1, self.max_seq_len), ints(1)).compile()
+
+    def _compile_tile_of(self, tokens: int) -> Callable[..., Any]:
+        """One tile of the hidden states of a step with this many tokens."""
+        hidden = jax.ShapeDtypeStruct(
+            (tokens, self.functions.cfg.hidden_size), self.functions.layout.dtype, sharding=self._replicated
+        )
+        start = jax.ShapeDtypeStruct((), np.int32, sharding=self._replicated)
+        tile = self.tile
+        jitted = jax.jit(
+            lambda hidden_TD, start: jax.lax.dynamic_slice_in_dim(hidden_TD, start, tile),
+            out_shardings=self._replicated,
+        )
+        return jitted.lower(hidden, start).compile()
+
+    def _compile_prompt_logprobs(self) -> Callable[..., Any]:
+        hidden = jax.ShapeDtypeStruct(
+            (self.tile, self.functions.cfg.hidden_size), self.functions.layout.dtype, sharding=self._replicated
+        )
+        tokens = jax.ShapeDtypeStruct((self.tile,), np.int32, sharding=self._replicated)
+        jitted = jax.jit(self.functions.token_logprobs(MAX_LOGPROBS), out_shardings=self._replicated)
+        return jitted.lower(self._abstract(self._head), hidden, tokens).compile()
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def launch(self, step: Step) -> InFlight:
+        """Launches a step and returns at once; nothing here waits for the device."""
+        started = time.perf_counter()
+        packed = self.packer.pack(step, self._picker.pick(len(step.decodes), self.packer.tiles(step)))
+        packed_at = time.perf_counter()
+        token_R, logits_RV, hidden_TD = self._forward(packed)
+        sampled = None
+        sampling = [seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples]
+        variant = self.slots.variant(sampling)
+        if variant is not None:
+            sampled = self._sample(step, packed, variant, logits_RV)
+            token_R = sampled.token_R
+        prompt_logprobs = [
+            self._prompt_logprobs(c, hidden_TD, *where) for c, where in self._wanted_prompts(step, packed)
+        ]
+        token_R.copy_to_host_async()
+        self.seconds["pack"] += packed_at - started
+        self.seconds["dispatch"] += time.perf_counter() - packed_at
+        return InFlight(step, packed, token_R, sampled, prompt_logprobs)
+
+    def reset_penalties(self, seq: Sequence) -> None:
+        """Starts the token counts of a sequence's slot with the tokens it holds so far."""
+        tokens = np.full((1, self.max_seq_len), -1, np.int32)
+        tokens[0, : len(seq.tokens)] = seq.tokens
+        slot, prompt = np.array([seq.slot], np.int32), np.array([seq.num_prompt], np.int32)
+        self._penalties = self._programs["reset"](self._penalties, slot, tokens, prompt)
+
+    def _forward(self, packed: PackedStep) -> tuple[jax.Array, jax.Array, jax.Array]:
+        program = self._programs[packed.shape.bucket]
+        token_R, logits_RV, hidden_TD, self._last_token, self._kv = program(
+            self._weights, self._kv, self._last_token, packed.data
+        )
+        return token_R, logits_RV, hidden_TD
+
+    def _sample(self, step: Step, packed: PackedStep, variant: Variant, logits_RV: jax.Array) -> SampleOutput:
+        _, positions_T, slots_R, last_R, _ = packed.shape.unpack(packed.data)
+        bias: list[tuple[int, int, float]] = []
+        if variant is Variant.FULL:
+            for row, slot in enumerate(slots_R.tolist()):
+                entry = self.slots.slots[slot]
+                if entry is not None:
+                    num_outputs = int(positions_T[last_R[row]]) + 1 - entry.seq.num_prompt
+                    bias += [(row, token, value) for token, value in entry.step_bias(num_outputs)]
+            if len(bias) > variant.bias_capacity(packed.shape.bucket.rows):
+                variant = Variant.FULL_LARGE
+        batch = self._sampling_batch(slots_R, positions_T[last_R] + 1, bias, variant)
+        state = None if variant is Variant.PLAIN else self._penalties
+        program = self._programs[packed.shape.bucket.rows, variant]
+        output, self._last_token, state = program(logits_RV, self._last_token, state, batch)
+        if state is not None:
+            self._penalties = state
+        return output
+
+    def _sampling_batch(
+        self, slots_R: np.ndarray, positions_R: np.ndarray, bias: Iterable[tuple[int, int, float]], variant: Variant
+    ) -> SamplingBatch:
+        rows = len(slots_R)
+        capacity = variant.bias_capacity(rows)
+        bias_row, bias_token = np.full(capacity, rows, np.int32), np.zeros(capacity, np.int32)
+        bias_value = np.zeros(capacity, np.float32)
+        for i, (row, token, value) in enumerate(bias):
+            bias_row[i], bias_token[i], bias_value[i] = row, token, value
+        fields: dict[str, Any] = dict(
+            position=positions_R.astype(np.int32),
+            slot=slots_R.astype(np.int32),
+            bias_row=bias_row,
+            bias_token=bias_token,
+            bias_value=bias_value,
+            **self.slots.rows(slots_R),
+        )
+        return SamplingBatch(**fields)
+
+    def _wanted_prompts(self, step: Step, packed: PackedStep) -> Iterable[tuple[Any, tuple[int, int]]]:
+        """The chunks whose prompt logprobs somebody wants, with their first token's index in T and first position."""
+        first = packed.shape.bucket.decodes
+        for chunk in step.prefills:
+            tiles = -(-(chunk.stop - chunk.start) // self.tile)
+            wanted = getattr(chunk.seq.request.params, "prompt_logprobs", None) is not None and chunk.seq.index == 0
+            if wanted and chunk.start < chunk.seq.num_prompt - 1:
+                yield chunk, (first, tiles)
+            first += tiles * self.tile
+
+    def _prompt_logprobs(self, chunk: Any, hidden_TD: jax.Array, first: int, tiles: int) -> PromptLogprobs:
+        """Hidden state i of a prompt says what token i + 1 should be."""
+        seq = chunk.seq
+        stop = min(chunk.stop, seq.num_prompt - 1)
+        parts = []
+        for i in range(tiles):
+            start = chunk.start + i * self.tile
+            targets = np.zeros(self.tile, np.int32)
+            following = seq.tokens[start + 1 : min(start + self.tile, stop) + 1]
+            targets[: len(following)] = following
+            take = self._programs["tile_of", hidden_TD.shape[0]]
+            hidden = take(hidden_TD, np.int32(first + i * self.tile))
+            parts.append(self._programs["prompt_logprobs"](self._head, hidden, targets))
+        return PromptLogprobs(seq, chunk.start + 1, stop - chunk.start, parts)

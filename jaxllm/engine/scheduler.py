@@ -1,0 +1,445 @@
+"""The scheduler: who runs in the next step, which tokens are computed, and into which pages.
+
+Continuous batching as in Orca and vLLM: every step carries one token of each decoding sequence and, within a token
+budget, chunks of prompts. `schedule()` may be called again before the results of the previous step are known (the
+overlap scheduler); this works because a decode takes its input token from the device, where the previous step left it,
+and because the device runs steps in order, so that a page or a slot given up now can be reused in the next step.
+
+`schedule()` decides in this order: decodes, prompts that are under way, new sequences. Pages for all known tokens are
+taken at admission, so only decodes ask for more; when none is left the lowest-ranked running sequence is preempted and
+computed again later.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import insort
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from typing import Literal, get_args
+
+from jaxllm.engine.blocks import PagePool
+from jaxllm.engine.request import FinishReason, Request, Sequence, SequenceStatus
+from jaxllm.engine.siblings import SharedPrompts
+from jaxllm.engine.step import Chunk, Event, Step
+from jaxllm.engine.waiting import WaitingQueue
+
+__all__ = ["CapacityPolicy", "Chunk", "Event", "Scheduler", "Step"]
+
+CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
+
+_WAITING, _RUNNING, _FINISHED = SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED
+_NEVER = sys.maxsize
+
+
+class Scheduler:
+    """Moves sequences between the waiting queue and the running batch, and pages between them and the pool.
+
+    max_batch_size   sequences that run at the same time (slots)
+    max_num_tokens   tokens per step, decodes and prompt chunks together
+    max_seq_len      prompt and output tokens of one sequence; lowered to what the pool holds for one sequence
+    tile, max_tiles  the chunks of a step are padded to tiles of `tile` tokens; at most `max_tiles` of them
+    policy           MAX_UTILIZATION admits what fits now and preempts when pages run out; GUARANTEED_NO_EVICT admits
+                     only what fits together at its longest
+    chunked_prefill  False: a prompt is computed in one step (only a preempted sequence that has outgrown the budget
+                     is computed in several)
+    priority_queue   True: the queue is ordered by priority, then arrival; False: by arrival
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_seq_len: int,
+        tile: int = 1,
+        max_tiles: int | None = None,
+        policy: CapacityPolicy = "MAX_UTILIZATION",
+        chunked_prefill: bool = True,
+        eos_token_ids: Iterable[int] = (),
+        priority_queue: bool = False,
+    ) -> None:
+        if max_tiles is None:
+            max_tiles = max_num_tokens
+        sizes = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "tile": tile}
+        for name, value in (sizes | {"max_tiles": max_tiles}).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but it has to be at least 1")
+        if max_seq_len < 2:
+            raise ValueError(f"max_seq_len is {max_seq_len}, but one prompt and one output token need 2")
+        if policy not in get_args(CapacityPolicy):
+            raise ValueError(f"unknown capacity policy {policy!r}: choose one of {', '.join(get_args(CapacityPolicy))}")
+        self.pool = pool
+        self.max_batch_size = max_batch_size
+        self.max_num_tokens = max_num_tokens
+        # The last token of a sequence is never computed, so it needs no page.
+        self.max_seq_len = min(max_seq_len, pool.capacity * pool.page_size + 1)
+        self.tile = tile
+        self.max_tiles = max_tiles
+        self.policy: CapacityPolicy = policy
+        self.chunked_prefill = chunked_prefill
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.num_preemptions = 0
+        self._guaranteed = policy == "GUARANTEED_NO_EVICT"
+        self._requests: dict[int, Request] = {}  # unfinished ones
+        self._arrivals = 0
+        # Both lists are in order of rank, so that the last one is the next to be preempted.
+        self._decoding: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._waiting = WaitingQueue(by_priority=priority_queue)
+        self._shared = SharedPrompts(pool)
+        self._free_slots = list(range(max_batch_size - 1, -1, -1))
+        self._reserved = 0  # pages of all running sequences at their longest
+        # Head of the queue that did not fit, the spare pages then, and the digest of the next page that it could share.
+        self._blocked: tuple[Sequence, int, bytes | None] | None = None
+
+    # ---- requests come and go -------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue (not those that wait for the prompt of their first sibling)."""
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        """True while any request is unfinished."""
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Put a request into the queue. ValueError when it can never run; then nothing has changed."""
+        self.validate(request)
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        self._requests[request.request_id] = request
+        params = request.params
+        if params.ignore_eos:
+            eos: frozenset[int] = frozenset()
+        else:
+            eos = self.eos_token_ids if params.end_id is None else frozenset((params.end_id,))
+        stop_ids = eos | frozenset(params.stop_token_ids or ())
+        for seq in request.sequences:
+            seq.rank = (-request.priority, request.arrival, seq.index)
+            seq.stop_ids = stop_ids
+            seq.max_len = self.max_seq_len
+            if params.max_tokens is not None:
+                seq.max_len = min(seq.num_prompt + params.max_tokens, self.max_seq_len)
+            seq.max_pages = self.pool.pages_for(seq.max_len - 1)
+        self._waiting.push(request.sequences[0])
+
+    def validate(self, request: Request) -> None:
+        """ValueError when a request can never run. Reads only what never changes, so any thread may call it."""
+        length, request_id = len(request.prompt_token_ids), request.request_id
+        if request_id in self._requests or request.arrival >= 0:
+            raise ValueError(f"request {request_id} was added before: use a new id")
+        if length > self.max_seq_len - 1:
+            room = self.pool.capacity * self.pool.page_size
+            if length > room:
+                raise ValueError(
+                    f"the prompt has {length} tokens, but the KV cache holds {room}: "
+                    "shorten it or raise kv_cache_config.max_tokens or free_gpu_memory_fraction"
+                )
+            raise ValueError(
+                f"the prompt has {length} tokens, but max_seq_len {self.max_seq_len} leaves room for "
+                f"{self.max_seq_len - 1} and one output token: shorten it or raise max_seq_len"
+            )
+        if not self.chunked_prefill and not self._fits_one_step(length):
+            limit = min(self.max_num_tokens, self.tile * self.max_tiles)
+            raise ValueError(
+                f"the prompt has {length} tokens, but one step computes {limit} and chunked prefill is off: "
+                "shorten it, raise max_num_tokens or set enable_chunked_prefill"
+            )
+        if request.params.max_tokens is not None and request.params.max_tokens < 1:
+            raise ValueError(f"max_tokens is {request.params.max_tokens}, but it has to be at least 1")
+
+    def abort(self, request: Request) -> None:
+        """Cancel a request at once: its pages and slots are free when this returns. No-op when it is not here."""
+        if self._requests.get(request.request_id) is not request:
+            return
+        for seq in request.sequences:
+            if seq.status is not _FINISHED:
+                self._end(seq, FinishReason.CANCELLED, None)
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End one sequence now (a stop string was found, or it failed). No-op when it has finished."""
+        if seq.status is _FINISHED:
+            return
+        request = seq.request
+        if not request.forked:
+            self._fork(request)
+        if len(request.sequences) > 1:
+            self._shared.hand_over(seq)
+        self._end(seq, reason, stop_reason)
+
+    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
+        request = seq.request
+        was_running = seq.status is _RUNNING
+        if was_running:
+            self._leave(seq)
+        elif seq.pages:
+            self._shared.strip(seq)
+        seq.move(_FINISHED)
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        if not was_running and (request.forked or seq.index == 0):
+            self._waiting.note_finished()
+        if request.finished:
+            self._requests.pop(request.request_id, None)
+
+    def _fork(self, request: Request) -> None:
+        """Let the siblings of the first sequence in: its prompt is computed, or never will be."""
+        request.forked = True
+        for sibling in request.sequences[1:]:
+            if sibling.status is _WAITING:
+                self._waiting.push(sibling)
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing can run before an `update` or an `add`."""
+        step = Step()
+        preemptions = self.num_preemptions
+        self._schedule_decodes(step)
+        tokens = self.max_num_tokens - len(step.decodes)
+        tiles = self.max_tiles
+        for seq in self._prefilling:
+            if tokens == 0 or tiles == 0:
+                break
+            count = self._add_chunk(step, seq, tokens, tiles)
+            tokens -= count
+            tiles -= -(-count // self.tile)
+        # Whoever was preempted in this step needs the pages back: letting others in now would only preempt again.
+        if self._waiting and self.num_preemptions == preemptions:
+            self._admit(step, tokens, tiles)
+        for chunk in step.prefills:
+            if chunk.samples:
+                seq = chunk.seq
+                self._prefilling.remove(seq)
+                insort(self._decoding, seq, key=_rank)
+                seq.num_pending += 1
+                seq.prompt_ready = True  # from the next step on, hence not before everybody is admitted
+                if not seq.request.forked:
+                    self._fork(seq.request)
+        return step if step.decodes or step.prefills else None
+
+    def _schedule_decodes(self, step: Step) -> None:
+        decodes, positions = step.decodes, step.positions
+        page_size, budget = self.pool.page_size, self.max_num_tokens
+        # Preemption takes from the end of this list, never what the loop has passed.
+        for seq in self._decoding:
+            position = seq.num_computed
+            if position >= seq.max_len - 1:
+                continue  # its last token is on the way
+            if seq.num_pending and seq.wait_for_token:
+                continue
+            if len(decodes) == budget:
+                break
+            if position == len(seq.pages) * page_size:
+                if not self._make_room(1, seq):
+                    break  # it preempted itself, and was the last
+                seq.pages += self.pool.allocate(1)
+            seq.num_computed = position + 1
+            seq.num_pending += 1
+            decodes.append(seq)
+            positions.append(position)
+
+    def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
+        start = seq.num_computed
+        count = min(len(seq.tokens) - start, tokens, tiles * self.tile)
+        seq.num_computed = stop = start + count
+        step.prefills.append(Chunk(seq, start, stop, stop == len(seq.tokens)))
+        return count
+
+    def _admit(self, step: Step, tokens: int, tiles: int) -> None:
+        while self._free_slots and tokens > 0 and tiles > 0:
+            seq = self._waiting.peek()
+            if seq is None:
+                break
+            if seq.num_pending:
+                break  # preempted a moment ago: its next token is still on the way
+            if not self._take_pages(seq, tokens, tiles):
+                break
+            self._waiting.pop()
+            seq.move(_RUNNING)
+            seq.slot = self._free_slots.pop()
+            self._reserved += seq.max_pages
+            insort(self._prefilling, seq, key=_rank)
+            step.started.append(seq)
+            count = self._add_chunk(step, seq, tokens, tiles)
+            tokens -= count
+            tiles -= -(-count // self.tile)
+
+    def _fits_one_step(self, count: int) -> bool:
+        return count <= self.max_num_tokens and -(-count // self.tile) <= self.max_tiles
+
+    def _take_pages(self, seq: Sequence, tokens: int, tiles: int) -> bool:
+        """Give a waiting sequence pages for all its known tokens, as many as possible shared; False: it must wait."""
+        pool = self.pool
+        alone = self.num_running == 0
+        if not alone:
+            if self._guaranteed and self._reserved + seq.max_pages > pool.capacity:
+                return False
+            if self._still_blocked(seq):
+                return False
+        self._blocked = None
+        shared, matched = self._find_shared(seq)
+        rest = len(seq.tokens) - len(shared) * pool.page_size
+        fits_now = rest <= tokens and -(-rest // self.tile) <= tiles
+        if not self.chunked_prefill and not fits_now and self._fits_one_step(rest):
+            return False
+        needed = pool.pages_for(len(seq.tokens)) - len(shared)
+        # Keep a page for each running sequence: they need it soon, and preempting right after admission wastes work.
+        spare = 0 if alone or self._guaranteed else self.num_running
+        inherited = bool(seq.pages)
+        if not inherited:
+            pool.incref(shared)
+        if alone or self._guaranteed:
+            self._shared.strip_until(needed, keep=seq)
+        if pool.num_free < needed + spare:
+            if not inherited:
+                pool.release(shared)
+            unmatched = seq.chain[matched + 1] if len(seq.chain) > matched + 1 else None
+            self._blocked = (seq, pool.num_free - spare, unmatched)
+            return False
+        if inherited:
+            self._shared.admitted(seq)
+        elif seq.request.prefix_cache and pool.prefix_cache:
+            pool.record_lookup(len(shared), (len(seq.tokens) - 1) // pool.page_size - len(shared))
+        seq.pages = shared + pool.allocate(needed)
+        seq.num_computed = len(shared) * pool.page_size
+        seq.prompt_ready = len(shared) >= self._shared.num_shareable(seq)
+        seq.register_at = (matched + 1) * pool.page_size if pool.prefix_cache else _NEVER
+        return True
+
+    def _still_blocked(self, seq: Sequence) -> bool:
+        """True when nothing got better since this sequence did not fit; saves looking its prefix up at every step."""
+        if self._blocked is None or self._blocked[0] is not seq:
+            return False
+        _, spare, digest = self._blocked
+        return self.pool.num_free - self.num_running <= spare and not (digest and self.pool.has(digest))
+
+    def _find_shared(self, seq: Sequence) -> tuple[list[int], int]:
+        """Pages that hold a prefix of a waiting sequence already, and how many of them are registered for sure."""
+        if seq.pages:
+            return seq.pages, 0
+        matched: list[int] = []
+        if seq.request.prefix_cache:
+            matched = self.pool.match_prefix(seq.tokens, seq.request.cache_salt, seq.chain)
+        donated: list[int] = []
+        if len(seq.request.sequences) > 1 and len(matched) < self._shared.num_shareable(seq):
+            donated = self._shared.donor_pages(seq)
+        return donated or matched, len(matched)
+
+    # ---- results --------------------------------------------------------------------------------------------------
+
+    def update(self, step: Step, tokens: Rows[int]) -> list[Event]:
+        """Take the sampled tokens of a step, in the order of its rows; call it once per step, in order.
+
+        Tokens of sequences that have finished meanwhile are dropped: the step was on its way already.
+        """
+        if len(tokens) < step.num_rows:
+            raise ValueError(f"{len(tokens)} tokens for a step of {step.num_rows} rows")
+        events: list[Event] = []
+        row = 0
+        for seq in step.decodes:
+            if seq.status is not _FINISHED:
+                self._accept(seq, int(tokens[row]), row, events)
+            row += 1
+        for chunk in step.prefills:
+            seq = chunk.seq
+            if seq.status is not _FINISHED:
+                if chunk.samples:
+                    self._accept(seq, int(tokens[row]), row, events)
+                elif seq.num_computed > seq.register_at:
+                    self._register(seq)
+            row += 1
+        return events
+
+    def _accept(self, seq: Sequence, token: int, row: int, events: list[Event]) -> None:
+        known = seq.tokens
+        known.append(token)
+        seq.num_pending -= 1
+        length = len(known)
+        finished = False
+        if token in seq.stop_ids and length - seq.num_prompt >= (seq.request.params.min_tokens or 0):
+            finished = True
+            given = token in (seq.request.params.stop_token_ids or ())
+            self.finish(seq, FinishReason.STOP, token if given else None)
+        elif length >= seq.max_len:
+            finished = True
+            self.finish(seq, FinishReason.LENGTH)
+        elif length > seq.register_at:
+            self._register(seq)
+        events.append(Event(seq, token, finished, row))
+
+    def _register(self, seq: Sequence) -> None:
+        """Name the pages that are full of known, dispatched tokens, so that later steps can share them."""
+        pool = self.pool
+        if not pool.prefix_cache or not seq.pages:
+            return
+        first = seq.register_at // pool.page_size - 1
+        full = min(seq.num_computed, len(seq.tokens)) // pool.page_size
+        if full <= first:
+            return
+        pool.extend_chain(seq.chain, seq.tokens, full, seq.request.cache_salt)
+        for index in range(first, full):
+            pool.register(seq.pages[index], seq.chain[index + 1])
+        seq.register_at = (full + 1) * pool.page_size
+
+    # ---- pages and slots ------------------------------------------------------------------------------------------
+
+    def _make_room(self, count: int, seq: Sequence) -> bool:
+        """Free pages for a decoding sequence, by preemption if need be; False when it was itself the one to go."""
+        pool = self.pool
+        if pool.num_free >= count:
+            return True
+        self._shared.strip_until(count)
+        while pool.num_free < count:
+            victim = self._decoding[-1]
+            if self._prefilling and self._prefilling[-1].rank > victim.rank:
+                victim = self._prefilling[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        seq.move(_WAITING)
+        self.num_preemptions += 1
+        self._waiting.push(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Take a running sequence out of the batch: pages, slot and reservation are free afterwards."""
+        self._register(seq)
+        (self._decoding if seq in self._decoding else self._prefilling).remove(seq)
+        self._reserved -= seq.max_pages
+        self._free_slots.append(seq.slot)
+        seq.slot = -1
+        self.pool.release(seq.give_up_pages())
+
+    def check(self) -> None:
+        """Verify the invariants of the scheduler and its pool; RuntimeError names one that is broken. For tests."""
+        running = self._decoding + self._prefilling
+        self.pool.check([seq.pages for seq in running + self._shared.heirs])
+        slots = [seq.slot for seq in running] + self._free_slots
+        if sorted(slots) != list(range(self.max_batch_size)):
+            raise RuntimeError(f"slots are lost or given twice: {sorted(slots)}")
+        if any(seq.status is not _RUNNING for seq in running):
+            raise RuntimeError("a sequence in the batch is not running")
+        if self._reserved != sum(seq.max_pages for seq in running):
+            raise RuntimeError(f"{self._reserved} pages reserved, but the running sequences do not add up to that")
+        for group in (self._decoding, self._prefilling):
+            if group != sorted(group, key=_rank):
+                raise RuntimeError("the running sequences are not in order of rank")
+        self._waiting.check()
+        if not self._requests and (running or self._shared.heirs or self._waiting):
+            raise RuntimeError("no request is left, but some of their sequences are")
+
+
+def _rank(seq: Sequence) -> tuple[float, int, int]:
+    return seq.rank

@@ -1,0 +1,277 @@
+"""From a configuration to an engine that is ready: files, mesh, weights, page pool, compiled programs; each timed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine import buckets
+from jaxllm.engine.blocks import PagePool
+from jaxllm.engine.forward import StepFunctions
+from jaxllm.engine.runner import Runner
+from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.slots import SlotTable
+from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.mapping import Mapping
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Layout, checkpoint_shapes
+from jaxllm.models.registry import config_from_gguf, config_from_hf
+from jaxllm.parallel.mesh import axis_size, make_mesh
+from jaxllm.weights.dummy import dummy_params
+from jaxllm.weights.load import load_params
+from jaxllm.weights.resolve import ModelFiles, resolve_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Sizes for what the user left open, by platform.
+
+    kv_tokens: page pool where the device cannot tell its memory. tile: query tokens of a prompt tile.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    kv_tokens: int
+    tile: int
+    dtype: str | None
+
+
+DEFAULTS = {
+    # bfloat16 products of one row are twelve times slower than float32 ones in XLA:CPU.
+    "cpu": Defaults(max_batch_size=64, max_num_tokens=512, kv_tokens=32_768, tile=32, dtype="float32"),
+    "gpu": Defaults(max_batch_size=256, max_num_tokens=8192, kv_tokens=65_536, tile=128, dtype=None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The parts of a running engine; `seconds` tells how long each phase of the start took."""
+
+    tokenizer: Tokenizer | None
+    model_config: ModelConfig
+    runner: Runner
+    slots: SlotTable
+    scheduler: Scheduler
+    seconds: dict[str, float]
+
+
+def start(config: EngineConfig) -> Started:
+    """Builds the parts of an engine.
+
+    Raises:
+        ConfigError: the settings do not fit the model or the devices.
+        CheckpointError, ModelConfigError, TokenizerError: the model's files cannot be used (all are ValueErrors).
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - began
+
+    with phase("files"):
+        files = resolve_model(config.model, need_weights=config.load_format != "dummy")
+        cfg = model_config(files)
+        tokenizer = None
+        if not config.skip_tokenizer_init:
+            tokenizer = load_tokenizer(config.tokenizer if config.tokenizer is not None else files)
+    with phase("devices"):
+        enable_compilation_cache(config.compilation_cache_dir)
+        mesh = make_mesh(Mapping(tp=config.tensor_parallel_size))
+        platform = mesh.devices.flat[0].platform
+        defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
+        dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
+        functions = StepFunctions(cfg, Layout(axis_size(mesh, "heads"), dtype), mesh)
+        sizes = Sizes.choose(config, cfg, defaults)
+    with phase("weights"):
+        if config.load_format == "dummy":
+            weights = dummy_params(functions.specs, mesh, config.seed)
+        else:
+            source = files.open()
+            try:
+                ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
+                shapes = checkpoint_shapes(cfg)
+                weights = load_params(functions.specs, shapes, source, mesh, ignore=ignore, progress=config.progress)
+            finally:
+                source.close()
+        jax.block_until_ready(weights)
+    with phase("kv_cache"):
+        kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else np.dtype(_dtype(config.kv_cache_config.dtype))
+        num_pages, max_seq_len = _pool_size(config, cfg, functions, mesh, kv_dtype, sizes, defaults)
+        slots = SlotTable(
+            sizes.max_batch_size,
+            config.seed,
+            None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+        )
+        runner = Runner(
+            functions,
+            weights,
+            mesh,
+            buckets=sizes.buckets,
+            tile=sizes.tile,
+            num_pages=num_pages,
+            page_size=config.kv_cache_config.tokens_per_block,
+            kv_dtype=kv_dtype,
+            max_batch_size=sizes.max_batch_size,
+            max_seq_len=max_seq_len,
+            slots=slots,
+        )
+    with phase("compile"):
+        _compile(runner, config.progress)
+    with phase("warm_up"):
+        runner.warm_up()
+    policy = config.scheduler_config
+    scheduler = Scheduler(
+        PagePool(num_pages, config.kv_cache_config.tokens_per_block, config.kv_cache_config.enable_block_reuse),
+        max_batch_size=sizes.max_batch_size,
+        max_num_tokens=sizes.max_num_tokens,
+        max_seq_len=max_seq_len,
+        tile=sizes.tile,
+        max_tiles=sizes.max_tiles,
+        policy=policy.capacity_scheduler_policy,
+        chunked_prefill=config.enable_chunked_prefill,
+        eos_token_ids=_end_tokens(cfg, tokenizer),
+        priority_queue=policy.waiting_queue_policy == "priority",
+    )
+    logger.info("ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+    return Started(tokenizer, cfg, runner, slots, scheduler, seconds)
+
+
+def model_config(files: ModelFiles) -> ModelConfig:
+    """The sizes of a resolved model."""
+    if files.config is not None:
+        return config_from_hf(files.config, files.generation or None)
+    assert files.metadata is not None
+    tensors = None
+    if files.kind != "none":
+        source = files.open()
+        tensors = set(source.tensors)
+        source.close()
+    return config_from_gguf(files.metadata, tensors, files.rope_factors)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    tile: int
+    max_tiles: int
+    buckets: list[buckets.Bucket]
+
+    @classmethod
+    def choose(cls, config: EngineConfig, cfg: ModelConfig, defaults: Defaults) -> Sizes:
+        batch = config.max_batch_size or defaults.max_batch_size
+        tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
+        if tokens < batch:
+            raise ConfigError(
+                f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs one "
+                "token per step; raise the first or lower the second"
+            )
+        tile = min(defaults.tile, tokens)
+        max_tiles = -(-tokens // tile)
+        counts = None
+        if config.token_buckets:
+            counts = sorted({-(-n // tile) for n in config.token_buckets})
+        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts)
+        return cls(batch, tokens, tile, max_tiles, plan)
+
+
+def _pool_size(
+    config: EngineConfig,
+    cfg: ModelConfig,
+    functions: StepFunctions,
+    mesh: Mesh,
+    kv_dtype: np.dtype,
+    sizes: Sizes,
+    defaults: Defaults,
+) -> tuple[int, int]:
+    """Pages of the pool (the dummy page included) and the longest sequence."""
+    kv = config.kv_cache_config
+    page = kv.tokens_per_block
+    heads, _, width = functions.kv_shape(page)
+    page_bytes = 2 * cfg.num_layers * heads // axis_size(mesh, "heads") * page * width * kv_dtype.itemsize
+    longest = min(config.max_seq_len or cfg.max_position, cfg.max_position)
+    if config.max_seq_len is not None and config.max_seq_len > cfg.max_position:
+        raise ConfigError(
+            f"max_seq_len = {config.max_seq_len} is more than the model's context of {cfg.max_position} tokens; lower it"
+        )
+    limits = []
+    free = _free_bytes(mesh)
+    if free is not None:
+        limits.append(int(free * kv.free_gpu_memory_fraction) // page_bytes)
+    else:
+        limits.append(-(-max(defaults.kv_tokens, longest) // page))
+    if kv.max_tokens is not None:
+        # An explicit size wins over a guess, but not over what is there.
+        limits = [*(limits if free is not None else []), kv.max_tokens // page]
+    # More than every slot at its longest is of use to the prefix cache only.
+    pages = min(limits)
+    if free is None and kv.max_tokens is None:
+        pages = min(pages, -(-sizes.max_batch_size * longest // page))
+    if pages < 1:
+        raise ConfigError(
+            f"no room for the KV cache: a page of {page} tokens takes {page_bytes:,} bytes a device, and "
+            f"{0 if free is None else free:,} are free after the weights; use more devices or a smaller model"
+        )
+    capacity = pages * page
+    if config.max_seq_len is None and capacity < longest:
+        logger.warning("max_seq_len lowered from %d to %d, the size of the KV cache", longest, capacity)
+    return pages + 1, min(longest, capacity + 1)
+
+
+def _free_bytes(mesh: Mesh) -> int | None:
+    """Bytes free on the fullest device; None where the platform does not tell (CPU)."""
+    free = []
+    for device in mesh.local_devices:
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            return None
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    return min(free)
+
+
+def _end_tokens(cfg: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    if cfg.eos_token_ids:
+        return cfg.eos_token_ids
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    return () if end is None else (end,)
+
+
+def _dtype(name: str) -> type:
+    try:
+        return {"float32": np.float32, "bfloat16": jax.numpy.bfloat16, "float16": jax.numpy.bfloat16}[name]
+    except KeyError:
+        raise ConfigError(f"dtype {name!r} is not supported; use float32 or bfloat16") from None
+
+
+def _compile(runner: Runner, progress: bool) -> None:
+    from tqdm import tqdm
+
+    # Tracing holds the interpreter's lock, XLA does not: one worker more than cores keeps the cores busy.
+    with tqdm(desc="Compiling", unit=" programs", total=runner.num_programs, disable=None if progress else True) as bar:
+        runner.compile((os.cpu_count() or 1) + 1, lambda name: bar.update())
+
+
+def enable_compilation_cache(directory: str | None) -> None:
+    """Keeps compiled programs on disk: in `directory`, "" for none, None for ~/.cache/jaxllm/xla unless JAX has one."""
+    if directory == "" or (directory is None and getattr(jax.config, "jax_compilation_cache_dir", None)):
+        return
+    path = Path(directory).expanduser() if directory else Path("~/.cache/jaxllm/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

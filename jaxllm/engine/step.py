@@ -1,0 +1,52 @@
+"""What the scheduler decides for one step of the device, and what comes back from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxllm.engine.request import Sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens [start, stop) of a sequence, to be computed in one step; `samples`: a token is sampled after the last."""
+
+    seq: Sequence
+    start: int
+    stop: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of the device. Result rows: one per decode, then one per chunk (ignored unless it samples).
+
+    `positions[i]` is the position whose KV decode i writes; its input token is the last one sampled in its slot.
+    `started` are the sequences that got their slot in this step: the state of the slot has to be initialised.
+    Pack a step before calling the scheduler again: page lists change when a sequence is cancelled or preempted.
+    """
+
+    decodes: list[Sequence] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    prefills: list[Chunk] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Result rows of this step."""
+        return len(self.decodes) + len(self.prefills)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return len(self.decodes) + sum(chunk.stop - chunk.start for chunk in self.prefills)
+
+
+@dataclass(slots=True)
+class Event:
+    """A new token of a sequence, the result row it came from, and whether the sequence ended with it."""
+
+    seq: Sequence
+    token: int
+    finished: bool
+    row: int

@@ -1,0 +1,49 @@
+"""Attention of new tokens over paged keys and values: the first implementation that can do the job does it."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxllm.kernels.paged_attention import reference
+
+IMPLEMENTATIONS = (reference.paged_attention,)
+
+
+def paged_attention(
+    q_RQNH: jax.Array,
+    k_PKOH: jax.Array,
+    v_PKOH: jax.Array,
+    pages_RW: jax.Array,
+    positions_RQ: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of R rows of Q query tokens, each row over its own pages.
+
+    A row is one decoding request (Q = 1) or one tile of a prompt (Q > 1); both kinds go through the same function. The
+    keys and values of the query tokens themselves are already in the pages.
+
+    Args:
+      q_RQNH: queries, any float dtype; N is a multiple of K.
+      k_PKOH, v_PKOH: the page pools of one layer.
+      pages_RW: int32, the pages of each row in order of position; entries past a row's end are never attended.
+      positions_RQ: int32, absolute position of each query token, -1 for padding (whose output is undefined but finite).
+      scale: factor on q·k.
+      window: attend only to the last `window` positions, the query's own included; None for all.
+      softcap: scores become softcap * tanh(scores / softcap); None for none.
+
+    Returns:
+      out_RQNH in q's dtype, and lse_RQN float32: the log of the sum of exponentiated scores, so that results over
+      different parts of the context can be merged.
+    """
+    reasons = []
+    for implementation in IMPLEMENTATIONS:
+        try:
+            return implementation(
+                q_RQNH, k_PKOH, v_PKOH, pages_RW, positions_RQ, scale=scale, window=window, softcap=softcap
+            )
+        except NotImplementedError as reason:
+            reasons.append(f"{implementation.__module__}: {reason}")
+    raise NotImplementedError("no implementation of paged attention applies: " + "; ".join(reasons))

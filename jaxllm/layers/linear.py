@@ -1,0 +1,46 @@
+"""Matrix products with weights kept as checkpoints keep them, `[out, in]`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxllm.parallel.collectives import all_reduce
+from jaxllm.parallel.params import ParamSpec
+
+
+def param(spec: ParamSpec) -> nnx.Param:
+    """A parameter of the shape that `spec` declares. Modules are only built under `nnx.eval_shape`: no memory is used."""
+    return nnx.Param(jnp.zeros(spec.shape, spec.dtype), spec=spec)
+
+
+def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
+    """`x[..., D] @ weight.T`, accumulated in float32 and returned in x's dtype."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight_FD, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class ColumnLinear(nnx.Module):
+    """Output features split over the model axes: no communication."""
+
+    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
+        self.weight = param(weight)
+        self.bias = None if bias is None else param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RowLinear(nnx.Module):
+    """Input features split over the model axes: partial sums are added up by one all-reduce."""
+
+    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
+        self.weight = param(weight)
+        self.bias = None if bias is None else param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = all_reduce(matmul(x, self.weight[...]))
+        return y if self.bias is None else y + self.bias[...]

@@ -1,0 +1,51 @@
+"""The names that scripts import from `tensorrt_llm.llmapi`, for those that jaxllm has.
+
+Porting a script is changing the import: `from jaxllm.llmapi import LLM, SamplingParams, KvCacheConfig`. A name that
+stands for something jaxllm does not have yet says so when it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxllm.config import KvCacheConfig, SchedulerConfig
+from jaxllm.llm import LLM
+from jaxllm.mapping import CpType
+from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
+from jaxllm.sampling_params import SamplingParams
+
+# TensorRT-LLM calls the settings of an LLM by this name.
+from jaxllm.config import EngineConfig as LlmArgs  # isort: skip
+
+_NOT_SUPPORTED_YET = {
+    "AttentionDpConfig": "attention data parallelism",
+    "CacheTransceiverConfig": "disaggregated serving",
+    "CpConfig": "context parallelism",
+    "DisaggregatedParams": "disaggregated serving",
+    "DraftTargetDecodingConfig": "speculative decoding",
+    "EagleDecodingConfig": "speculative decoding",
+    "GuidedDecodingParams": "guided decoding",
+    "LoRARequest": "LoRA",
+    "MTPDecodingConfig": "speculative decoding",
+    "MoeConfig": "mixture-of-experts models",
+    "NGramDecodingConfig": "speculative decoding",
+    "QuantConfig": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "CpType",
+    "GenerationResult",
+    "KvCacheConfig",
+    "LlmArgs",
+    "RequestOutput",
+    "SamplingParams",
+    "SchedulerConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NOT_SUPPORTED_YET:
+        raise NotImplementedError(f"jaxllm.llmapi.{name}: {_NOT_SUPPORTED_YET[name]} is not supported yet")
+    raise AttributeError(f"module 'jaxllm.llmapi' has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""What the decoder needs to know of a model, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxllm.layers.rope import RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer. Sizes are the model's own, before any padding for parallelism."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None
+    """Rope of the sliding-window layers where it differs (Gemma 3)."""
+    layer_windows: tuple[int | None, ...] = ()
+    """Sliding window per layer in tokens, None for full attention; empty means full attention everywhere."""
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    attention_scale: float | None = None
+    """Factor on q·k; None means head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    post_norms: bool = False
+    """Norms after attention and after the MLP as well as before them (Gemma)."""
+    norm_offset: float = 0.0
+    """Added to norm weights at load time: 1.0 for Gemma, which stores them minus one."""
+    dtype: str = "float32"
+    """The checkpoint's own dtype."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return self.attention_scale if self.attention_scale is not None else self.head_dim**-0.5
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return self.layer_windows or (None,) * self.num_layers

@@ -1,0 +1,255 @@
+"""The decoder that every family shares, written for one rank of the mesh.
+
+Array names carry one letter per axis:
+
+    B requests        T tokens of a step    S tokens of context   R rows: decodes, then tiles   Q query tokens of a row
+    D model width     N query heads         K KV heads            G = N / K                     M = G * Q
+    H head width      F feed-forward width  V vocabulary          E experts                     X chosen experts
+    P pages           O slots in a page     W pages of a row
+
+The modules run inside `shard_map`: N, K, F and V are one rank's share there, and every collective stands at the line that
+needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.layers.attention import Attention, AttentionBatch, KVPages
+from jaxllm.layers.embedding import VocabTable
+from jaxllm.layers.linear import ColumnLinear, RowLinear
+from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.rope import RopeConfig, cos_sin
+from jaxllm.models.config import ModelConfig
+from jaxllm.parallel.heads import HeadLayout, ceil_div, split_segments
+from jaxllm.parallel.params import ParamSpec, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the model is cut: the number of model-parallel ranks and the dtype of weights and activations."""
+
+    ranks: int
+    dtype: np.dtype
+
+    def heads(self, cfg: ModelConfig) -> HeadLayout:
+        return HeadLayout.plan(cfg.num_heads, cfg.num_kv_heads, self.ranks)
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, index: int):
+        specs = _Specs(cfg, layout, f"model.layers.{index}.")
+        attention, mlp = "self_attn.", "mlp."
+        heads = layout.heads(cfg)
+
+        def post_norm(name: str) -> RMSNorm | None:
+            return RMSNorm(specs.norm(name, cfg.hidden_size), cfg.norm_eps) if cfg.post_norms else None
+
+        self.input_norm = RMSNorm(specs.norm("input_layernorm", cfg.hidden_size), cfg.norm_eps)
+        self.attention = Attention(
+            ColumnLinear(specs.qkv("weight"), specs.qkv("bias") if cfg.qkv_bias else None),
+            RowLinear(specs.attention_out(), specs.replicated(attention + "o_proj.bias") if cfg.o_bias else None),
+            heads,
+            head_dim=cfg.head_dim,
+            scale=cfg.scale,
+            window=cfg.windows[index],
+            softcap=cfg.attention_softcap,
+            q_norm=RMSNorm(specs.norm(attention + "q_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+            k_norm=RMSNorm(specs.norm(attention + "k_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+        )
+        self.mlp = GatedMLP(
+            ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
+            RowLinear(specs.down(), specs.replicated(mlp + "down_proj.bias") if cfg.mlp_bias else None),
+            cfg.activation,
+        )
+        # Gemma norms the output of each half too, and calls the norm before the MLP "pre_feedforward".
+        pre_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+        self.mlp_norm = RMSNorm(specs.norm(pre_mlp, cfg.hidden_size), cfg.norm_eps)
+        self.post_attention_norm = post_norm("post_attention_layernorm")
+        self.post_mlp_norm = post_norm("post_feedforward_layernorm")
+
+    def __call__(
+        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
+    ) -> tuple[jax.Array, KVPages]:
+        with jax.named_scope("attention"):
+            y, kv = self.attention(self.input_norm(x_TD), rope, kv, batch)
+            x_TD = x_TD + (y if self.post_attention_norm is None else self.post_attention_norm(y))
+        with jax.named_scope("mlp"):
+            y = self.mlp(self.mlp_norm(x_TD))
+            x_TD = x_TD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+        return x_TD, kv
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and output head."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout):
+        specs = _Specs(cfg, layout, "")
+        self.cfg = cfg
+        self.embed = VocabTable(specs.vocab("model.embed_tokens.weight"), cfg.vocab_size)
+        self.layers = nnx.List([Block(cfg, layout, i) for i in range(cfg.num_layers)])
+        self.norm = RMSNorm(specs.norm("model.norm", cfg.hidden_size), cfg.norm_eps)
+        self.head = None if cfg.tie_embeddings else VocabTable(specs.vocab("lm_head.weight"), cfg.vocab_size)
+
+    def __call__(
+        self, tokens_T: jax.Array, kv: list[KVPages], batch: AttentionBatch
+    ) -> tuple[jax.Array, list[KVPages]]:
+        """Final hidden states x_TD of a step's tokens, and the pages with their keys and values written."""
+        cfg = self.cfg
+        with jax.named_scope("embed"):
+            x_TD = self.embed.embed(tokens_T)
+            if cfg.embedding_scale != 1.0:
+                x_TD = x_TD * jnp.asarray(cfg.embedding_scale, x_TD.dtype)
+        ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
+        written = []
+        for layer, pages, window in zip(self.layers, kv, cfg.windows, strict=True):
+            config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
+            if config not in ropes:
+                ropes[config] = cos_sin(config, cfg.head_dim, batch.positions_T)
+            x_TD, pages = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
+            written.append(pages)
+        with jax.named_scope("final_norm"):
+            return self.norm(x_TD), written
+
+    def logits(self, x_RD: jax.Array) -> jax.Array:
+        """This rank's share of the float32 logits of final hidden states, [R, V / ranks]."""
+        with jax.named_scope("logits"):
+            return (self.head or self.embed).logits(x_RD, self.cfg.logit_softcap)
+
+
+@partial(jax.jit, static_argnums=0, inline=False)
+def _run_block(graph, state, x_TD, rope, kv, batch):  # type: ignore[no-untyped-def]
+    """One layer as a function of its weights: alike layers are traced and lowered once, and unrolled by XLA."""
+    return nnx.merge(graph, state)(x_TD, rope, kv, batch)
+
+
+def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:
+    """Every parameter of the model by its path, such as `layers.0.attention.qkv.weight`."""
+    return {path: variable.spec for path, variable in flat_variables(abstract(cfg, layout))}
+
+
+def abstract(cfg: ModelConfig, layout: Layout) -> Decoder:
+    """The model with shapes in place of arrays: no memory, no devices."""
+    return nnx.eval_shape(lambda: Decoder(cfg, layout))
+
+
+def flat_variables(model: Decoder) -> list[tuple[str, nnx.Variable]]:
+    """The model's parameters in a fixed order, each with its path."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return [(".".join(map(str, path)), variable) for path, variable in flat]
+
+
+def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that a checkpoint of this model must hold."""
+    q, kv, D, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.hidden_size, cfg.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, D),
+        "self_attn.k_proj.weight": (kv, D),
+        "self_attn.v_proj.weight": (kv, D),
+        "self_attn.o_proj.weight": (D, q),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
+    if cfg.qkv_bias:
+        layer |= {f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+    if cfg.o_bias:
+        layer["self_attn.o_proj.bias"] = (D,)
+    if cfg.mlp_bias:
+        layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
+    if cfg.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (cfg.head_dim,), "self_attn.k_norm.weight": (cfg.head_dim,)}
+    if cfg.post_norms:
+        layer |= {"pre_feedforward_layernorm.weight": (D,), "post_feedforward_layernorm.weight": (D,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (cfg.vocab_size, D), "model.norm.weight": (D,)}
+    for i in range(cfg.num_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    if not cfg.tie_embeddings:
+        shapes["lm_head.weight"] = (cfg.vocab_size, D)
+    return shapes
+
+
+class _Specs:
+    """Declares the parameters of one layer: which checkpoint rows each rank's part of a fused matrix consists of."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, prefix: str):
+        self.cfg = cfg
+        self.layout = layout
+        self.prefix = prefix
+        self.heads = layout.heads(cfg)
+
+    def _spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], segments: list[Segment], axis: int = 0):
+        merged: list[Segment] = []
+        for s in segments:
+            last = merged[-1] if merged else None
+            if last is not None and s.name is not None and last.name == s.name and last.stop == s.start:
+                merged[-1] = Segment(s.name, last.start, s.stop)
+            else:
+                merged.append(s)
+        return ParamSpec(shape, self.layout.dtype, axes, tuple(merged), axis)
+
+    def norm(self, name: str, size: int) -> ParamSpec:
+        segment = Segment(f"{self.prefix}{name}.weight", 0, size)
+        return ParamSpec((size,), np.dtype(np.float32), (None,), (segment,), offset=self.cfg.norm_offset)
+
+    def replicated(self, name: str) -> ParamSpec:
+        D = self.cfg.hidden_size
+        return self._spec((D,), (None,), [Segment(self.prefix + name, 0, D)])
+
+    def qkv(self, kind: str) -> ParamSpec:
+        """Each rank's rows are its query heads, then its key heads, then its value heads."""
+        names = {n: f"{self.prefix}self_attn.{n}_proj.{kind}" for n in "qkv"}
+        H = self.cfg.head_dim
+        segments: list[Segment] = []
+        for rank in range(self.layout.ranks):
+            segments += self.heads.q_segments(names["q"], rank, H)
+            segments += self.heads.kv_segments(names["k"], rank, H)
+            segments += self.heads.kv_segments(names["v"], rank, H)
+        return self._rows(
+            kind, self.layout.ranks * (self.heads.q_heads + 2 * self.heads.kv_heads) * H, "heads", segments
+        )
+
+    def attention_out(self) -> ParamSpec:
+        name, H = f"{self.prefix}self_attn.o_proj.weight", self.cfg.head_dim
+        segments = [s for rank in range(self.layout.ranks) for s in self.heads.q_segments(name, rank, H)]
+        columns = self.layout.ranks * self.heads.q_heads * H
+        return self._spec((self.cfg.hidden_size, columns), (None, "heads"), segments, axis=1)
+
+    def gate_up(self, kind: str) -> ParamSpec:
+        """Each rank's rows are its gate rows, then its up rows."""
+        ranks, F = self.layout.ranks, self.cfg.intermediate_size
+        segments = [
+            s
+            for rank in range(ranks)
+            for n in ("gate", "up")
+            for s in split_segments(f"{self.prefix}mlp.{n}_proj.{kind}", F, ranks, rank)
+        ]
+        return self._rows(kind, 2 * ranks * ceil_div(F, ranks), "ffn", segments)
+
+    def down(self) -> ParamSpec:
+        ranks, F = self.layout.ranks, self.cfg.intermediate_size
+        name = f"{self.prefix}mlp.down_proj.weight"
+        segments = [s for rank in range(ranks) for s in split_segments(name, F, ranks, rank)]
+        return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
+
+    def vocab(self, name: str) -> ParamSpec:
+        ranks, V = self.layout.ranks, self.cfg.vocab_size
+        segments = [s for rank in range(ranks) for s in split_segments(name, V, ranks, rank)]
+        return self._spec((ranks * ceil_div(V, ranks), self.cfg.hidden_size), ("vocab", None), segments)
+
+    def _rows(self, kind: str, rows: int, axis: str, segments: list[Segment]) -> ParamSpec:
+        """A matrix `[rows, D]` or its bias `[rows]`, split by rows."""
+        if kind == "bias":
+            return self._spec((rows,), (axis,), segments)
+        return self._spec((rows, self.cfg.hidden_size), (axis, None), segments)

@@ -1,0 +1,57 @@
+"""How one parameter of the model is declared: its shape, its logical axes, and the checkpoint rows that fill it.
+
+A parameter is often not one tensor of the checkpoint. Q, K and V are fused, heads are padded and replicated so that any
+tensor-parallel size works, and the vocabulary is rounded up. A `ParamSpec` says all of that as data, so that the loader
+needs no knowledge of any model: it reads, for each device, only the segments that this device owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows `[start, stop)` of checkpoint tensor `name` along the spec's `axis`; `name=None` means that many zeros."""
+
+    name: str | None
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter: `shape` is global and padded, `axes` names a logical axis (or None) per dimension.
+
+    The `segments`, laid end to end along dimension `axis`, cover it exactly. `offset` is added to every value read from
+    the checkpoint (Gemma stores its norm weights minus one), never to padding.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: tuple[str | None, ...]
+    segments: tuple[Segment, ...]
+    axis: int = 0
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape):
+            raise ValueError(f"axes {self.axes} do not match the shape {self.shape}")
+        covered = sum(s.size for s in self.segments)
+        if covered != self.shape[self.axis]:
+            raise ValueError(f"segments cover {covered} rows of {self.shape[self.axis]} along axis {self.axis}")
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def names(self) -> Iterable[str]:
+        """The checkpoint tensors that this parameter reads."""
+        return dict.fromkeys(s.name for s in self.segments if s.name is not None)

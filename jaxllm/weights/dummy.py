@@ -1,0 +1,98 @@
+"""Random weights (`load_format="dummy"`), made on the devices: for tests and benchmarks of models nobody downloaded.
+
+A value depends only on the seed, the checkpoint tensor and its row there, not on how the parameter is fused, padded or
+sharded, so that every layout of a dummy model computes the same function.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.parallel.mesh import sharding
+from jaxllm.parallel.params import ParamSpec
+
+
+def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> dict[str, jax.Array]:
+    """Parameters for `specs`, placed like those of a real checkpoint.
+
+    Norm weights are 1 (after the spec's offset), biases small, matrices uniform with variance 1 / fan-in, so that
+    activations and logits stay of order one at any depth. Padding is 0, as in a loaded model.
+    """
+    makers: dict[tuple[object, ...], jax.stages.Wrapped] = {}
+    params = {}
+    for path, spec in specs.items():
+        layout = sharding(mesh, spec.axes)
+        if len(spec.shape) == 1 and (spec.axes == (None,) or "norm" in path) and "bias" not in path:
+            make = partial(_ones, spec.shape, spec.dtype)
+            signature: tuple[object, ...] = ("ones", spec.shape, spec.dtype, spec.axes)
+            arguments: tuple[object, ...] = ()
+        else:
+            make = partial(_uniform, spec.shape, spec.dtype, spec.axis)
+            signature = ("uniform", spec.shape, spec.dtype, spec.axes, spec.axis)
+            arguments = (np.uint32(seed % 2**32), *_rows(spec), np.float32(_limit(path, spec)))
+        if signature not in makers:
+            makers[signature] = jax.jit(make, out_shardings=layout)
+        params[path] = makers[signature](*arguments)
+    return params
+
+
+def _rows(spec: ParamSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Per row along `spec.axis`: a number for its checkpoint tensor (0 for padding), and its row there."""
+    tensors, rows = np.zeros(spec.shape[spec.axis], np.uint32), np.zeros(spec.shape[spec.axis], np.uint32)
+    at = 0
+    for segment in spec.segments:
+        if segment.name is not None:
+            tensors[at : at + segment.size] = zlib.crc32(segment.name.encode()) or 1
+            rows[at : at + segment.size] = np.arange(segment.start, segment.stop)
+        at += segment.size
+    return tensors, rows
+
+
+def _limit(path: str, spec: ParamSpec) -> float:
+    """Half-width of the uniform distribution, from the fan-in of the unpadded tensor."""
+    if len(spec.shape) == 1 or "bias" in path:
+        return 0.02
+    fan_in = spec.shape[-1]
+    if spec.axis == len(spec.shape) - 1:
+        fan_in = max((s.stop for s in spec.segments if s.name is not None), default=1)
+    return float(np.sqrt(3.0 / fan_in))
+
+
+def _ones(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+def _uniform(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    axis: int,
+    seed: jax.Array,
+    tensors: jax.Array,
+    rows: jax.Array,
+    limit: jax.Array,
+) -> jax.Array:
+    others = shape[:axis] + shape[axis + 1 :]
+    columns = jnp.arange(np.prod(others, dtype=np.int64), dtype=jnp.uint32).reshape(others)
+    row_keys = _mix(_mix(_mix(tensors ^ seed) + rows)).reshape(-1, *[1] * len(others))
+    bits = _mix(row_keys ^ _mix(columns))
+    # 24 bits fit float32 exactly
+    values = ((bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1.0) * limit
+    values = jnp.where((tensors != 0).reshape(row_keys.shape), values, 0.0)
+    return jnp.moveaxis(values, 0, axis).astype(dtype)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijective 32-bit hash (https://github.com/skeeto/hash-prospector, lowbias32).
+
+    Far cheaper than jax.random, whose quality is of no use here: billions of values are made before anything runs.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,149 @@
+"""From a checkpoint to sharded arrays: each device's part of each parameter is read on its own, straight into place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.parallel.mesh import sharding
+from jaxllm.parallel.params import ParamSpec
+from jaxllm.weights.source import CheckpointError, Source, bounds, unreadable
+
+IGNORED = (
+    r"(^|\.)rotary_emb\.inv_freq$",  # older exports store the rope table
+    r"^(model\.)?(vision_tower|vision_model|multi_modal_projector)\.",  # the text model of a multimodal checkpoint
+)
+
+
+def load_params(
+    specs: Mapping[str, ParamSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Source,
+    mesh: Mesh,
+    *,
+    ignore: Sequence[str] = (),
+    progress: bool = False,
+) -> dict[str, jax.Array]:
+    """Reads every parameter of a model onto its devices.
+
+    Host memory beyond what the devices hold stays within a few times the largest parameter, whatever the model's size:
+    parameters in flight together are no larger than the largest one, and each device gets only its own slices.
+
+    Args:
+        specs: the parameters by path.
+        shapes: the shape that each checkpoint tensor must have, by its name.
+        source: the checkpoint; must stay open until this returns.
+        ignore: regular expressions (searched) of tensor names that may be in the checkpoint without being needed.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: tensors are missing, extra, misshaped, cut off or of a dtype without support; lists them all.
+    """
+    check(specs, shapes, source, ignore)
+    layouts = {path: sharding(mesh, spec.axes) for path, spec in specs.items()}
+    costs = {path: _host_bytes(spec, layouts[path]) for path, spec in specs.items()}
+    budget = max(costs.values(), default=0)
+    workers = min(4, os.cpu_count() or 1)
+    params: dict[str, jax.Array] = {}
+    pending: deque[tuple[str, Future[jax.Array]]] = deque()
+    in_flight = 0
+    with _bar(sum(costs.values()), progress) as bar, ThreadPoolExecutor(workers, "load") as pool:
+
+        def finish_oldest() -> int:
+            path, future = pending.popleft()
+            params[path] = future.result()
+            bar.update(costs[path])
+            return costs[path]
+
+        try:
+            for path, spec in specs.items():
+                while pending and (in_flight + costs[path] > budget or len(pending) > workers):
+                    in_flight -= finish_oldest()
+                pending.append((path, pool.submit(_load_one, spec, layouts[path], source)))
+                in_flight += costs[path]
+            while pending:
+                finish_oldest()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return params
+
+
+def check(
+    specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]], source: Source, ignore: Sequence[str] = ()
+) -> None:
+    """Compares the checkpoint with what the model needs, without reading data; see `load_params`."""
+    found = source.tensors
+    needed = dict.fromkeys([*shapes, *(name for spec in specs.values() for name in spec.names())])
+    ignored = re.compile("|".join(f"(?:{p})" for p in (*IGNORED, *ignore)))
+    problems = [f"{name}: missing (the model needs it)" for name in needed if name not in found]
+    problems += [f"{name}: unknown to this model" for name in found if name not in needed and not ignored.search(name)]
+    problems += [
+        f"{name}: shape {list(found[name].shape)}, but the model needs {list(shape)}"
+        for name, shape in shapes.items()
+        if name in found and found[name].shape != tuple(shape) and (found[name].shape or not found[name].problem)
+    ]
+    problems += unreadable(found, needed)
+    if problems:
+        raise CheckpointError(f"{source.name} does not fit the model", problems)
+
+
+def _host_bytes(spec: ParamSpec, layout: NamedSharding) -> int:
+    """Bytes that this process reads for the parameter: its distinct slices, each once."""
+    indices = layout.addressable_devices_indices_map(spec.shape).values()
+    shards = {bounds(i or (), spec.shape) for i in indices}
+    size = np.dtype(spec.dtype).itemsize
+    return sum(int(np.prod([b - a for a, b in shard])) * size for shard in shards)
+
+
+def _load_one(spec: ParamSpec, layout: NamedSharding, source: Source) -> jax.Array:
+    slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        # replicas ask for the same slice again
+        key = bounds(index or (), spec.shape)
+        if key not in slices:
+            slices[key] = read_slice(spec, key, source)
+        return slices[key]
+
+    array = jax.make_array_from_callback(spec.shape, layout, read)
+    # waiting here bounds the host copies that are alive
+    return array.block_until_ready()
+
+
+def read_slice(spec: ParamSpec, ranges: Sequence[tuple[int, int]], source: Source) -> np.ndarray:
+    """The part `ranges` ((start, stop) per dimension) of a parameter, in its dtype."""
+    start, stop = ranges[spec.axis]
+    before = [slice(a, b) for a, b in ranges[: spec.axis]]
+    after = [slice(a, b) for a, b in ranges[spec.axis + 1 :]]
+    out = np.empty([b - a for a, b in ranges], spec.dtype)
+    at = 0
+    for segment in spec.segments:
+        low, high = max(start, at), min(stop, at + segment.size)
+        if low < high:
+            target = out[(*[slice(None)] * spec.axis, slice(low - start, high - start))]
+            if segment.name is None:
+                target[...] = 0
+            else:
+                rows = slice(segment.start + low - at, segment.start + high - at)
+                values = source.read(segment.name, (*before, rows, *after))
+                if spec.offset:
+                    values = values.astype(np.float32) + np.float32(spec.offset)
+                if target.shape == out.shape and values.dtype == out.dtype:
+                    return values
+                target[...] = values
+        at += segment.size
+    return out
+
+
+def _bar(total: int, progress: bool):  # type: ignore[no-untyped-def]  # tqdm has no types
+    from tqdm import tqdm
+
+    # disable=None shows the bar on a terminal only
+    return tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if progress else True)

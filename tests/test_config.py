@@ -1,0 +1,117 @@
+"""Settings: what is refused, and that every refusal is one line that names the value and a way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jaxllm.config import ConfigError, EngineConfig, KvCacheConfig, SchedulerConfig, merge_settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_paralel_size": 2}, "unknown setting 'tensor_paralel_size'; did you mean 'tensor_parallel_size'"),
+        ({"kv_cache_config": {"max_token": 1}}, "of KvCacheConfig 'max_token'; did you mean 'max_tokens'"),
+        ({"qqqq": 1}, "the valid ones are batch_buckets"),
+        ({"dtype": "fp8"}, "dtype = 'fp8': must be 'auto'"),
+        ({"load_format": "fast"}, "load_format = 'fast'"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size = '2'"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size = True"),
+        ({"model": " "}, "model is empty"),
+        ({"max_seq_len": 1}, "max_seq_len = 1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism is not supported yet"),
+        ({"context_parallel_size": 4}, "context parallelism is not supported yet"),
+        ({"moe_expert_parallel_size": 2}, "expert parallelism is not supported yet"),
+        ({"cp_config": {"cp_type": "RING"}}, "context parallelism is not supported yet"),
+        ({"enable_attention_dp": True}, "attention data parallelism is not supported yet"),
+        ({"orchestrator_type": "ray"}, "orchestrator_type = 'ray'"),
+        ({"max_batch_size": 8, "max_num_tokens": 4}, "max_num_tokens = 4 is less than max_batch_size = 8"),
+        ({"max_batch_size": 8, "batch_buckets": [1, 4]}, "batch_buckets end at 4"),
+        ({"batch_buckets": [4, 1]}, "ascending"),
+        ({"token_buckets": []}, "positive"),
+        ({"skip_tokenizer_init": True, "tokenizer": "x"}, "contradicts"),
+        ({"kv_cache_config": {"tokens_per_block": 48}}, "power of two, for example 64"),
+        ({"kv_cache_config": {"free_gpu_memory_fraction": 1.5}}, "free_gpu_memory_fraction = 1.5"),
+        ({"kv_cache_config": {"free_gpu_memory_fraction": float("nan")}}, "free_gpu_memory_fraction = nan"),
+        ({"kv_cache_config": {"max_tokens": 8}}, "less than one page"),
+        ({"kv_cache_config": 7}, "kv_cache_config = 7"),
+        ({"scheduler_config": {"capacity_scheduler_policy": "STATIC_BATCH"}}, "STATIC_BATCH"),
+        ({"pytorch_backend_config": {"x": 1}}, "only 'enable_overlap_scheduler'"),
+        (
+            {"pytorch_backend_config": {"enable_overlap_scheduler": True}, "disable_overlap_scheduler": True},
+            "contradicts",
+        ),
+    ],
+)
+def test_refused_in_one_line(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{"model": "m"} | settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+def test_all_problems_are_named():
+    with pytest.raises(ConfigError, match=r"dtype.*max_batch_size"):
+        EngineConfig(model="m", dtype="fp8", max_batch_size=0)
+    with pytest.raises(ConfigError, match="'model'"):
+        EngineConfig()
+
+
+def test_accepted_forms():
+    config = EngineConfig(
+        model=Path("/m"),
+        kv_cache_config=KvCacheConfig(max_tokens=64),
+        scheduler_config={"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+        moe_expert_parallel_size=1,
+        orchestrator_type=None,
+        enable_attention_dp=False,
+        trust_remote_code=False,
+    )
+    assert config.model == "/m" and config.kv_cache_config.max_tokens == 64
+    assert config.scheduler_config == SchedulerConfig(capacity_scheduler_policy="GUARANTEED_NO_EVICT")
+    assert EngineConfig(model="m", kv_cache_config=None).kv_cache_config == KvCacheConfig()
+
+
+def test_overlap_in_the_older_spelling():
+    for enabled in (True, False):
+        config = EngineConfig(model="m", pytorch_backend_config={"enable_overlap_scheduler": enabled})
+        assert config.disable_overlap_scheduler is not enabled
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "config.yml"
+    file.write_text("model: m\nkv_cache_config:\n  free_gpu_memory_fraction: 0.95\n  tokens_per_block: 16\n")
+    config = EngineConfig.from_yaml(file, max_batch_size=4, kv_cache_config={"tokens_per_block": 64})
+    assert config.max_batch_size == 4
+    assert config.kv_cache_config == KvCacheConfig(free_gpu_memory_fraction=0.95, tokens_per_block=64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "must hold settings"),
+        ("1: 2\n", "must hold settings"),
+        ("a: [1\n", "not valid YAML"),
+        ("model: m\nbatchsize: 3\n", "unknown setting 'batchsize'"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (None, "cannot read the config file"),
+    ],
+)
+def test_bad_yaml(tmp_path, content, message):
+    file = tmp_path / "config.yml"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_yaml(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_merge_keeps_what_is_not_overridden():
+    merged = merge_settings({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": 4})
+    assert merged == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxllm.parallel.params import ParamSpec, Segment
+from jaxllm.weights.load import load_params
+from jaxllm.weights.source import CheckpointError, TensorInfo
+
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+RNG = np.random.default_rng(0)
+ARRAYS: dict[str, np.ndarray] = {
+    "q": RNG.normal(size=(12, 16)).astype(F32),
+    "k": RNG.normal(size=(4, 16)).astype(F32),
+    "v": RNG.normal(size=(4, 16)).astype(F32),
+    "o": RNG.normal(size=(16, 12)).astype(F32),
+    "norm": RNG.normal(size=(16,)).astype(BF16),
+    "up": RNG.normal(size=(32, 16)).astype(BF16),
+}
+SHAPES = {n: a.shape for n, a in ARRAYS.items()}
+
+
+def fused_specs(tp: int, dtype: np.dtype = F32) -> dict[str, ParamSpec]:
+    """Heads of 4 rows: 3 query heads padded to a multiple of tp, one KV head replicated for each shard."""
+    heads = -(-3 // tp) * tp
+    qkv, o = [], []
+    for shard in range(tp):
+        for head in range(shard * heads // tp, (shard + 1) * heads // tp):
+            qkv.append(Segment("q" if head < 3 else None, head * 4 % 12, head * 4 % 12 + 4))
+            o.append(qkv[-1])
+        qkv += [Segment("k", 0, 4), Segment("v", 0, 4)]
+    o = [Segment(s.name and "o", s.start, s.stop) for s in o]
+    return {
+        "qkv": ParamSpec((sum(s.size for s in qkv), 16), dtype, ("heads", None), tuple(qkv)),
+        "o": ParamSpec((16, sum(s.size for s in o)), dtype, (None, "heads"), tuple(o), axis=1),
+        "norm": ParamSpec((16,), F32, (None,), (Segment("norm", 0, 16),), offset=1.0),
+        "up": ParamSpec((32, 16), dtype, ("ffn", None), (Segment("up", 0, 32),)),
+    }
+
+
+def build(spec: ParamSpec) -> np.ndarray:
+    """The plain way: every segment whole, laid end to end."""
+    parts = []
+    for s in spec.segments:
+        shape = [s.size if i == spec.axis else n for i, n in enumerate(spec.shape)]
+        index = [slice(None)] * len(spec.shape)
+        index[spec.axis] = slice(s.start, s.stop)
+        part = np.zeros(shape, F32) if s.name is None else ARRAYS[s.name][tuple(index)].astype(F32) + spec.offset
+        parts.append(part.astype(spec.dtype))
+    return np.concatenate(parts, spec.axis)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
+def test_every_layout(memory_source: Any, mesh_of: Callable[[int], Mesh], tp: int, dtype: np.dtype) -> None:
+    if tp == 3:
+        shapes_that_divide = {"qkv", "o", "norm"}
+    else:
+        shapes_that_divide = {"qkv", "o", "norm", "up"}
+    specs = {k: v for k, v in fused_specs(tp, dtype).items() if k in shapes_that_divide}
+    source = memory_source({n: ARRAYS[n] for spec in specs.values() for n in spec.names()})
+    mesh = mesh_of(tp)
+    params = load_params(specs, {n: SHAPES[n] for n in source.arrays}, source, mesh)
+    assert set(params) == set(specs)
+    for path, spec in specs.items():
+        assert params[path].dtype == spec.dtype and params[path].shape == spec.shape
+        assert len(params[path].sharding.device_set) == tp
+        np.testing.assert_array_equal(np.asarray(params[path]), build(spec))
+        for shard in params[path].addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), build(spec)[shard.index])
+
+
+def test_reads_no_more_than_the_devices_hold(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
+    specs = fused_specs(4)
+    source = memory_source(ARRAYS)
+    load_params(specs, SHAPES, source, mesh_of(4))
+    # the norm is replicated on four devices, and still read once
+    rows = sum(s.size for s in specs["qkv"].segments if s.name) + 12
+    assert source.bytes_read == rows * 16 * 4 + ARRAYS["norm"].nbytes + ARRAYS["up"].nbytes
+    assert max(i[0].stop - i[0].start for n, i in source.reads if n == "up") == 8
+
+
+def test_all_problems_in_one_error(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
+    source = memory_source({**ARRAYS, "surplus": ARRAYS["o"], "rotary_emb.inv_freq": ARRAYS["norm"]})
+    del source.tensors["k"]
+    source.tensors["v"] = TensorInfo((5, 16), F32, 320)
+    source.tensors["up"] = TensorInfo((32, 16), BF16, 1024, "cut off: ends at byte 9 of a file of 8")
+    with pytest.raises(CheckpointError) as caught:
+        load_params(fused_specs(1), SHAPES, source, mesh_of(1))
+    assert caught.value.problems == [
+        "k: missing (the model needs it)",
+        "surplus: unknown to this model",
+        "v: shape [5, 16], but the model needs [4, 16]",
+        "up: cut off: ends at byte 9 of a file of 8",
+    ]
+    assert "memory does not fit the model: 4 problems" in str(caught.value)
+    assert not source.reads
+
+
+def test_ignored_tensors(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
+    source = memory_source({**ARRAYS, "surplus": ARRAYS["o"]})
+    assert load_params(fused_specs(1), SHAPES, source, mesh_of(1), ignore=(r"^surplus$",))
+    with pytest.raises(CheckpointError, match="surplus: unknown"):
+        load_params(fused_specs(1), SHAPES, source, mesh_of(1), ignore=(r"^other$",))
+
+
+def test_an_error_while_reading_gets_out(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
+    class Failing(memory_source):  # type: ignore[misc]
+        def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+            if name == "o":
+                raise CheckpointError("file", "o: gone")
+            return super().read(name, index)
+
+    with pytest.raises(CheckpointError, match="o: gone"):
+        load_params(fused_specs(2), SHAPES, Failing(ARRAYS), mesh_of(2))
+
+
+def test_progress_needs_no_terminal(memory_source: Any, mesh_of: Callable[[int], Mesh], capsys: Any) -> None:
+    load_params(fused_specs(1), SHAPES, memory_source(ARRAYS), mesh_of(1), progress=True)
+    assert capsys.readouterr().err == ""
+
+
+_PEAK = """
+import sys, resource
+import jax, numpy as np, ml_dtypes
+from safetensors.numpy import save_file
+from jaxllm.mapping import Mapping
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.params import ParamSpec, Segment
+from jaxllm.weights.load import load_params
+from jaxllm.weights.safetensors import SafetensorsSource
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+tensors, rows, columns, path = 32, 2048, 1024, sys.argv[1]
+names = [f"t{i}" for i in range(tensors)]
+bf16 = np.dtype(ml_dtypes.bfloat16)
+specs = {n: ParamSpec((rows, columns), bf16, ("ffn", None), (Segment(n, 0, rows),)) for n in names}
+shapes = {n: (rows, columns) for n in names}
+mesh = make_mesh(Mapping())
+jax.block_until_ready(jax.numpy.ones((rows, columns), bf16) + 1)
+source = SafetensorsSource([path])
+before = peak()
+params = load_params(specs, shapes, source, mesh)
+growth = peak() - before
+total = sum(p.nbytes for p in params.values())
+print((growth - total) / (rows * columns * 4), growth / total)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_host_memory_is_bounded_by_the_largest_tensor(tmp_path: Any) -> None:
+    """A float32 checkpoint of 256 MB, loaded as bfloat16: on top of the 128 MB of parameters (on a CPU the host holds
+    those too) there may be a few tensors of 8 MB, not the file's pages and not a copy of the model."""
+    from safetensors.numpy import save_file
+
+    save_file({f"t{i}": np.full((2048, 1024), i, np.float32) for i in range(32)}, tmp_path / "m.safetensors")
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "m.safetensors")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    extra_tensors = float(out.split()[0])
+    assert extra_tensors < 6, f"{extra_tensors:.1f} tensors of extra memory"
+
+
+def test_params_do_not_alias_the_checkpoint(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
+    source = memory_source({"up": ARRAYS["up"].copy()})
+    specs = {"up": ParamSpec((32, 16), BF16, ("ffn", None), (Segment("up", 0, 32),))}
+    params = load_params(specs, {"up": (32, 16)}, source, mesh_of(1))
+    source.arrays["up"][...] = 0
+    np.testing.assert_array_equal(np.asarray(params["up"]), ARRAYS["up"])
+    assert isinstance(params["up"], jax.Array)
