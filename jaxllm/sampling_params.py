@@ -241,11 +241,10 @@ class SamplingParams:
         A string is encoded as it is and with a leading space, because it has other tokens inside a text than at its
         start. `encode` maps text to ids without special tokens; None (no tokenizer) is an error if `bad` is set.
         """
-        sequences = [(int(token),) for token in self.bad_token_ids or ()]
-        if self.bad_strings and encode is None:
-            raise SamplingParamsError("bad words need a tokenizer, and this engine has none: use bad_token_ids")
+        sequences: list[tuple[int, ...]] = [(int(token),) for token in self.bad_token_ids or ()]
         for text in self.bad_strings:
-            assert encode is not None
+            if encode is None:
+                raise SamplingParamsError("bad words need a tokenizer, and this engine has none: use bad_token_ids")
             sequences.append(tuple(encode(text)))
             sequences.append(tuple(encode(" " + text.lstrip())))
         return [sequence for sequence in dict.fromkeys(sequences) if sequence]

@@ -23,7 +23,7 @@ from jaxllm.engine.request import FinishReason, Request, Sequence, Update
 from jaxllm.engine.results import ResultMaker
 from jaxllm.engine.runner import InFlight
 from jaxllm.engine.start import Started, start
-from jaxllm.engine.step import Step
+from jaxllm.engine.step import Event, Step
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Engine:
             else:
                 self._overlap_loop()
             death: Exception = EngineDeadError("the engine was shut down")
-        except Exception as error:
+        except BaseException as error:  # whatever ends this thread, nobody may be left waiting
             logger.exception("the engine failed")
             death = EngineDeadError(f"the engine failed: {error}")
             death.__cause__ = error
@@ -135,7 +135,8 @@ class Engine:
             self._death = death
             pending, self._requests = list(self._requests.values()), {}
         for request in pending:
-            self._notify_all(request, FinishReason.ERROR, death)
+            self._fail(request, death)
+        self._runner.release()
 
     def _plain_loop(self) -> None:
         while self._take_requests(wait=True):
@@ -166,16 +167,17 @@ class Engine:
                 self._add(item)
             elif item in self._requests:
                 request = self._requests[item]
-                self._scheduler.abort(request)
-                self._forget(request)
-                self._notify_all(request, FinishReason.CANCELLED)
+                self._drop(request)
+                for seq in request.sequences:
+                    if seq.finish_reason is FinishReason.CANCELLED:
+                        self._notify(request, Update(seq.index, [], finish_reason=FinishReason.CANCELLED))
 
     def _add(self, request: Request) -> None:
         try:
             self._scheduler.add(request)
         except ValueError as error:
             self._forget(request)
-            self._notify_all(request, FinishReason.ERROR, error)
+            self._fail(request, error)
         else:
             self._results.open(request)
             self._counts["requests"] += 1
@@ -210,17 +212,38 @@ class Engine:
         self._results.add_prompt_logprobs(flight)
         events = self._scheduler.update(flight.step, tokens)
         self._counts["output_tokens"] += len(events)
+        ended: list[Request] = []
         for event in events:
-            seq = event.seq
-            update = self._results.make(event, flight)
-            if update.finish_reason is not None and not event.finished:
-                self._scheduler.finish(seq, update.finish_reason, update.stop_reason)
-            request = seq.request
-            if update.finish_reason is not None and request.finished:
-                self._forget(request)
-            if request.on_update is not None:
-                request.on_update(update)
+            request = event.seq.request
+            if request.request_id not in self._requests:
+                continue  # dropped because of a sibling's event
+            self._deliver(event, flight)
+            if request.finished:
+                ended.append(request)
+        # Not before all events: sequences of one request may end in the same step.
+        for request in ended:
+            self._forget(request)
         self._seconds["update"] += time.perf_counter() - arrived
+
+    def _deliver(self, event: Event, flight: InFlight) -> None:
+        """Tells the owner of a sequence about a token. What goes wrong with one request ends that request only."""
+        request = event.seq.request
+        try:
+            update = self._results.make(event, flight)
+        except Exception as error:
+            logger.exception("request %d failed", request.request_id)
+            self._drop(request)
+            self._fail(request, error)
+            return
+        if update.finish_reason is not None and not event.finished:
+            self._scheduler.finish(event.seq, update.finish_reason, update.stop_reason)
+        if not self._notify(request, update):
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        """Takes a request out of the engine; its pages are free at once."""
+        self._scheduler.abort(request)
+        self._forget(request)
 
     def _forget(self, request: Request) -> None:
         self._results.close(request)
@@ -228,8 +251,18 @@ class Engine:
             self._requests.pop(request.request_id, None)
             self._bad.pop(request.request_id, None)
 
-    def _notify_all(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
-        """Ends every sequence that its owner still waits for."""
-        for seq in request.sequences:
-            if request.on_update is not None and (seq.finish_reason in (None, FinishReason.CANCELLED)):
-                request.on_update(Update(seq.index, [], finish_reason=reason, error=error))
+    def _notify(self, request: Request, update: Update) -> bool:
+        """Calls the owner back; False when the callback failed. It is logged, and not called again."""
+        if request.on_update is None:
+            return True
+        try:
+            request.on_update(update)
+        except Exception:
+            logger.exception("the callback of request %d failed; the request is dropped", request.request_id)
+            request.on_update = None
+            return False
+        return True
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Ends a request with an error; one update is for all of its sequences."""
+        self._notify(request, Update(0, [], finish_reason=FinishReason.ERROR, error=error))

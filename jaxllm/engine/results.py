@@ -40,6 +40,15 @@ class _StopWatch:
         self.text = self.text[: at + len(stop) if self.keep_stop else at]
         return stop
 
+    def safe_text(self) -> str:
+        """The text without an end that may turn out to be the beginning of a stop string, and be cut."""
+        if self.keep_stop:
+            return self.text
+        for at in range(max(0, len(self.text) - max(map(len, self.stops)) + 1), len(self.text)):
+            if any(stop.startswith(self.text[at:]) for stop in self.stops):
+                return self.text[:at]
+        return self.text
+
 
 @dataclass(slots=True)
 class _Open:
@@ -49,7 +58,7 @@ class _Open:
     num_prompt_logprobs: int | None
     watches: list[_StopWatch] = field(default_factory=list)
     prompt: PromptList = field(default_factory=list)
-    prompt_sent: bool = False
+    prompt_sent: set[int] = field(default_factory=set)
 
 
 class ResultMaker:
@@ -87,8 +96,8 @@ class ResultMaker:
         if entry.num_logprobs is not None and flight.sampled is not None:
             row = int(flight.packed.rows[event.row])
             update.logprobs = [_row_logprobs(_on_host(flight), row, event.token, entry.num_logprobs)]
-        if entry.num_prompt_logprobs is not None and not entry.prompt_sent:
-            entry.prompt_sent = True
+        if entry.num_prompt_logprobs is not None and seq.index not in entry.prompt_sent:
+            entry.prompt_sent.add(seq.index)
             update.prompt_logprobs = entry.prompt
         if entry.watches:
             watch = entry.watches[seq.index]
@@ -99,7 +108,7 @@ class ResultMaker:
                 update.finish_reason, update.stop_reason = FinishReason.STOP, found
             elif event.finished:
                 watch.text += watch.decoder.flush()
-            update.text = watch.text
+            update.text = watch.text if update.finish_reason is not None else watch.safe_text()
         return update
 
     def add_prompt_logprobs(self, flight: InFlight) -> None:

@@ -201,6 +201,11 @@ class Runner:
         jitted = jax.jit(self.functions.token_logprobs(MAX_LOGPROBS), out_shardings=self._replicated)
         return jitted.lower(self._abstract(self._head), hidden, tokens).compile()
 
+    def release(self) -> None:
+        """Gives the device memory of weights and pages back; nothing can be launched afterwards."""
+        self._weights, self._kv, self._programs = [], [], {}
+        del self._head, self._penalties, self._last_token
+
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def launch(self, step: Step) -> InFlight:

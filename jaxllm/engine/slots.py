@@ -21,6 +21,9 @@ MAX_BIASED_TOKENS = 1024
 SMALL_BIAS = 1024
 """Bias entries of a whole step that the smaller of the two complete variants has room for."""
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+"""Beyond these a temperature or its inverse is not a float32 number; the token is the same as at the bound."""
+
 
 class Variant(Enum):
     """The compiled forms of the sampler."""
@@ -77,12 +80,16 @@ class SlotTable:
     """Sampling parameters by slot; the last slot is spare and stays neutral.
 
     encode: text to token ids without special tokens, for bad words; None without a tokenizer.
+    num_ends: end tokens of the model, which min_tokens holds back.
     """
 
-    def __init__(self, max_batch_size: int, seed: int, encode: Callable[[str], Iterable[int]] | None):
+    def __init__(
+        self, max_batch_size: int, seed: int, encode: Callable[[str], Iterable[int]] | None, num_ends: int = 1
+    ):
         self.spare = max_batch_size
         self._seed = seed
         self._encode = encode
+        self._num_ends = max(1, num_ends)
         self._values: dict[str, np.ndarray] = {
             name: np.full(max_batch_size + 1, _NEUTRAL.get(name, 0), dtype) for name, dtype in _FIELDS.items()
         }
@@ -92,7 +99,7 @@ class SlotTable:
         """The bad sequences of a request. Raises SamplingParamsError when its parameters cannot be served."""
         params.check_token_ids(vocab_size)
         bad = params.bad_sequences(self._encode)
-        count = len(params.logit_bias or {}) + len(bad) + len(params.stop_token_ids or ()) + 1
+        count = len(params.logit_bias or {}) + len(bad) + len(params.stop_token_ids or ()) + self._num_ends
         if count > MAX_BIASED_TOKENS:
             raise SamplingParamsError(
                 f"logit_bias, bad words and stop tokens name {count} tokens, but a request may change the logits of "
@@ -105,7 +112,8 @@ class SlotTable:
         params: SamplingParams = seq.request.params  # type: ignore[assignment]
         slot, v = seq.slot, self._values
         seed = params.seed if params.seed is not None else self._seed + 0x9E3779B9 * (seq.request.request_id + 1)
-        v["temperature"][slot] = params.device_temperature
+        temperature = params.device_temperature
+        v["temperature"][slot] = min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) if temperature else 0.0
         v["top_k"][slot] = min(params.top_k or 0, np.iinfo(np.int32).max)
         v["top_p"][slot] = 1.0 if params.top_p is None else params.top_p
         v["min_p"][slot] = params.min_p or 0.0

@@ -115,6 +115,7 @@ def start(config: EngineConfig) -> Started:
             sizes.max_batch_size,
             config.seed,
             None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+            len(_end_tokens(cfg, tokenizer)),
         )
         runner = Runner(
             functions,

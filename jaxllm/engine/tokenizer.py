@@ -106,8 +106,11 @@ class Tokenizer:
         """
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text is not valid Unicode at character {error.start} (a lone surrogate)") from error
+        except (UnicodeEncodeError, TypeError):  # which of the two depends on the version of tokenizers
+            bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise ValueError(f"the text is not valid Unicode: lone surrogate at character {bad}, remove it") from None
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

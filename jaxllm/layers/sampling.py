@@ -31,7 +31,7 @@ _BLOCK = 128  # L: one cache line row on CPU, one warp row on GPU; common vocabu
 _CANDIDATE_BLOCKS = 48  # C: holds any top-k up to 48, and most nuclei
 _MAX_COUNT = (1 << 14) - 1  # largest output count that PenaltyState holds
 _ONE_BITS = 0x3F800000  # bit pattern of 1.0, the largest value of e
-_LIGHT_BITS = 0x33000000  # bit pattern of 2**-25: anything smaller weighs 0, because no scale exceeds 2**24
+_LIGHT_BITS = 0x2F800000  # bit pattern of 2**-32: anything smaller weighs 0, because no scale exceeds 2**31
 _GROUP_ELEMENTS = 400_000  # logits handled at a time on a CPU: 1.6 MB, within a core's second-level cache
 _WEIGHT_BUDGET = 2130706432.0  # 127/128 of 2**31: room for rounding each weight up
 
@@ -173,10 +173,12 @@ def _in_groups(rows: Callable[..., SampleOutput], logits_RV: Array, batch: Sampl
         def cut(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, start, size)
 
-        bias = {name: getattr(batch, name) for name in ("bias_token", "bias_value")}
-        local_row = batch.bias_row - start
-        part = jax.tree.map(cut, batch.replace(bias_row=None, bias_token=None, bias_value=None))
-        part = part.replace(bias_row=jnp.where(batch.bias_row < 0, size, local_row), **bias)
+        part = SamplingBatch(
+            **{name: cut(value) for name, value in vars(batch).items() if not name.startswith("bias_")},
+            bias_row=jnp.where(batch.bias_row < 0, size, batch.bias_row - start),
+            bias_token=batch.bias_token,
+            bias_value=batch.bias_value,
+        )
         return rows(cut(logits_RV), part)
 
     output = lax.map(group, jnp.arange(0, num_rows, size))
@@ -286,10 +288,7 @@ def _choose(logits_RNL: Array, batch: SamplingBatch) -> Array:
         top_R = _finite(jnp.max(block_max_RN, -1))
         e_RNL = jnp.exp((_clean(logits_RNL) - top_R[:, None, None]) * inverse_R[:, None, None])
         e_RNL = lax.optimization_barrier(e_RNL)  # every use must see the same bits
-        # No block weighs more than L times its largest, which bounds the total; in fixed point, so that it is exact.
-        bound_RN = jnp.exp((block_max_RN - top_R[:, None]) * inverse_R[:, None])
-        bound_R = jnp.sum((bound_RN * 65536.0).astype(jnp.int32) + 1, -1)
-        scale_R = (_WEIGHT_BUDGET * 65536.0 / _BLOCK) / bound_R.astype(jnp.float32)
+        scale_R = _weight_scale(e_RNL)
         top_k = jnp.where(draws_R, batch.top_k, 0)
         top_p = jnp.where(draws_R, batch.top_p, 1.0)
         threshold_R = lax.cond(
@@ -313,6 +312,17 @@ def _random_bits(seed_R: Array, position_R: Array) -> Array:
         return jax.random.bits(key, (), jnp.uint32)
 
     return jax.vmap(one)(seed_R, position_R)
+
+
+def _weight_scale(e_RNL: Array) -> Array:
+    """f32 [R]: the scale that spreads a row's weights over nearly all of 31 bits, from exact integer sums."""
+    # No block weighs more than L times its largest token: a safe scale, good enough to weigh the row once.
+    largest_RN = jnp.max(e_RNL, -1)
+    bound_R = jnp.sum((largest_RN * 65536.0).astype(jnp.int32) + 1, -1).astype(jnp.float32)
+    safe_R = (_WEIGHT_BUDGET * 65536.0 / _BLOCK) / bound_R
+    total_R = jnp.sum(_weights(e_RNL, safe_R, jnp.zeros_like(safe_R, jnp.int32)), (-1, -2)).astype(jnp.float32)
+    lost = 0.5 * e_RNL.shape[1] * _BLOCK  # the most that rounding can have taken away
+    return jnp.minimum(safe_R * (_WEIGHT_BUDGET / (total_R + lost)), _WEIGHT_BUDGET)
 
 
 def _weights(e: Array, scale_R: Array, threshold_R: Array) -> Array:
@@ -399,7 +409,7 @@ def _bisect(
     """
 
     def is_open(low: Array, high: Array, at_low: Array, at_high: Array) -> Array:
-        one_left = (least(low) > 0) & (at_low - at_high < 2 * least(low))
+        one_left = (least(low) > 0) & (at_low - at_high - least(low) < least(low))  # 2 * least might overflow
         return todo_R & (high - low > 1) & ~one_left
 
     def halve(bounds: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:

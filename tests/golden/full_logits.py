@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.buckets import Bucket
-from jaxllm.engine.step import KV_AXES, StepFunctions
+from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.mapping import Mapping
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Layout, checkpoint_shapes

@@ -80,9 +80,7 @@ def kept_by_device(logits, temperature, top_k, top_p):
         blocks = sampling._in_blocks(x, x.shape[1])
         top = blocks.max((1, 2))
         e = jnp.exp((blocks - top[:, None, None]) / temperature[:, None, None])
-        bound = jnp.sum((jnp.max(e, -1) * 65536).astype(jnp.int32) + 1, -1)
-        scale = sampling._WEIGHT_BUDGET * 65536 / sampling._BLOCK / bound
-        threshold = sampling._top_k_top_p(e, scale, top_k, top_p)
+        threshold = sampling._top_k_top_p(e, sampling._weight_scale(e), top_k, top_p)
         kept = jax.lax.bitcast_convert_type(e, jnp.int32) >= threshold[:, None, None]
         return kept.reshape(x.shape[0], -1)[:, : x.shape[1]]
 
@@ -129,13 +127,12 @@ def test_top_k_one_is_greedy_even_when_tokens_nearly_tie():
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize(
     ("top_k", "top_p"),
-    [(1, 1.0), (5, 1.0), (50, 1.0), (300, 1.0), (4000, 1.0), (0, 0.1), (0, 0.5), (0, 0.9), (0, 0.999), (50, 0.9)]
-    + [(2000, 0.5), (10**6, 0.7)],
+    [(1, 1), (5, 1), (50, 1), (300, 1), (4000, 1), (0, 0.1), (0, 0.5), (0, 0.9), (0, 0.999), (50, 0.9), (2000, 0.5)],
 )
 def test_kept_set_equals_the_sorted_reference(spread, top_k, top_p):
     """9,000 tokens are more than the candidate blocks, so both the near and the far search run.
 
-    The device works in f32 and in integer weights: tokens lighter than 2**-25 of the likeliest are never kept,
+    The device works in f32 and in integer weights: tokens lighter than 2**-32 of the likeliest are never kept,
     probabilities that differ by less than 1e-6 of themselves tie, and shares are p to 1e-5.
     """
     logits = logits_like((8, 9000), spread, seed=3)
@@ -143,7 +140,7 @@ def test_kept_set_equals_the_sorted_reference(spread, top_k, top_p):
     for row in range(8):
         p = np.exp(log_softmax(logits[row].astype(np.float64) / 0.8))
         ordered = np.sort(p)[::-1]
-        heavy = p > ordered[0] * 2.0**-25 * (1 + 1e-5)
+        heavy = p > ordered[0] * 2.0**-32 * (1 + 1e-5)
         least = p[kept[row]].min()
         np.testing.assert_array_equal(kept[row] & heavy, (p >= least) & heavy)  # nothing likelier was left out
         clearly_above = p > least * (1 + 1e-6)
@@ -152,7 +149,7 @@ def test_kept_set_equals_the_sorted_reference(spread, top_k, top_p):
             assert clearly_above.sum() < top_k
             if top_p == 1:
                 np.testing.assert_array_equal(kept[row][heavy], (p >= min(limit, least))[heavy])
-                assert least <= limit * (1 + 1e-6) or limit < ordered[0] * 2.0**-24
+                assert least <= limit * (1 + 1e-6) or limit < ordered[0] * 2.0**-31
             p = np.where(p >= limit, p, 0)
             p /= p.sum()
         if top_p < 1:
@@ -246,6 +243,22 @@ def test_positions_of_one_sequence_get_independent_draws():
     assert ((observed - 50) ** 2 / 50).sum() < 63 + 4 * np.sqrt(126)
     pairs = np.corrcoef(drawn[:-1], drawn[1:])[0, 1]
     assert abs(pairs) < 0.07
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("vocab", [5, 300, 49152, 262144])
+def test_weights_use_31_bits_and_never_overflow(vocab, spread):
+    logits = logits_like((3, vocab), spread)
+    logits[2, 1:] = -np.inf
+    blocks = sampling._in_blocks(jnp.asarray(logits), vocab)
+    e = jnp.exp(blocks - blocks.max((1, 2), keepdims=True))
+    weights = np.asarray(sampling._weights(e, sampling._weight_scale(e), jnp.zeros(3, jnp.int32)), np.int64)
+    total = weights.sum((1, 2))
+    # 5 % is lost where half a unit per padded token is many units of the first, safe weighing.
+    assert (weights >= 0).all() and (total < 2**31).all() and (total > 0.9 * 2**31).all()
+    exact = np.asarray(e, np.float64)
+    exact *= (total / exact.sum((1, 2)))[:, None, None]
+    assert np.abs(weights - exact).max() < 1 + 1e-6 * 2**31 * 0.5
 
 
 def test_multiply_high_equals_wide_arithmetic():
@@ -382,7 +395,7 @@ def test_kept_sets_equal_transformers(values):
     expected = torch.isfinite(scores).numpy()
     kept = kept_by_device(logits, 1.0, values.get("top_k", 0), values.get("top_p", 1.0))
     if "min_p" in values:
-        kept &= np.exp(logits - logits.max(-1, keepdims=True)) >= values["min_p"]
+        kept = kept & (np.exp(logits - logits.max(-1, keepdims=True)) >= values["min_p"])
     assert (kept != expected).sum() <= 1
 
 

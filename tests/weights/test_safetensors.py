@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import serialize
 from safetensors.numpy import save_file
 
 from jaxllm.weights.safetensors import MAX_HEADER_BYTES, SafetensorsSource, canonical_name
 from jaxllm.weights.source import CheckpointError
+
+Files = tuple[list[Path], dict[str, np.ndarray]]
 
 
 def write(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -29,7 +30,7 @@ def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Files:
     rng = np.random.default_rng(0)
     arrays = {
         "f32": rng.normal(size=(7, 5)).astype(np.float32),
@@ -39,22 +40,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.n
         "scalar": np.array(3.5, np.float32),
         "empty": np.zeros((0, 4), np.float32),
     }
-    names = {"f32": "float32", "f16": "float16", "f64": "float64", "bf16": "bfloat16"}
-    path = tmp_path_factory.mktemp("st") / "model.safetensors"
-    path.write_bytes(
-        serialize(
-            {
-                k: {"dtype": names.get(k, "float32"), "shape": list(v.shape), "data": v.tobytes()}
-                for k, v in arrays.items()
-            }
-        )
-    )
-    return path, arrays
+    folder = tmp_path_factory.mktemp("st")
+    bf16 = arrays["bf16"]  # the package's NumPy side does not know this dtype
+    header = {"__metadata__": {"format": "pt"}, "bf16": entry("BF16", list(bf16.shape), 0, bf16.nbytes)}
+    one = write(folder / "one.safetensors", header, bf16.tobytes())
+    save_file({n: a for n, a in arrays.items() if n != "bf16"}, folder / "two.safetensors")
+    return [one, folder / "two.safetensors"], arrays
 
 
-def test_reads_what_the_package_wrote(file: tuple[Path, dict[str, np.ndarray]]) -> None:
-    path, arrays = file
-    source = SafetensorsSource([path])
+def test_reads_what_the_package_wrote(file: Files) -> None:
+    paths, arrays = file
+    source = SafetensorsSource(paths)
     assert set(source.tensors) == set(arrays)
     for name, expected in arrays.items():
         got = source.read(name, ())
@@ -66,14 +62,14 @@ def test_reads_what_the_package_wrote(file: tuple[Path, dict[str, np.ndarray]]) 
 
 @given(st.data())
 @settings(max_examples=50, deadline=None)
-def test_any_slice(file: tuple[Path, dict[str, np.ndarray]], data: st.DataObject) -> None:
-    path, arrays = file
+def test_any_slice(file: Files, data: st.DataObject) -> None:
+    paths, arrays = file
     name = data.draw(st.sampled_from(["f32", "f16", "f64", "bf16"]))
     index = []
     for size in arrays[name].shape[: data.draw(st.integers(0, arrays[name].ndim))]:
         start = data.draw(st.integers(0, size))
         index.append(slice(start, data.draw(st.integers(start, size))))
-    source = SafetensorsSource([path])
+    source = SafetensorsSource(paths)
     np.testing.assert_array_equal(source.read(name, tuple(index)), arrays[name][tuple(index)])
     source.close()
 
