@@ -249,7 +249,8 @@ class IncrementalDecoder:
         if self._utf8 is not None:
             token_bytes, skipped = self._tokenizer.token_bytes, self._skipped
             return self._utf8.decode(b"".join([token_bytes(i) for i in ids if i not in skipped]))
-        kept = [i for i in ids if i not in self._skipped]
+        token = self._tokenizer.backend.id_to_token
+        kept = [i for i in ids if i not in self._skipped and token(i) is not None]
         if not kept:
             return ""
         self._window += kept

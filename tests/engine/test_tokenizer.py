@@ -31,7 +31,7 @@ def spm_metadata(**extra: Any) -> dict[str, Any]:
     special = ["<unk>", "<s>", "</s>"]
     byte = [f"<0x{b:02X}>" for b in range(256)]
     pieces = ["\u2581", "h", "e", "l", "o", "w", "r", "d", "é", "ll", "he", "hell", "hello", "\u2581hello"]
-    pieces += ["or", "ld", "orld", "\u2581w", "\u2581world", "\u2581\u2581", "[TOOL]"]
+    pieces += ["or", "ld", "orld", "\u2581w", "\u2581world", "\u2581\u2581", "", "[TOOL]"]
     tokens = [*special, *byte, *pieces]
     types = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 1) + [4]
     scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
@@ -68,7 +68,7 @@ def spm_metadata(**extra: Any) -> dict[str, Any]:
 
 def bpe_metadata(**extra: Any) -> dict[str, Any]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "Ġa", "12", "<|end|>"]
+    tokens = [*alphabet, "Ġa", "12", "Ġxy", "<|end|>"]  # no merges lead to " xy"
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
@@ -149,6 +149,8 @@ def test_byte_level_splits() -> None:
     assert qwen.encode("e\u0301") == qwen.encode("é")  # NFC
     gpt2 = Tokenizer.from_gguf(bpe_metadata(**{"tokenizer.ggml.pre": "gpt-2"}))
     assert pieces(gpt2, gpt2.encode(" a1212")) == ["Ġa", "12", "12"]
+    assert pieces(gpt2, gpt2.encode(" xy")) == ["Ġ", "x", "y"]
+    assert pieces(llama, llama.encode(" xy", add_special_tokens=False)) == ["Ġxy"]
 
 
 def test_bad_metadata() -> None:
@@ -271,14 +273,14 @@ token_lists = st.lists(st.one_of(st.integers(0, 10**6), st.integers(0, 300)), ma
 @given(ids=token_lists, cuts=st.lists(st.integers(0, 24), max_size=24), skip=st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_stream_equals_decode_byte_level(smol: Tokenizer, ids: list[int], cuts: list[int], skip: bool) -> None:
-    ids = [i % smol.vocab_size for i in ids]
+    ids = [i % (smol.vocab_size + 64) for i in ids]  # a padded vocabulary has ids without text
     assert "".join(stream(smol, ids, cuts, skip)) == smol.decode(ids, skip_special_tokens=skip)
 
 
 @given(ids=token_lists, cuts=st.lists(st.integers(0, 24), max_size=24), skip=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_stream_equals_decode_sentencepiece(ids: list[int], cuts: list[int], skip: bool) -> None:
-    ids = [i % SPM.vocab_size for i in ids]
+    ids = [i % (SPM.vocab_size + 64) for i in ids]  # a padded vocabulary has ids without text
     assert "".join(stream(SPM, ids, cuts, skip)) == SPM.decode(ids, skip_special_tokens=skip)
 
 
@@ -296,6 +298,12 @@ def test_no_half_characters(smol: Tokenizer, text: str) -> None:
         parts = stream(tokenizer, ids, list(range(len(ids))), False)
         assert "\ufffd" not in "".join(parts)
         assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_token_without_text_keeps_the_next_space() -> None:
+    for silent in (SPM.vocab_size + 1, SPM.backend.token_to_id("")):
+        ids = [*SPM.encode("hello", add_special_tokens=False), silent, *SPM.encode("hello")[1:]]
+        assert "".join(stream(SPM, ids, [1, 2], True)) == SPM.decode(ids) == "hello hello"
 
 
 @needs_smol

@@ -130,12 +130,12 @@ def test_top_k_one_is_greedy_even_when_tokens_nearly_tie():
     [(1, 1), (5, 1), (50, 1), (300, 1), (4000, 1), (0, 0.1), (0, 0.5), (0, 0.9), (0, 0.999), (50, 0.9), (2000, 0.5)],
 )
 def test_kept_set_equals_the_sorted_reference(spread, top_k, top_p):
-    """9,000 tokens are more than the candidate blocks, so both the near and the far search run.
+    """12,000 tokens are more than the candidate blocks, so both the near and the far search run.
 
     The device works in f32 and in integer weights: tokens lighter than 2**-32 of the likeliest are never kept,
     probabilities that differ by less than 1e-6 of themselves tie, and shares are p to 1e-5.
     """
-    logits = logits_like((8, 9000), spread, seed=3)
+    logits = logits_like((8, 12_000), spread, seed=3)
     kept = kept_by_device(logits, 0.8, top_k, top_p)
     for row in range(8):
         p = np.exp(log_softmax(logits[row].astype(np.float64) / 0.8))
@@ -158,7 +158,7 @@ def test_kept_set_equals_the_sorted_reference(spread, top_k, top_p):
 
 
 def test_near_and_far_rows_in_one_batch_keep_what_they_keep_alone():
-    logits = np.concatenate([logits_like((3, 9000), 8.0), logits_like((3, 9000), 0.2)])
+    logits = np.concatenate([logits_like((3, 12_000), 8.0), logits_like((3, 12_000), 0.2)])
     together = kept_by_device(logits, 1.0, 0, 0.9)
     for row in range(6):
         np.testing.assert_array_equal(together[row], kept_by_device(logits[row : row + 1], 1.0, 0, 0.9)[0])
@@ -166,7 +166,7 @@ def test_near_and_far_rows_in_one_batch_keep_what_they_keep_alone():
 
 def test_a_top_k_larger_than_the_candidates_weighs_all_it_keeps_before_top_p():
     """A flat row: top_k 8000 then top_p 0.5 keeps 4000 tokens; weighing candidates alone would keep fewer."""
-    logits = np.tile(np.linspace(0, 1e-3, 9000, dtype=np.float32), (2, 1))
+    logits = np.tile(np.linspace(0, 1e-3, 12_000, dtype=np.float32), (2, 1))
     assert abs(kept_by_device(logits, 1.0, 8000, 0.5)[0].sum() - 4000) < 12
 
 
