@@ -66,6 +66,8 @@ def _run_generate(args: argparse.Namespace) -> int:
     params = sampling_params_from(args)
     if args.system is not None and not args.chat:
         raise ConfigError("--system belongs to --chat; add --chat")
+    if args.max_batch_size is None and args.config is None and len(prompts) < 16:
+        args.max_batch_size = len(prompts)  # fewer programs to compile than for a server's batch
     with _open_llm(args) as llm:
         inputs: list[Any] = prompts
         if args.chat:

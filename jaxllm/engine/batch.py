@@ -6,8 +6,8 @@
     last_R        index into T of the token whose logits the row samples from
     pages_RW      pages of each row
 
-T is decodes + tiles * tile, R the sampled rows (decodes + tiles, rounded up: see Bucket; pages_RW is not rounded), and W the
-pages of the longest context.
+T is decodes + tiles * tile, R the sampled rows (see Bucket; pages_RW has decodes + tiles), and W the pages of the
+longest context.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ class Packer:
             tokens[start : start + length] = chunk.seq.tokens[chunk.start : chunk.stop]
             positions[start : start + length] = np.arange(chunk.start, chunk.stop)
             pages[row : row + tiles] = self._table[chunk.seq.slot]
-            last[row + tiles - 1] = start + length - 1
-            if chunk.samples:
-                slots[row + tiles - 1] = chunk.seq.slot
-            rows[n + i] = row + tiles - 1
             row += tiles
+            sampled = rows[n + i] = bucket.decodes + i
+            last[sampled] = start + length - 1
+            if chunk.samples:
+                slots[sampled] = chunk.seq.slot
         return PackedStep(shape, packed, rows)
 
     def _extend(self, seq: Sequence) -> None:

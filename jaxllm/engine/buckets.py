@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """Room for `decodes` decoding requests and `tiles` tiles of prompt tokens."""
+    """Room for `decodes` decoding requests and `tiles` tiles of prompt tokens.
+
+    chunks: prompts that may end in the step, each of which a token is sampled for (None: one a tile). Plans give all
+    buckets with tiles the same number, because the sampler is compiled for each number of rows.
+    """
 
     decodes: int
     tiles: int
+    chunks: int | None = None
 
     @property
     def rows(self) -> int:
-        """Rows that a token can be sampled for: every decode, and the last token of every tile.
-
-        Rounded up to one of few sizes, because the sampler is compiled for each.
-        """
-        n = self.decodes + self.tiles
-        grain = max(1, (1 << (n - 1).bit_length()) // 4)
-        return -(-n // grain) * grain
+        """Rows that a token is sampled for: every decode, and the last token of every chunk."""
+        return self.decodes + (self.tiles if self.chunks is None else self.chunks)
 
     def tokens(self, tile: int) -> int:
         return self.decodes + self.tiles * tile
@@ -49,16 +49,20 @@ def plan(
 ) -> list[Bucket]:
     """Buckets that between them cover every step the scheduler can make.
 
-    Decode alone, where most time goes, gets a bucket for each batch size; prompts alone get one for each tile count.
-    Steps that mix both are rarer: they get every fourth power for each of the two sizes.
+    Decode alone, where most time goes, gets a bucket for each power of two of the batch size, prompts alone one for each
+    power of four of the tile count. Steps that mix both are rarer: they get the powers of eight and of four.
     """
     sizes = sorted({n for n in batch_sizes if n <= max_batch_size} | {max_batch_size}) if batch_sizes else None
     counts = sorted({n for n in tile_counts if n <= max_tiles} | {max_tiles}) if tile_counts else None
-    buckets = {Bucket(n, 0) for n in sizes or powers_of_two(max_batch_size)}
-    buckets |= {Bucket(0, n) for n in counts or powers_of_two(max_tiles)}
+    counts = counts or powers_of_two(max_tiles, 2)
+    chunks = min(max_tiles, max_batch_size)
+    buckets = {Bucket(n, 0, 0) for n in sizes or powers_of_two(max_batch_size)}
+    if max_batch_size == 1:  # nothing to mix
+        return sorted(buckets | {Bucket(0, n, chunks) for n in counts})
     mixed_sizes = sizes or [n for n in powers_of_two(max_batch_size, 3) if n >= min(8, max_batch_size)]
-    mixed_counts = counts or powers_of_two(max_tiles, 2)
-    buckets |= {Bucket(d, t) for d in mixed_sizes for t in mixed_counts}
+    # Prompts alone sample from as many rows as the smallest mixed bucket does.
+    buckets |= {Bucket(0, n, mixed_sizes[0] + chunks) for n in counts}
+    buckets |= {Bucket(d, n, chunks) for d in mixed_sizes for n in counts}
     return sorted(buckets)
 
 

@@ -102,6 +102,7 @@ class Runner:
             init_penalties(max_batch_size + 1, functions.padded_vocab), self._replicated
         )
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._last_bias: dict[Any, tuple[tuple[tuple[int, int, float], ...], tuple[jax.Array, ...]]] = {}
         self.seconds = {"pack": 0.0, "dispatch": 0.0}
 
     # ---- programs -------------------------------------------------------------------------------------------------
@@ -251,8 +252,6 @@ class Runner:
                 if entry is not None:
                     num_outputs = int(positions_T[last_R[row]]) + 1 - entry.seq.num_prompt
                     bias += [(row, token, value) for token, value in entry.step_bias(num_outputs)]
-            if len(bias) > variant.bias_capacity(packed.shape.bucket.rows):
-                variant = Variant.FULL_LARGE
         batch = self._sampling_batch(slots_R, positions_T[last_R] + 1, bias, variant)
         state = None if variant is Variant.PLAIN else self._penalties
         program = self._programs[packed.shape.bucket.rows, variant]
@@ -262,14 +261,9 @@ class Runner:
         return output
 
     def _sampling_batch(
-        self, slots_R: np.ndarray, positions_R: np.ndarray, bias: Iterable[tuple[int, int, float]], variant: Variant
+        self, slots_R: np.ndarray, positions_R: np.ndarray, bias: list[tuple[int, int, float]], variant: Variant
     ) -> SamplingBatch:
-        rows = len(slots_R)
-        capacity = variant.bias_capacity(rows)
-        bias_row, bias_token = np.full(capacity, rows, np.int32), np.zeros(capacity, np.int32)
-        bias_value = np.zeros(capacity, np.float32)
-        for i, (row, token, value) in enumerate(bias):
-            bias_row[i], bias_token[i], bias_value[i] = row, token, value
+        bias_row, bias_token, bias_value = self._bias(len(slots_R), tuple(bias), variant)
         fields: dict[str, Any] = dict(
             position=positions_R.astype(np.int32),
             slot=slots_R.astype(np.int32),
@@ -279,6 +273,18 @@ class Runner:
             **self.slots.rows(slots_R),
         )
         return SamplingBatch(**fields)
+
+    def _bias(self, rows: int, bias: tuple[tuple[int, int, float], ...], variant: Variant) -> tuple[jax.Array, ...]:
+        """Row, token and value of the changed logits, on the devices; most steps have the same ones as the step before."""
+        key = (rows, variant)
+        cached = self._last_bias.get(key)
+        if cached is None or cached[0] != bias:
+            capacity = variant.bias_capacity(rows)
+            columns = [np.full(capacity, rows, np.int32), np.zeros(capacity, np.int32), np.zeros(capacity, np.float32)]
+            for column, values in zip(columns, zip(*bias, strict=True), strict=False):
+                column[: len(bias)] = values
+            cached = self._last_bias[key] = (bias, tuple(jax.device_put(columns, self._replicated)))
+        return cached[1]
 
     def _wanted_prompts(self, step: Step, packed: PackedStep) -> Iterable[tuple[Any, tuple[int, int]]]:
         """The chunks whose prompt logprobs somebody wants, with their first token's index in T and first position."""

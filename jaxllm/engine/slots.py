@@ -1,7 +1,7 @@
 """What each slot's sequence asks of the sampler, kept as arrays so that a step only has to pick its rows.
 
 A step whose rows are all plain greedy needs none of this: the forward step has chosen the tokens already. Otherwise the
-sampler runs on the step's logits, in one of three compiled variants, from cheap to complete.
+sampler runs on the step's logits, in one of two compiled variants.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from jaxllm.sampling_params import SamplingParams, SamplingParamsError, sequence
 MAX_BIASED_TOKENS = 1024
 """Tokens whose logits one request may change in a step (logit_bias, bad words, end tokens held back by min_tokens)."""
 
-SMALL_BIAS = 1024
-"""Bias entries of a whole step that the smaller of the two complete variants has room for."""
-
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 """Beyond these a temperature or its inverse is not a float32 number; the token is the same as at the bound."""
 
@@ -31,12 +28,10 @@ class Variant(Enum):
     PLAIN = "plain"
     """Temperature, top-k, top-p, min-p."""
     FULL = "full"
-    """Also penalties, logprobs, and up to SMALL_BIAS changed logits in the step."""
-    FULL_LARGE = "full_large"
-    """The same with room for MAX_BIASED_TOKENS changed logits in every row."""
+    """Also penalties, logprobs, and up to MAX_BIASED_TOKENS changed logits in every row."""
 
     def bias_capacity(self, rows: int) -> int:
-        return {Variant.PLAIN: 0, Variant.FULL: SMALL_BIAS, Variant.FULL_LARGE: MAX_BIASED_TOKENS * rows}[self]
+        return MAX_BIASED_TOKENS * rows if self is Variant.FULL else 0
 
 
 @dataclass(slots=True)

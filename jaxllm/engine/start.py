@@ -133,7 +133,8 @@ def start(config: EngineConfig) -> Started:
     with phase("compile"):
         _compile(runner, config.progress)
     with phase("warm_up"):
-        runner.warm_up()
+        if platform != "cpu":
+            runner.warm_up()
     policy = config.scheduler_config
     scheduler = Scheduler(
         PagePool(num_pages, config.kv_cache_config.tokens_per_block, config.kv_cache_config.enable_block_reuse),
