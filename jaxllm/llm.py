@@ -322,6 +322,7 @@ class LLM:
             cache_salt=cache_salt,
             on_update=result.on_update,
             prefix_cache=params.prompt_logprobs is None,
+            stream=streaming,
         )
         return result, request
 

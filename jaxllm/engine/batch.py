@@ -40,7 +40,7 @@ class BatchShape:
         return sum(self.sizes)
 
     def unpack(self, packed: Any) -> tuple[Any, ...]:
-        """tokens_T, positions_T, slots_R, last_R, pages_RW out of the packed array: arrays of jax, or views on the host."""
+        """tokens_T, positions_T, slots_R, last_R, pages_RW of the packed array: jax arrays, or views on the host."""
         parts = []
         start = 0
         for size in self.sizes:

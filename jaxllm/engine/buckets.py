@@ -49,20 +49,20 @@ def plan(
 ) -> list[Bucket]:
     """Buckets that between them cover every step the scheduler can make.
 
-    Decode alone, where most time goes, gets a bucket for each power of two of the batch size, prompts alone one for each
-    power of four of the tile count. Steps that mix both are rarer: they get the powers of eight and of four.
+    Decodes alone get a bucket for each power of two of the batch size, prompts alone one for each power of two of the
+    tile count. Steps that mix both are rarer: they get the powers of eight and of four.
     """
     sizes = sorted({n for n in batch_sizes if n <= max_batch_size} | {max_batch_size}) if batch_sizes else None
     counts = sorted({n for n in tile_counts if n <= max_tiles} | {max_tiles}) if tile_counts else None
-    counts = counts or powers_of_two(max_tiles, 2)
+    alone, mixed = counts or powers_of_two(max_tiles), counts or powers_of_two(max_tiles, 2)
     chunks = min(max_tiles, max_batch_size)
     buckets = {Bucket(n, 0, 0) for n in sizes or powers_of_two(max_batch_size)}
     if max_batch_size == 1:  # nothing to mix
-        return sorted(buckets | {Bucket(0, n, chunks) for n in counts})
+        return sorted(buckets | {Bucket(0, n, chunks) for n in alone})
     mixed_sizes = sizes or [n for n in powers_of_two(max_batch_size, 3) if n >= min(8, max_batch_size)]
     # Prompts alone sample from as many rows as the smallest mixed bucket does.
-    buckets |= {Bucket(0, n, mixed_sizes[0] + chunks) for n in counts}
-    buckets |= {Bucket(d, n, chunks) for d in mixed_sizes for n in counts}
+    buckets |= {Bucket(0, n, mixed_sizes[0] + chunks) for n in alone}
+    buckets |= {Bucket(d, n, chunks) for d in mixed_sizes for n in mixed}
     return sorted(buckets)
 
 

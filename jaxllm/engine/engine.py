@@ -167,10 +167,11 @@ class Engine:
                 self._add(item)
             elif item in self._requests:
                 request = self._requests[item]
-                self._drop(request)
+                self._scheduler.abort(request)
                 for seq in request.sequences:
                     if seq.finish_reason is FinishReason.CANCELLED:
-                        self._notify(request, Update(seq.index, [], finish_reason=FinishReason.CANCELLED))
+                        self._notify(request, self._results.take(seq, seq.finish_reason, None))
+                self._forget(request)
 
     def _add(self, request: Request) -> None:
         try:
@@ -228,17 +229,28 @@ class Engine:
     def _deliver(self, event: Event, flight: InFlight) -> None:
         """Tells the owner of a sequence about a token. What goes wrong with one request ends that request only."""
         request = event.seq.request
+        seq = event.seq
+        reason, stop_reason = seq.finish_reason, seq.stop_reason
         try:
-            update = self._results.make(event, flight)
+            found = self._results.record(event, flight)
         except Exception as error:
             logger.exception("request %d failed", request.request_id)
             self._drop(request)
             self._fail(request, error)
             return
-        if update.finish_reason is not None and not event.finished:
-            self._scheduler.finish(event.seq, update.finish_reason, update.stop_reason)
-        if not self._notify(request, update):
+        if found is not None:
+            reason, stop_reason = FinishReason.STOP, found
+            self._scheduler.finish(seq, reason, found)
+        if (reason is not None or self._is_due(seq)) and not self._notify(
+            request, self._results.take(seq, reason, stop_reason)
+        ):
             self._drop(request)
+
+    def _is_due(self, seq: Sequence) -> bool:
+        """Whether the owner of a running sequence wants to hear of its new tokens now."""
+        if not seq.num_sent:
+            return True
+        return seq.request.stream and seq.num_output - seq.num_sent >= self.config.stream_interval
 
     def _drop(self, request: Request) -> None:
         """Takes a request out of the engine; its pages are free at once."""

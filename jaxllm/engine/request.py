@@ -88,6 +88,7 @@ class Sequence:
     tokens        prompt plus the output tokens that the host knows
     num_computed  tokens whose KV has been dispatched to the device (always from the start, without holes)
     num_pending   tokens sampled on the device that the host has not read back yet
+    num_sent      output tokens that the request's owner was told about
     pages         page numbers, in order; page k holds positions [k * page_size, (k + 1) * page_size)
     slot          row of the per-sequence state on the device, -1 while it has none
     """
@@ -101,6 +102,7 @@ class Sequence:
         "num_computed",
         "num_pending",
         "num_prompt",
+        "num_sent",
         "pages",
         "prompt_ready",
         "rank",
@@ -121,6 +123,7 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
         self.num_pending = 0
+        self.num_sent = 0
         self.pages: list[int] = []
         self.slot = -1
         self.status = SequenceStatus.WAITING
@@ -183,6 +186,7 @@ class Request:
     cache_salt    requests share cached pages only with requests of the same salt
     prefix_cache  False: take no pages from the prefix cache, because every prompt token has to be computed
                   (prompt_logprobs); its own pages are still stored for others
+    stream        False: updates are wanted for the first token and at the end only
     on_update     called with an `Update` in the engine's thread; it must not block
 
     Raises ValueError for an empty prompt, a bad token, n < 1 or a priority that is not a finite number.
@@ -198,6 +202,7 @@ class Request:
         cache_salt: str | None = None,
         on_update: Callable[[Update], None] | None = None,
         prefix_cache: bool = True,
+        stream: bool = True,
         num_sequences: int | None = None,
     ) -> None:
         if not prompt_token_ids:
@@ -216,6 +221,7 @@ class Request:
         self.cache_salt = cache_salt
         self.on_update = on_update
         self.prefix_cache = prefix_cache
+        self.stream = stream
         self.arrival = -1  # order of arrival, set by the scheduler
         self.forked = count == 1  # the sequences after the first are in the queue, too
         self.sequences: list[Sequence] = [Sequence(self, i) for i in range(count)]

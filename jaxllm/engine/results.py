@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.engine.request import FinishReason, Logprob, Request, Update
+from jaxllm.engine.request import FinishReason, Logprob, Request, Sequence, Update
 from jaxllm.engine.runner import InFlight
 from jaxllm.engine.step import Event
 from jaxllm.engine.tokenizer import IncrementalDecoder, Tokenizer
@@ -51,78 +51,91 @@ class _StopWatch:
 
 
 @dataclass(slots=True)
-class _Open:
-    """What one request needs beyond its tokens."""
+class _Record:
+    """What one request asked for beyond its tokens, and what has come up since its owner was last told."""
 
     num_logprobs: int | None
     num_prompt_logprobs: int | None
-    watches: list[_StopWatch] = field(default_factory=list)
-    prompt: PromptList = field(default_factory=list)
+    watches: list[_StopWatch]
+    logprobs: list[list[dict[int, Logprob]]]
+    prompt: PromptList
     prompt_sent: set[int] = field(default_factory=set)
 
 
 class ResultMaker:
-    """Makes an Update of every event; keeps a record for each request that asked for more than tokens."""
+    """Makes updates; keeps a record of each request that asked for more than tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         self._tokenizer = tokenizer
-        self._open: dict[int, _Open] = {}
+        self._records: dict[int, _Record] = {}
 
     def open(self, request: Request) -> None:
         params: Any = request.params
         stops = params.stop_strings
         if not stops and params.logprobs is None and params.prompt_logprobs is None:
             return
-        entry = _Open(params.logprobs, params.prompt_logprobs)
+        watches = []
         if stops and self._tokenizer is not None:
             for _ in request.sequences:
                 decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
-                watch = _StopWatch(decoder, stops, params.include_stop_str_in_output, params.min_tokens or 0)
-                entry.watches.append(watch)
-        if params.prompt_logprobs is not None:
-            entry.prompt = [None] * len(request.prompt_token_ids)
-        self._open[request.request_id] = entry
+                watches.append(_StopWatch(decoder, stops, params.include_stop_str_in_output, params.min_tokens or 0))
+        prompt: PromptList = [] if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
+        logprobs: list[list[dict[int, Logprob]]] = [[] for _ in request.sequences]
+        self._records[request.request_id] = _Record(
+            params.logprobs, params.prompt_logprobs, watches, logprobs, prompt
+        )
 
     def close(self, request: Request) -> None:
-        self._open.pop(request.request_id, None)
+        self._records.pop(request.request_id, None)
 
-    def make(self, event: Event, flight: InFlight) -> Update:
-        """The update for one new token. It says `stop` for a sequence that is not finished yet at a stop string."""
+    def record(self, event: Event, flight: InFlight) -> str | None:
+        """Takes down what is asked for beyond the token itself; returns the stop string that the token completes."""
         seq = event.seq
-        update = Update(seq.index, [event.token], finish_reason=seq.finish_reason, stop_reason=seq.stop_reason)
-        entry = self._open.get(seq.request.request_id)
-        if entry is None:
-            return update
-        if entry.num_logprobs is not None and flight.sampled is not None:
+        record = self._records.get(seq.request.request_id)
+        if record is None:
+            return None
+        if record.num_logprobs is not None and flight.sampled is not None:
             row = int(flight.packed.rows[event.row])
-            update.logprobs = [_row_logprobs(_on_host(flight), row, event.token, entry.num_logprobs)]
-        if entry.num_prompt_logprobs is not None and seq.index not in entry.prompt_sent:
-            entry.prompt_sent.add(seq.index)
-            update.prompt_logprobs = entry.prompt
-        if entry.watches:
-            watch = entry.watches[seq.index]
-            found = None
-            if seq.finish_reason is not FinishReason.STOP or watch.keep_stop:
-                found = watch.find(event.token, seq.num_output)
-            if found is not None:
-                update.finish_reason, update.stop_reason = FinishReason.STOP, found
-            elif event.finished:
-                watch.text += watch.decoder.flush()
-            update.text = watch.text if update.finish_reason is not None else watch.safe_text()
+            record.logprobs[seq.index].append(_row_logprobs(_on_host(flight), row, event.token, record.num_logprobs))
+        if not record.watches:
+            return None
+        watch = record.watches[seq.index]
+        found = None
+        if seq.finish_reason is not FinishReason.STOP or watch.keep_stop:
+            found = watch.find(event.token, seq.num_output)
+        if found is None and event.finished:
+            watch.text += watch.decoder.flush()
+        return found
+
+    def take(self, seq: Sequence, reason: FinishReason | None, stop_reason: int | str | None) -> Update:
+        """Everything about a sequence that its owner has not been told yet."""
+        update = Update(seq.index, seq.tokens[seq.num_prompt + seq.num_sent :], None, None, reason, stop_reason)
+        seq.num_sent = seq.num_output
+        record = self._records.get(seq.request.request_id)
+        if record is None:
+            return update
+        if record.num_logprobs is not None:
+            update.logprobs, record.logprobs[seq.index] = record.logprobs[seq.index], []
+        if record.num_prompt_logprobs is not None and seq.index not in record.prompt_sent:
+            record.prompt_sent.add(seq.index)
+            update.prompt_logprobs = record.prompt
+        if record.watches:
+            watch = record.watches[seq.index]
+            update.text = watch.text if reason is not None else watch.safe_text()
         return update
 
     def add_prompt_logprobs(self, flight: InFlight) -> None:
         """Takes over the prompt logprobs of a step."""
         for wanted in flight.prompt_logprobs:
-            entry = self._open.get(wanted.seq.request.request_id)
-            if entry is None or entry.num_prompt_logprobs is None:
+            record = self._records.get(wanted.seq.request.request_id)
+            if record is None or record.num_prompt_logprobs is None:
                 continue
             position, end = wanted.start, wanted.start + wanted.count
             for part in wanted.parts:
                 host = _to_host(part)
                 for row in range(min(len(host.token_R), end - position)):
                     token = wanted.seq.tokens[position]
-                    entry.prompt[position] = _row_logprobs(host, row, token, entry.num_prompt_logprobs)
+                    record.prompt[position] = _row_logprobs(host, row, token, record.num_prompt_logprobs)
                     position += 1
 
 

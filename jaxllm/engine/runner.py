@@ -275,7 +275,7 @@ class Runner:
         return SamplingBatch(**fields)
 
     def _bias(self, rows: int, bias: tuple[tuple[int, int, float], ...], variant: Variant) -> tuple[jax.Array, ...]:
-        """Row, token and value of the changed logits, on the devices; most steps have the same ones as the step before."""
+        """Row, token and value of the changed logits, on the devices; most steps have those of the step before."""
         key = (rows, variant)
         cached = self._last_bias.get(key)
         if cached is None or cached[0] != bias:

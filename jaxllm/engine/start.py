@@ -181,8 +181,8 @@ class Sizes:
         tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
         if tokens < batch:
             raise ConfigError(
-                f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs one "
-                "token per step; raise the first or lower the second"
+                f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs "
+                "one token per step; raise the first or lower the second"
             )
         tile = min(defaults.tile, tokens)
         max_tiles = -(-tokens // tile)
@@ -210,7 +210,7 @@ def _pool_size(
     longest = min(config.max_seq_len or cfg.max_position, cfg.max_position)
     if config.max_seq_len is not None and config.max_seq_len > cfg.max_position:
         raise ConfigError(
-            f"max_seq_len = {config.max_seq_len} is more than the model's context of {cfg.max_position} tokens; lower it"
+            f"max_seq_len = {config.max_seq_len} is more than the model's context of {cfg.max_position}; lower it"
         )
     limits = []
     free = _free_bytes(mesh)

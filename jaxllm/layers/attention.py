@@ -1,7 +1,7 @@
 """Grouped-query attention over paged keys and values.
 
-The tokens of a step lie in one flat axis T: first one token for each decoding request, then tiles of prompt tokens, each
-tile from one prompt. Projections run on all of them at once; only attention itself tells the two kinds apart.
+The tokens of a step lie in one flat axis T: first one token for each decoding request, then tiles of prompt tokens,
+each tile from one prompt. Projections run on all of them at once; only attention itself tells the two kinds apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxllm.layers.rope import rotate
 from jaxllm.parallel.heads import HeadLayout
 
 KVPages = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, k_PKOH and v_PKOH. Page 0 belongs to nobody and absorbs the writes of padding tokens."""
+"""Keys and values of one layer, k_PKOH and v_PKOH. Page 0 is nobody's and absorbs the writes of padding tokens."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["positions_T", "pages_RW"], meta_fields=["decodes", "tile"])

@@ -7,8 +7,8 @@ Array names carry one letter per axis:
     H head width      F feed-forward width  V vocabulary          E experts                     X chosen experts
     P pages           O slots in a page     W pages of a row
 
-The modules run inside `shard_map`: N, K, F and V are one rank's share there, and every collective stands at the line that
-needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes.
+The modules run inside `shard_map`: N, K, F and V are one rank's share there, and every collective stands at the line
+that needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes.
 """
 
 from __future__ import annotations

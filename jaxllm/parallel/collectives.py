@@ -1,4 +1,4 @@
-"""The collectives of the dense model, over the model axes. On one rank they are nothing: XLA would keep each as a copy."""
+"""The collectives of the dense model, over the model axes; nothing on one rank, where XLA would keep each as a copy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How attention heads, FFN columns and vocabulary rows are laid out over tensor-parallel ranks when they do not divide.
 
-A KV head with its group of G query heads is cut into `parts` units, each with one copy of the KV head and ceil(G / parts)
-query heads. Every rank gets the same number of units; what is missing is padded with zero weights, whose output the zero
-columns of the output projection remove. SmolLM2 (9 query heads, 3 KV heads):
+A KV head with its group of G query heads is cut into `parts` units, each with one copy of the KV head and
+ceil(G / parts) query heads. Every rank gets the same number of units; what is missing is padded with zero weights,
+whose output the zero columns of the output projection remove. SmolLM2 (9 query heads, 3 KV heads):
 
     tp 1:  3 units a rank, 3 query heads each                 nothing padded
     tp 2:  2 units a rank, 3 query heads each                 1 KV head of zeros on the second rank

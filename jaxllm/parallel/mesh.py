@@ -36,7 +36,8 @@ def make_mesh(mapping: Mapping, devices: Sequence[jax.Device] | None = None) -> 
     if need > len(found):
         sizes = " x ".join(f"{a}={n}" for a, n in zip(AXES, mapping.shape, strict=True) if n > 1)
         raise ValueError(
-            f"the layout {sizes} needs {need} devices, but only {len(found)} {found[0].platform} device(s) are visible: "
+            f"the layout {sizes} needs {need} devices, but only {len(found)} {found[0].platform} device(s) "
+            "are visible: "
             f"lower tensor_parallel_size, or make more devices visible (CUDA_VISIBLE_DEVICES; on a CPU, "
             f"JAX_NUM_CPU_DEVICES={need})"
         )

@@ -32,7 +32,7 @@ CORPUS = [
     "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 and combining e\u0301 a\u0308",
     "zero\u200bwidth nbsp\u00a0and\u2003em\u3000ideographic",
     "numbers: ½ Ⅷ ٣ ४ ① ²",
-    "math: ∑∫√ ≤ ≥ ≠ → ⇒ ∀x∈ℝ",  # noqa: RUF001
+    "math: ∑∫√ ≤ ≥ ≠ → ⇒ ∀x∈ℝ",
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
     "<|im_start|><|im_start|> <|im_end|>x<|im_end|>",
     "<|im_star t|> <repo_name>a<file_sep>b<jupyter_code>",
