@@ -85,7 +85,10 @@ PROMPTS: dict[str, str | list[dict[str, str]]] = {
     ],
     "chat_turns": [
         {"role": "user", "content": "Write a haiku about winter."},
-        {"role": "assistant", "content": "Snow on the old pond,\na crow counts the silent reeds;\nthe bell does not ring."},
+        {
+            "role": "assistant",
+            "content": "Snow on the old pond,\na crow counts the silent reeds;\nthe bell does not ring.",
+        },
         {"role": "user", "content": "Now explain it to a child, and keep the picture of the crow."},
     ],
 }
@@ -138,7 +141,9 @@ def main() -> None:
             "gaps": gaps,
         }
         lines.append(json.dumps(entry))
-        print(f"{name:14s} {len(ids):4d} tokens  smallest gap {min(gaps):.2e}  {tokenizer.decode(tokens)!r}", flush=True)
+        print(
+            f"{name:14s} {len(ids):4d} tokens  smallest gap {min(gaps):.2e}  {tokenizer.decode(tokens)!r}", flush=True
+        )
     OUTPUT.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="ascii")
 
 

@@ -293,12 +293,14 @@ def test_bad_model(
     check_message(cli(capsys, "generate", model, "hello", "--quiet"), *parts)
 
 
-def test_more_ranks_than_devices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_ranks_than_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     have = len(jax.devices())
-    parts = (f"tp={have * 2}", f"needs {have * 2} devices", f"only {have} cpu device", "lower tensor_parallel_size")
+    parts = (f"tp={have * 2}", f"needs {have * 2} devices", f"{have} cpu device", "lower tensor_parallel_size")
     with pytest.raises(ValueError) as caught:
         LLM(MODEL, skip_tokenizer_init=True, tensor_parallel_size=have * 2)
     check_message(str(caught.value), *parts)
+    arguments = ("generate", MODEL, "hello", "--tokenizer", make_tokenizer(tmp_path), "--tp", have * 2)
+    check_message(cli(capsys, *arguments), *parts)
 
 
 def test_more_ranks_than_heads() -> None:

@@ -48,7 +48,7 @@ class FullLogits:
         packed = np.zeros(shape.length, np.int32)
         tokens, positions, slots, last, pages = shape.unpack(packed)
         positions[:] = -1
-        slots[:] = np.arange(total)  # decode rows find their tokens there
+        slots[:] = np.arange(len(slots))  # decode rows find their tokens there; rows past the last one are padding
         # Pages in no order, so that a mistake in the page table shows.
         free = np.random.default_rng(0).permutation(np.arange(1, sum(widths) + 1)).tolist()
         tile_row = out_row = 0
@@ -76,5 +76,5 @@ class FullLogits:
                 jax.device_put(tokens[:total], everywhere),
                 jax.device_put(packed, everywhere),
             )
-        logits = np.asarray(out[1])[:, : self.cfg.vocab_size]
+        logits = np.asarray(out[1])[:total, : self.cfg.vocab_size]
         return np.split(logits, np.cumsum([len(prompt) for prompt in prompts])[:-1])
