@@ -101,7 +101,7 @@ class Runner:
         self._penalties: PenaltyState = jax.device_put(
             init_penalties(max_batch_size + 1, functions.padded_vocab), self._replicated
         )
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, Any] = {}
         self._last_bias: dict[Any, tuple[tuple[tuple[int, int, float], ...], tuple[jax.Array, ...]]] = {}
         self.seconds = {"pack": 0.0, "dispatch": 0.0}
 
@@ -134,6 +134,11 @@ class Runner:
 
         with ThreadPoolExecutor(workers, "compile") as pool:
             self._programs = dict(pool.map(run, self._jobs().items()))
+
+    def scratch_bytes(self) -> int:
+        """Device memory that the hungriest program needs besides its arguments and the outputs that alias them."""
+        sizes = [program.memory_analysis() for program in self._programs.values()]
+        return max(s.temp_size_in_bytes + max(0, s.output_size_in_bytes - s.alias_size_in_bytes) for s in sizes)
 
     def warm_up(self) -> None:
         """Runs every step program once on padding rows: first calls allocate and, on a GPU, load kernels."""

@@ -134,6 +134,7 @@ def start(config: EngineConfig) -> Started:
         _compile(runner, config.progress)
     with phase("warm_up"):
         if platform != "cpu":
+            _check_scratch(runner, mesh)
             runner.warm_up()
     policy = config.scheduler_config
     scheduler = Scheduler(
@@ -221,7 +222,8 @@ def _pool_size(
     if kv.max_tokens is not None:
         # An explicit size wins over a guess, but not over what is there.
         limits = [*(limits if free is not None else []), kv.max_tokens // page]
-    # More than every slot at its longest is of use to the prefix cache only.
+    # XLA addresses the elements of an array with 32 bits.
+    limits.append(np.iinfo(np.int32).max // (heads // axis_size(mesh, "heads") * page * width) - 1)
     pages = min(limits)
     if free is None and kv.max_tokens is None:
         pages = min(pages, -(-sizes.max_batch_size * longest // page))
@@ -245,6 +247,16 @@ def _free_bytes(mesh: Mesh) -> int | None:
             return None
         free.append(stats["bytes_limit"] - stats["bytes_in_use"])
     return min(free)
+
+
+def _check_scratch(runner: Runner, mesh: Mesh) -> None:
+    """ConfigError when the compiled programs need more scratch memory than the page pool has left."""
+    free, need = _free_bytes(mesh), runner.scratch_bytes()
+    if free is not None and need > free:
+        raise ConfigError(
+            f"a step needs {need / 2**30:.2f} GiB of scratch memory, but {free / 2**30:.2f} GiB are left beside the "
+            "weights and the KV cache; lower kv_cache_config.free_gpu_memory_fraction or max_num_tokens"
+        )
 
 
 def _end_tokens(cfg: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -1,0 +1,127 @@
+"""Every implementation of paged attention against attention in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.kernels.paged_attention import cpu, reference
+
+IMPLEMENTATIONS = {"reference": reference.paged_attention, "cpu": cpu.paged_attention}
+
+
+def exact(q, k, v, pages, positions, *, scale, window=None, softcap=None):
+    R, Q, N, H = q.shape
+    K = k.shape[1]
+    out, lse = np.zeros(q.shape), np.zeros((R, Q, N))
+    for r in range(R):
+        keys = np.moveaxis(k[pages[r]].astype(np.float64), 1, 2).reshape(-1, K, H)
+        values = np.moveaxis(v[pages[r]].astype(np.float64), 1, 2).reshape(-1, K, H)
+        for i in range(Q):
+            at = positions[r, i]
+            if at < 0:
+                continue
+            seen = slice(0 if window is None else max(0, at - window + 1), at + 1)
+            for n in range(N):
+                scores = keys[seen, n * K // N] @ q[r, i, n].astype(np.float64) * scale
+                if softcap is not None:
+                    scores = softcap * np.tanh(scores / softcap)
+                top = scores.max()
+                weights = np.exp(scores - top)
+                out[r, i, n] = weights @ values[seen, n * K // N] / weights.sum()
+                lse[r, i, n] = top + np.log(weights.sum())
+    return out, lse
+
+
+def inputs(R, Q, K, G, H, O, longest, seed=0):
+    rng = np.random.default_rng(seed)
+    W = -(-longest // O)
+    q = rng.standard_normal((R, Q, K * G, H), np.float32)
+    k, v = rng.standard_normal((2, R * W + 1, K, O, H), np.float32)
+    pages = (rng.permutation(R * W) + 1).reshape(R, W).astype(np.int32)
+    positions = np.full((R, Q), -1, np.int32)
+    for r in range(R):
+        length = Q if r % 3 else max(1, Q // 2)  # some tiles are padded
+        start = longest - length if r == 0 else rng.integers(0, longest - length + 1)
+        positions[r, :length] = start + np.arange(length)
+    if R > 2:
+        positions[-1] = -1  # a row of padding only
+    return q, k, v, pages, positions
+
+
+CASES = {
+    # R, Q, K, G, H, O, longest context
+    "decode": ((5, 1, 3, 3, 64, 32, 200), {}),
+    "decode_h16_g1": ((4, 1, 2, 1, 16, 4, 37), {}),
+    "decode_h80_g8": ((3, 1, 2, 8, 80, 16, 100), {}),
+    "decode_h128_g2": ((3, 1, 1, 2, 128, 128, 300), {}),
+    "decode_long": ((2, 1, 1, 4, 64, 32, 1500), {}),
+    "decode_window": ((4, 1, 2, 2, 64, 32, 1300), {"window": 70}),
+    "decode_softcap": ((4, 1, 2, 5, 64, 16, 150), {"softcap": 5.0}),
+    "tile": ((3, 32, 3, 3, 64, 32, 200), {}),
+    "tile_h80_g1": ((3, 32, 2, 1, 80, 16, 90), {}),
+    "tile_g7_long": ((1, 8, 1, 7, 16, 8, 700), {}),
+    "tile_window_softcap": ((3, 32, 1, 4, 16, 32, 650), {"window": 40, "softcap": 2.0}),
+    "tile_one_page": ((3, 32, 2, 2, 128, 64, 50), {}),
+    "odd_sizes": ((3, 5, 2, 3, 20, 7, 61), {"window": 9}),
+}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64(case: str, name: str) -> None:
+    sizes, options = CASES[case]
+    args = inputs(*sizes)
+    options = {"scale": sizes[4] ** -0.5, **options}
+    try:
+        out, lse = jax.jit(lambda *a: IMPLEMENTATIONS[name](*a, **options))(*args)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    wanted, wanted_lse = exact(*args, **options)
+    real = args[4] >= 0
+    np.testing.assert_allclose(np.asarray(out)[real], wanted[real], atol=5e-6, rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(lse)[real], wanted_lse[real], atol=5e-6, rtol=2e-6)
+    assert np.isfinite(np.asarray(out)).all()
+
+
+def test_native_result_does_not_depend_on_the_batch() -> None:
+    """A token gets the same bits decoded alone, decoded with others, and as part of a prompt tile."""
+    q, k, v, pages, positions = inputs(4, 32, 3, 3, 64, 32, 1100)
+    for window in (None, 300):
+        call = jax.jit(lambda *a, w=window: cpu.paged_attention(*a, scale=0.125, window=w))
+        try:
+            tile, tile_lse = call(q, k, v, pages, positions)
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+        for r, i in ((0, 3), (1, 0), (1, 31), (2, 17)):
+            one, one_lse = call(q[r : r + 1, i : i + 1], k, v, pages[r : r + 1], positions[r : r + 1, i : i + 1])
+            np.testing.assert_array_equal(one[0, 0], tile[r, i])
+            np.testing.assert_array_equal(one_lse[0, 0], tile_lse[r, i])
+
+
+def test_eight_devices_at_once() -> None:
+    devices = jax.devices("cpu")
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+    sizes = (2 * len(devices), 1, 2, 3, 64, 16, 90)
+    q, k, v, pages, positions = inputs(*sizes)
+
+    def local(q, positions, k, v, pages):
+        for _ in range(20):
+            q = cpu.paged_attention(q, k, v, pages, positions, scale=0.125)[0]
+        return q
+
+    none = jax.sharding.PartitionSpec()
+    step = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, none, none, spec), out_specs=spec, check_vma=False)
+    )
+    try:
+        out = step(q, positions, k, v, pages)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    wanted = jnp.asarray(q)
+    for _ in range(20):
+        wanted = cpu.paged_attention(wanted, k, v, pages, positions, scale=0.125)[0]
+    np.testing.assert_array_equal(np.asarray(out)[:-1], np.asarray(wanted)[:-1])
