@@ -81,9 +81,7 @@ class ResultMaker:
                 watches.append(_StopWatch(decoder, stops, params.include_stop_str_in_output, params.min_tokens or 0))
         prompt: PromptList = [] if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
         logprobs: list[list[dict[int, Logprob]]] = [[] for _ in request.sequences]
-        self._records[request.request_id] = _Record(
-            params.logprobs, params.prompt_logprobs, watches, logprobs, prompt
-        )
+        self._records[request.request_id] = _Record(params.logprobs, params.prompt_logprobs, watches, logprobs, prompt)
 
     def close(self, request: Request) -> None:
         self._records.pop(request.request_id, None)

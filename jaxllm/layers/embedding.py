@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from jaxllm.kernels.linear.api import matmul
 from jaxllm.layers.linear import param
 from jaxllm.parallel.collectives import all_gather, all_reduce, rank, ranks
 from jaxllm.parallel.params import ParamSpec
@@ -34,7 +34,7 @@ class VocabTable(nnx.Module):
 
 def vocab_logits(x_RD: jax.Array, table_VD: jax.Array, vocab_size: int, softcap: float | None) -> jax.Array:
     """float32 logits of this rank's rows of the vocabulary, [R, V / ranks]; rows past the vocabulary are -inf."""
-    logits_RV = lax.dot_general(x_RD, table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits_RV = matmul(x_RD, table_VD)
     if softcap is not None:
         logits_RV = softcap * jnp.tanh(logits_RV / softcap)
     rows = table_VD.shape[0]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from jaxllm.kernels.linear import api
 from jaxllm.parallel.collectives import all_reduce
 from jaxllm.parallel.params import ParamSpec
 
 
 def param(spec: ParamSpec) -> nnx.Param:
-    """A parameter of the shape that `spec` declares. Modules are only built under `nnx.eval_shape`: no memory is used."""
+    """A parameter of the shape that `spec` declares. Modules are built under `nnx.eval_shape`: no memory is used."""
     return nnx.Param(jnp.zeros(spec.shape, spec.dtype), spec=spec)
 
 
 def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
     """`x[..., D] @ weight.T`, accumulated in float32 and returned in x's dtype."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight_FD, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    return api.matmul(x, weight_FD).astype(x.dtype)
 
 
 class ColumnLinear(nnx.Module):

@@ -5,6 +5,7 @@
 // the batch and however many threads there are.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>

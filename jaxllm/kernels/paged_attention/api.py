@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jax
 
-from jaxllm.kernels.paged_attention import reference
+from jaxllm.kernels.paged_attention import cpu, reference
 
-IMPLEMENTATIONS = (reference.paged_attention,)
+IMPLEMENTATIONS = (
+    cpu.paged_attention,
+    reference.paged_attention,
+)
 
 
 def paged_attention(

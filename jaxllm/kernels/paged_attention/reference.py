@@ -13,6 +13,8 @@ from jax import lax
 BLOCK_TOKENS = 64
 """Tokens per step of the walk. Measured on CPU at 32, 64 and 128: gathered blocks of 64 still fit the second cache."""
 
+Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 MASKED = -1e30
 """Finite, so that a block with no visible token gives no NaN; the first visible one wipes what it left."""
 
@@ -50,7 +52,7 @@ def paged_attention(
     def pages_of(pool: jax.Array, ids: jax.Array) -> jax.Array:
         return jnp.moveaxis(pool[ids], 2, 1).reshape(R, K, block, H)
 
-    def step(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def step(carry: Carry) -> Carry:
         i, max_RKM, sum_RKM, out_RKMH = carry
         ids = lax.dynamic_slice_in_dim(pages_RW, i * per_block, per_block, axis=1)
         k_RKSH, v_RKSH = pages_of(k_PKOH, ids), pages_of(v_PKOH, ids)

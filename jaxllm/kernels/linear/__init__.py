@@ -1,0 +1,1 @@
+"""Products of activations with weights kept as checkpoints keep them, `[out, in]`."""

@@ -1,0 +1,89 @@
+"""Paged attention on the CPU by `native/paged_attention.cc`: pages are read once, where they are."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.kernels.native import build
+from jaxllm.kernels.paged_attention import reference
+
+
+def paged_attention(
+    q_RQNH: jax.Array,
+    k_PKOH: jax.Array,
+    v_PKOH: jax.Array,
+    pages_RW: jax.Array,
+    positions_RQ: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_attention`. Raises NotImplementedError where XLA must do it."""
+    if any(a.dtype != jnp.float32 for a in (q_RQNH, k_PKOH, v_PKOH)):
+        raise NotImplementedError("only float32")
+    if pages_RW.dtype != jnp.int32 or positions_RQ.dtype != jnp.int32:
+        raise NotImplementedError("only int32 pages and positions")
+    if not build.available("paged_attention", check):
+        raise NotImplementedError("no native kernel")
+    # See linear/cpu.py on why the choice is made when the program is lowered.
+    return lax.platform_dependent(
+        q_RQNH,
+        k_PKOH,
+        v_PKOH,
+        pages_RW,
+        positions_RQ,
+        cpu=partial(_native, scale=scale, window=window, softcap=softcap),
+        default=partial(reference.paged_attention, scale=scale, window=window, softcap=softcap),
+    )
+
+
+def _native(
+    q_RQNH: jax.Array,
+    k_PKOH: jax.Array,
+    v_PKOH: jax.Array,
+    pages_RW: jax.Array,
+    positions_RQ: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    target: str = "jaxllm_paged_attention",
+) -> tuple[jax.Array, jax.Array]:
+    R, Q, N, H = q_RQNH.shape
+    results = (jax.ShapeDtypeStruct((R, Q, N, H), jnp.float32), jax.ShapeDtypeStruct((R, Q, N), jnp.float32))
+    out, lse = jax.ffi.ffi_call(target, results)(
+        q_RQNH,
+        k_PKOH,
+        v_PKOH,
+        pages_RW,
+        positions_RQ,
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+        softcap=np.float32(softcap or 0.0),
+    )
+    return out, lse
+
+
+def check(target: str) -> None:
+    """Raises ArithmeticError if the kernel differs from the reference on a small input."""
+    rng = np.random.default_rng(0)
+    for R, Q, N, K, H, window, softcap in ((3, 1, 6, 2, 20, None, None), (2, 9, 3, 1, 16, 5, 3.0)):
+        q = rng.standard_normal((R, Q, N, H), np.float32)
+        k, v = rng.standard_normal((2, 8, K, 4, H), np.float32)
+        pages = np.arange(1, 1 + 2 * R, dtype=np.int32).reshape(R, 2)
+        positions = np.full((R, Q), -1, np.int32)
+        positions[:, :7] = np.arange(R)[:, None] + np.arange(min(Q, 5) + 2)[None, : min(Q, 7)] % 5
+        args = tuple(jnp.asarray(a) for a in (q, k, v, pages, positions))
+        real = np.asarray(positions) >= 0
+        options = {"scale": 0.3, "window": window, "softcap": softcap}
+        found = jax.jit(partial(_native, target=target, **options))(*args)  # type: ignore[arg-type]
+        wanted = jax.jit(partial(reference.paged_attention, **options))(*args)  # type: ignore[arg-type]
+        error = max(np.abs(np.asarray(a) - np.asarray(b))[real].max() for a, b in zip(found, wanted, strict=True))
+        if not error < 1e-4:
+            raise ArithmeticError(f"{target} is wrong by {error:.1e} at Q={Q} H={H} window={window}")
