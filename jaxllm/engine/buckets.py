@@ -49,8 +49,9 @@ def plan(
 ) -> list[Bucket]:
     """Buckets that between them cover every step the scheduler can make.
 
-    Decodes alone get a bucket for each power of two of the batch size and, from 16 on, one halfway between: a batch that
-    shrinks pays for its padding all the way down. Prompts alone get one for each power of two of the tile count. Steps that mix both are rarer: they get the powers of eight and of four.
+    Decodes alone get a bucket for each power of two of the batch size and, from 16 on, one halfway between: a batch
+    that shrinks pays for its padding all the way down. Prompts alone get one for each power of two of the tile count.
+    Steps that mix both are rarer: they get the powers of eight and of four.
     """
     sizes = sorted({n for n in batch_sizes if n <= max_batch_size} | {max_batch_size}) if batch_sizes else None
     counts = sorted({n for n in tile_counts if n <= max_tiles} | {max_tiles}) if tile_counts else None

@@ -14,6 +14,8 @@ import pytest
 from jaxllm import LLM, SamplingParams
 from tests.tiny_llm import VOCAB, make_llm, prompts
 
+pytestmark = pytest.mark.quick
+
 EVENTS = (
     "/jax/core/compile/backend_compile_duration",
     "/jax/core/compile/jaxpr_trace_duration",

@@ -15,7 +15,7 @@ from jaxllm.engine.engine import EngineDeadError
 from jaxllm.engine.request import FinishReason, Update
 from tests.tiny_llm import PAGE, make_llm, prompts, submit, tokens_of, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.quick]
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 PROMPTS = prompts(12, seed=1)

@@ -9,6 +9,8 @@ import pytest
 
 from jaxllm.kernels.linear import api, cpu, reference
 
+pytestmark = pytest.mark.quick
+
 IMPLEMENTATIONS = {"reference": reference.matmul, "cpu": cpu.matmul, "api": api.matmul}
 
 

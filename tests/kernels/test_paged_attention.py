@@ -9,6 +9,8 @@ import pytest
 
 from jaxllm.kernels.paged_attention import cpu, reference
 
+pytestmark = pytest.mark.quick
+
 IMPLEMENTATIONS = {"reference": reference.paged_attention, "cpu": cpu.paged_attention}
 
 

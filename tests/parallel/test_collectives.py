@@ -21,6 +21,8 @@ from jaxllm.parallel.mesh import make_mesh, sharding
 from jaxllm.weights.resolve import resolve_model
 from tests.tiny_llm import MODEL
 
+pytestmark = pytest.mark.quick
+
 PAGES, PAGE = 37, 4
 BUCKETS = [Bucket(4, 0), Bucket(4, 2), Bucket(0, 2)]
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from jaxllm.parallel.heads import HeadLayout, split_segments
 
+pytestmark = pytest.mark.quick
+
 H = 4
 
 
