@@ -171,6 +171,8 @@ def _run_chat(args: argparse.Namespace) -> int:
     history = list(start)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() editing and history
+    if args.max_batch_size is None and args.config is None:
+        args.max_batch_size = 1  # one person, one turn at a time: few programs to compile
     with _open_llm(args) as llm:
         interactive = sys.stdin.isatty()
         if interactive:
