@@ -14,6 +14,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jaxllm import mapping
+from jaxllm.mapping import CpType, StarConfig
+
 
 class ConfigError(ValueError):
     """A setting is unknown, has a wrong value or contradicts another one. The message is one line."""
@@ -22,13 +25,11 @@ class ConfigError(ValueError):
 # Names of TensorRT-LLM's LlmArgs that a script being ported may carry. They are not fields here, but a value that
 # asks for nothing (None, False, "auto", 0) is harmless and everything else deserves better than "unknown name".
 _NOT_SUPPORTED_YET = {
-    "attention_dp_config": "attention data parallelism",
     "batched_logits_processor": "logits processors",
     "cache_transceiver_config": "disaggregated serving",
-    "cp_config": "context parallelism",
     "disk_cache_path": "KV offload",
     "disk_cache_size": "KV offload",
-    "enable_attention_dp": "attention data parallelism",
+    "fifo_version": "choosing the all-to-all of Helix",
     "enable_lora": "LoRA",
     "guided_decoding_backend": "guided decoding",
     "host_cache_size": "KV offload",
@@ -38,13 +39,13 @@ _NOT_SUPPORTED_YET = {
     "moe_cluster_parallel_size": "expert parallelism",
     "moe_config": "mixture-of-experts models",
     "orchestrator_type": "several processes",
-    "pp_partition": "pipeline parallelism",
     "quant_config": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
     "revision": "choosing a hub revision (download it and pass the directory)",
     "sparse_attention_config": "sparse attention",
     "speculative_config": "speculative decoding",
     "tokenizer_revision": "choosing a hub revision (download it and pass the directory)",
     "trust_remote_code": "running code from a checkpoint",
+    "use_nccl_for_alltoall": "choosing the all-to-all of Helix",
 }
 _HARMLESS: tuple[object, ...] = (None, False, 0, "auto")
 
@@ -152,6 +153,82 @@ class SchedulerConfig(_Strict):
     waiting_queue_policy: Literal["fcfs", "priority"] = "fcfs"
 
 
+class CpConfig(_Strict):
+    """How the context is parallel. Each key but the first belongs to one type.
+
+    Attributes:
+        cp_type: a CpType, its name in any case, or its number. ULYSSES exchanges tokens for heads around attention;
+            RING passes keys and values round; HELIX does so for decodes only, with the other weights split over the
+            same devices; STAR is blockwise and approximate, and `context_parallel_size` 1 runs it on one device.
+        block_size: STAR: tokens of a block of the context; None = 4096.
+        cp_anchor_size: STAR: tokens of the anchor that every block sees, at most block_size; None = block_size.
+        tokens_per_block: HELIX: tokens of a page, as `kv_cache_config.tokens_per_block` has it.
+    """
+
+    cp_type: CpType = CpType.ULYSSES
+    block_size: int | None = Field(default=None, ge=1)
+    cp_anchor_size: int | None = Field(default=None, ge=1)
+    tokens_per_block: int | None = Field(default=None, ge=1)
+
+    @field_validator("cp_type", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        names = CpType.__members__
+        if isinstance(value, str) and value.upper() in names:
+            return names[value.upper()]
+        if isinstance(value, int) and not isinstance(value, bool) and value in [kind.value for kind in CpType]:
+            return CpType(value)
+        if not isinstance(value, CpType):
+            raise ValueError(f"cp_type = {value!r} is not a kind of context parallelism; use {_one_of(names)}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_type(self) -> CpConfig:
+        owners = {"block_size": CpType.STAR, "cp_anchor_size": CpType.STAR, "tokens_per_block": CpType.HELIX}
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.cp_type is not owner:
+                legal = ["cp_type", *(key for key, kind in owners.items() if kind is self.cp_type)]
+                raise ValueError(
+                    f"cp_config.{name} = {getattr(self, name)} belongs to cp_type {owner.name}, not "
+                    f"{self.cp_type.name}, which takes {_one_of(legal, 'and')}"
+                )
+        star = self.star
+        if star is not None and star.anchor_size > star.block_size:
+            raise ValueError(
+                f"cp_config.cp_anchor_size = {star.anchor_size} is more than block_size = {star.block_size}; "
+                "the anchor is at most a block"
+            )
+        return self
+
+    @property
+    def star(self) -> StarConfig | None:
+        """The sizes of Star attention; None for the other types."""
+        if self.cp_type is not CpType.STAR:
+            return None
+        block = self.block_size or 4096
+        return StarConfig(block, self.cp_anchor_size or block)
+
+
+class AttentionDpConfig(_Strict):
+    """How requests are spread over the ranks of attention data parallelism.
+
+    Attributes:
+        enable_balance: hold prompts back for a while, so that the ranks compute prompts in the same steps.
+        timeout_iters: steps that a prompt waits at most for the other ranks to have one as well.
+        batching_wait_iters: further steps to wait for more prompts, once every rank has one.
+    """
+
+    enable_balance: bool = False
+    timeout_iters: int = Field(default=50, ge=0)
+    batching_wait_iters: int = Field(default=10, ge=0)
+
+
+def _one_of(names: Iterable[str], joint: str = "or") -> str:
+    """ "A, B or C"."""
+    *most, last = names
+    return f"{', '.join(most)} {joint} {last}" if most else last
+
+
 class EngineConfig(_Strict):
     """Everything an engine needs to know before it starts.
 
@@ -162,7 +239,13 @@ class EngineConfig(_Strict):
         dtype: of weights and activations; "auto" = the checkpoint's on a GPU, float32 on a CPU.
         load_format: "auto" reads the checkpoint, "dummy" makes random weights of the same shapes.
         tensor_parallel_size: devices the heads, the MLP and the vocabulary are split over.
-        pipeline_parallel_size, context_parallel_size, moe_tensor_parallel_size, moe_expert_parallel_size: only 1 yet.
+        pipeline_parallel_size: stages that the layers are split into.
+        context_parallel_size: devices that the tokens of a sequence are split over, the way `cp_config` says.
+        moe_expert_parallel_size, moe_tensor_parallel_size: groups that the experts are split over, and devices that
+            each expert is; None or -1 = derived. `jaxllm.mapping.Mapping.resolve` tells what they mean together.
+        pp_partition: layers of each stage; None = as even as possible.
+        enable_attention_dp: split the requests, not the heads, over the devices of tensor parallelism.
+        attention_dp_config: how; without effect unless enable_attention_dp is set.
         max_batch_size: sequences decoded in one step; None = chosen for the device.
         max_num_tokens: tokens computed in one step (decodes + prompt chunks); None = chosen for the device.
         max_seq_len: prompt + output tokens of one sequence; None = the model's context, or what fits the KV cache.
@@ -186,6 +269,10 @@ class EngineConfig(_Strict):
     context_parallel_size: int = Field(default=1, ge=1)
     moe_tensor_parallel_size: int | None = None
     moe_expert_parallel_size: int | None = None
+    cp_config: CpConfig = Field(default_factory=CpConfig)
+    pp_partition: list[int] | None = None
+    enable_attention_dp: bool = False
+    attention_dp_config: AttentionDpConfig = Field(default_factory=AttentionDpConfig)
 
     max_batch_size: int | None = Field(default=None, ge=1)
     max_num_tokens: int | None = Field(default=None, ge=1)
@@ -233,7 +320,7 @@ class EngineConfig(_Strict):
     def _path_to_str(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
-    @field_validator("kv_cache_config", "scheduler_config", mode="before")
+    @field_validator("kv_cache_config", "scheduler_config", "cp_config", "attention_dp_config", mode="before")
     @classmethod
     def _none_is_default(cls, value: Any) -> Any:
         return {} if value is None else value
@@ -254,15 +341,13 @@ class EngineConfig(_Strict):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> EngineConfig:
-        for name, what in (
-            ("pipeline_parallel_size", "pipeline parallelism"),
-            ("context_parallel_size", "context parallelism"),
-            ("moe_tensor_parallel_size", "tensor parallelism of experts"),
-            ("moe_expert_parallel_size", "expert parallelism"),
-        ):
-            value = getattr(self, name)
-            if value not in (None, 1, -1):  # -1 is TensorRT-LLM's "auto" of the two moe sizes
-                raise ValueError(f"{name} = {value}: {what} is not supported yet; use tensor_parallel_size instead")
+        self.resolve_mapping(None)  # what contradicts itself on any number of devices
+        pages = self.cp_config.tokens_per_block
+        if pages is not None and pages != self.kv_cache_config.tokens_per_block:
+            raise ValueError(
+                f"cp_config.tokens_per_block = {pages} differs from kv_cache_config.tokens_per_block = "
+                f"{self.kv_cache_config.tokens_per_block}; a page is a page: leave the first out"
+            )
         if self.max_batch_size and self.max_num_tokens and self.max_num_tokens < self.max_batch_size:
             raise ValueError(
                 f"max_num_tokens = {self.max_num_tokens} is less than max_batch_size = {self.max_batch_size}, but "
@@ -278,6 +363,22 @@ class EngineConfig(_Strict):
                 f"tokenizer = {self.tokenizer!r} contradicts skip_tokenizer_init = True; leave one of them out"
             )
         return self
+
+    def resolve_mapping(self, devices: int | None, platform: str = "") -> mapping.Mapping:
+        """The parallel layout on this many devices. Raises ValueError when the sizes do not fit them."""
+        return mapping.Mapping.resolve(
+            devices,
+            tp=self.tensor_parallel_size,
+            pp=self.pipeline_parallel_size,
+            cp=self.context_parallel_size,
+            ep=self.moe_expert_parallel_size,
+            moe_tp=self.moe_tensor_parallel_size,
+            cp_type=self.cp_config.cp_type,
+            star=self.cp_config.star,
+            attention_dp=self.enable_attention_dp,
+            pp_partition=self.pp_partition,
+            platform=platform,
+        )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> EngineConfig:

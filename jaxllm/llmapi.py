@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import KvCacheConfig, SchedulerConfig
+from jaxllm.config import AttentionDpConfig, CpConfig, KvCacheConfig, SchedulerConfig
 from jaxllm.llm import LLM
 from jaxllm.mapping import CpType
 from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
@@ -18,9 +18,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.config import EngineConfig as LlmArgs  # isort: skip
 
 _NOT_SUPPORTED_YET = {
-    "AttentionDpConfig": "attention data parallelism",
     "CacheTransceiverConfig": "disaggregated serving",
-    "CpConfig": "context parallelism",
     "DisaggregatedParams": "disaggregated serving",
     "DraftTargetDecodingConfig": "speculative decoding",
     "EagleDecodingConfig": "speculative decoding",
@@ -34,7 +32,9 @@ _NOT_SUPPORTED_YET = {
 
 __all__ = [
     "LLM",
+    "AttentionDpConfig",
     "CompletionOutput",
+    "CpConfig",
     "CpType",
     "GenerationResult",
     "KvCacheConfig",

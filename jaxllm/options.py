@@ -55,6 +55,11 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} must be an integer above 0")
 
 
+def _integers(text: str) -> list[int]:
+    """argparse type: integers above 0 with commas between."""
+    return [positive(part) for part in text.split(",")]
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options for the settings of the engine that people change most; --config takes all of them."""
     group = parser.add_argument_group("engine")
@@ -64,6 +69,31 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tensor-parallel-size", "--tp-size", "--tp", type=positive, metavar="N",
         help="devices to split the model over (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pipeline-parallel-size", "--pp-size", "--pp", type=positive, metavar="N", help="stages of layers"
+    )
+    group.add_argument(
+        "--pp-partition", type=_integers, metavar="N,N", help="layers of each stage (default: as even as possible)"
+    )
+    group.add_argument(
+        "--context-parallel-size", "--cp-size", "--cp", type=positive, metavar="N",
+        help="devices to split the tokens of a sequence over",
+    )  # fmt: skip
+    group.add_argument(
+        "--cp-type", metavar="TYPE", help="ulysses (the default), ring, star or helix; --config sets the rest"
+    )
+    group.add_argument(
+        "--moe-expert-parallel-size", "--ep-size", "--ep", type=positive, metavar="N",
+        help="groups of devices to split the experts over: they multiply --tp where the devices are there, else "
+        "they are a part of it",
+    )  # fmt: skip
+    group.add_argument(
+        "--moe-tensor-parallel-size", type=positive, metavar="N", help="devices to split each expert over"
+    )
+    group.add_argument(
+        "--enable-attention-dp", action="store_true",
+        help="split requests, not heads, over the devices of --tp",
     )  # fmt: skip
     group.add_argument("--dtype", choices=choices(EngineConfig, "dtype"), help="of weights and activations")
     group.add_argument(
@@ -93,10 +123,16 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The settings of the engine: the --config file, and the options over it. Raises ConfigError."""
     settings: dict[str, Any] = {"model": args.model}
     for name in (
-        "tensor_parallel_size", "dtype", "load_format", "tokenizer", "max_batch_size", "max_num_tokens", "max_seq_len"
+        "tensor_parallel_size", "pipeline_parallel_size", "pp_partition", "context_parallel_size",
+        "moe_expert_parallel_size", "moe_tensor_parallel_size", "dtype", "load_format", "tokenizer", "max_batch_size",
+        "max_num_tokens", "max_seq_len",
     ):  # fmt: skip
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
+    if args.cp_type is not None:
+        settings["cp_config"] = {"cp_type": args.cp_type}
+    if args.enable_attention_dp:
+        settings["enable_attention_dp"] = True
     kv: dict[str, Any] = {}
     if args.kv_cache_free_gpu_memory_fraction is not None:
         kv["free_gpu_memory_fraction"] = args.kv_cache_free_gpu_memory_fraction

@@ -319,7 +319,8 @@ def test_more_ranks_than_heads() -> None:
         ({"max_batch_size": 0}, ("max_batch_size = 0", "greater than or equal to 1")),
         ({"max_batchsize": 4}, ("'max_batchsize'", "did you mean 'max_batch_size'")),
         ({"dtype": "float8"}, ("dtype = 'float8'", "float32")),
-        ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size = 2", "not supported yet", "instead")),
+        ({"pipeline_parallel_size": 2}, ("pipeline parallelism", "not supported yet", "pp=2", "instead")),
+        ({"context_parallel_size": 16}, ("cp=16 needs 16 devices", "what fits: cp=8")),
         (
             {"kv_cache_config": {"free_gpu_memory_fraction": 0.0}},
             (r"free_gpu_memory_fraction = 0\.0", "greater than 0"),

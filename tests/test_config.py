@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.config import ConfigError, EngineConfig, KvCacheConfig, SchedulerConfig, merge_settings
+from jaxllm.config import (
+    AttentionDpConfig,
+    ConfigError,
+    CpConfig,
+    EngineConfig,
+    KvCacheConfig,
+    SchedulerConfig,
+    merge_settings,
+)
+from jaxllm.mapping import CpType, StarConfig
+from jaxllm.mapping import Mapping as ParallelMapping
 
 
 @pytest.mark.parametrize(
@@ -14,7 +24,7 @@ from jaxllm.config import ConfigError, EngineConfig, KvCacheConfig, SchedulerCon
     [
         ({"tensor_paralel_size": 2}, "unknown setting 'tensor_paralel_size'; did you mean 'tensor_parallel_size'"),
         ({"kv_cache_config": {"max_token": 1}}, "of KvCacheConfig 'max_token'; did you mean 'max_tokens'"),
-        ({"qqqq": 1}, "the valid ones are batch_buckets"),
+        ({"qqqq": 1}, "the valid ones are attention_dp_config, batch_buckets"),
         ({"dtype": "fp8"}, "dtype = 'fp8': must be 'auto'"),
         ({"load_format": "fast"}, "load_format = 'fast'"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
@@ -23,11 +33,34 @@ from jaxllm.config import ConfigError, EngineConfig, KvCacheConfig, SchedulerCon
         ({"model": " "}, "model is empty"),
         ({"max_seq_len": 1}, "max_seq_len = 1"),
         ({"seed": -1}, "seed = -1"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism is not supported yet"),
-        ({"context_parallel_size": 4}, "context parallelism is not supported yet"),
-        ({"moe_expert_parallel_size": 2}, "expert parallelism is not supported yet"),
-        ({"cp_config": {"cp_type": "RING"}}, "context parallelism is not supported yet"),
-        ({"enable_attention_dp": True}, "attention data parallelism is not supported yet"),
+        ({"pipeline_parallel_size": 2, "pp_partition": [1, 2, 3]}, "3 stages, but pipeline_parallel_size = 2"),
+        ({"pipeline_parallel_size": 2, "pp_partition": [4, 0]}, "every stage needs at least one layer"),
+        ({"pp_partition": "4"}, "pp_partition = '4'"),
+        ({"context_parallel_size": 0}, "context_parallel_size = 0"),
+        ({"moe_expert_parallel_size": 0}, "moe_expert_parallel_size = 0 must be an integer of at least 1"),
+        ({"tensor_parallel_size": 4, "moe_tensor_parallel_size": 3}, "does not divide tensor_parallel_size = 4; use"),
+        (
+            {"tensor_parallel_size": 8, "moe_expert_parallel_size": 4, "moe_tensor_parallel_size": 4},
+            "contradicts tensor_parallel_size = 8; leave moe_tensor_parallel_size out, or use 8 (for 32 devices) or 2",
+        ),
+        ({"cp_config": {"cp_type": "rung"}}, "cp_type = 'rung' is not a kind of context parallelism; use ULYSSES, ST"),
+        ({"cp_config": {"cp_type": 4}}, "cp_type = 4 is not"),
+        ({"cp_config": {"cp_type": True}}, "cp_type = True is not"),
+        (
+            {"cp_config": {"cp_type": "RING", "block_size": 64}},
+            "cp_config.block_size = 64 belongs to cp_type STAR, not RING, which takes cp_type",
+        ),
+        (
+            {"cp_config": {"cp_type": "STAR", "tokens_per_block": 32}},
+            "belongs to cp_type HELIX, not STAR, which takes cp_type, block_size and cp_anchor_size",
+        ),
+        ({"cp_config": {"cp_type": "STAR", "block_size": 64, "cp_anchor_size": 65}}, "the anchor is at most a block"),
+        ({"cp_config": {"cp_type": "STAR", "block_size": 0}}, "block_size = 0"),
+        ({"cp_config": {"cp_type": "HELIX", "tokens_per_block": 16}}, "differs from kv_cache_config.tokens_per_block"),
+        ({"cp_config": {"cptype": "RING"}}, "of CpConfig 'cptype'; did you mean 'cp_type'"),
+        ({"attention_dp_config": {"timeout_iters": -1}}, "timeout_iters = -1"),
+        ({"attention_dp_config": {"balance": True}}, "of AttentionDpConfig 'balance'; did you mean 'enable_balance'"),
+        ({"enable_attention_dp": "yes"}, "enable_attention_dp = 'yes'"),
         ({"orchestrator_type": "ray"}, "orchestrator_type = 'ray'"),
         ({"max_batch_size": 8, "max_num_tokens": 4}, "max_num_tokens = 4 is less than max_batch_size = 8"),
         ({"max_batch_size": 8, "batch_buckets": [1, 4]}, "batch_buckets end at 4"),
@@ -74,6 +107,37 @@ def test_accepted_forms():
     assert config.model == "/m" and config.kv_cache_config.max_tokens == 64
     assert config.scheduler_config == SchedulerConfig(capacity_scheduler_policy="GUARANTEED_NO_EVICT")
     assert EngineConfig(model="m", kv_cache_config=None).kv_cache_config == KvCacheConfig()
+
+
+def test_kinds_of_context_parallelism():
+    for kind in CpType:
+        for spelling in (kind, kind.name, kind.name.lower(), kind.value):
+            assert EngineConfig(model="m", cp_config={"cp_type": spelling}).cp_config.cp_type is kind
+    assert EngineConfig(model="m").cp_config == EngineConfig(model="m", cp_config=None).cp_config == CpConfig()
+    assert CpConfig().cp_type is CpType.ULYSSES and CpConfig().star is None
+    assert CpConfig(cp_type="STAR").star == StarConfig(4096, 4096)
+    assert CpConfig(cp_type="STAR", block_size=64).star == StarConfig(64, 64)
+    assert CpConfig(cp_type="STAR", block_size=64, cp_anchor_size=8).star == StarConfig(64, 8)
+
+
+def test_the_layout_of_a_config():
+    page = {"enable_balance": True, "timeout_iters": 10, "batching_wait_iters": 5}
+    config = EngineConfig(
+        model="m",
+        tensor_parallel_size=2,
+        pipeline_parallel_size=2,
+        pp_partition=[3, 5],
+        context_parallel_size=2,
+        cp_config=CpConfig(cp_type=CpType.HELIX),
+        moe_expert_parallel_size=2,
+        enable_attention_dp=True,
+        attention_dp_config=page,
+    )
+    rest = {"pp": 2, "cp": 2, "cp_type": CpType.HELIX, "attention_dp": True, "pp_partition": (3, 5)}
+    assert config.resolve_mapping(16) == ParallelMapping(tp=2, ep=2, **rest)
+    assert config.resolve_mapping(8) == ParallelMapping(tp=1, ep=2, **rest)
+    assert config.attention_dp_config == AttentionDpConfig(**page)
+    assert AttentionDpConfig() == AttentionDpConfig(enable_balance=False, timeout_iters=50, batching_wait_iters=10)
 
 
 def test_overlap_in_the_older_spelling():

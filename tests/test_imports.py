@@ -1,4 +1,7 @@
-"""The import rule: cli -> bench -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings."""
+"""The import rule.
+
+cli -> bench -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ LAYERS: list[list[set[str]]] = [
     [{"models"}, {"weights"}],
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
-    [{"config"}, {"mapping"}, {"sampling_params"}],
+    [{"config"}, {"sampling_params"}],
+    [{"mapping"}],
 ]
 
 NO_JAX = [

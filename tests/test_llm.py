@@ -258,8 +258,8 @@ def test_wrong_settings_are_refused_before_anything_is_loaded():
         LLM("fake", trust_remote_code=True)
     with pytest.raises(ConfigError, match="not supported"):
         LLM("fake", tokenizer_mode="slow")
-    with pytest.raises(ConfigError, match="not supported yet"):
-        LLM("fake", context_parallel_size=2)
+    with pytest.raises(ValueError, match=r"needs 1024 devices.*what fits"):
+        LLM("fake", tensor_parallel_size=1024)
 
 
 def test_importing_jaxllm_imports_no_jax():

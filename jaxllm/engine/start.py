@@ -22,9 +22,9 @@ from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
-from jaxllm.mapping import Mapping
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Layout, checkpoint_shapes
+from jaxllm.models.fit import check_mapping, check_supported
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.mesh import axis_size, make_mesh
 from jaxllm.weights.dummy import dummy_params
@@ -82,15 +82,19 @@ def start(config: EngineConfig) -> Started:
         yield
         seconds[name] = time.perf_counter() - began
 
+    mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+    check_supported(mapping)
     with phase("files"):
         files = resolve_model(config.model, need_weights=config.load_format != "dummy")
         cfg = model_config(files)
+        page_size = config.kv_cache_config.tokens_per_block
+        check_mapping(mapping, cfg, page_size=page_size, max_seq_len=config.max_seq_len)
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = load_tokenizer(config.tokenizer if config.tokenizer is not None else files)
     with phase("devices"):
         enable_compilation_cache(config.compilation_cache_dir)
-        mesh = make_mesh(Mapping(tp=config.tensor_parallel_size))
+        mesh = make_mesh(mapping)
         platform = mesh.devices.flat[0].platform
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))

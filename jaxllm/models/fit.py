@@ -1,0 +1,54 @@
+"""Whether a parallel layout fits a model: the checks that need the model's sizes and nothing else."""
+
+from __future__ import annotations
+
+from jaxllm.mapping import CpType, Mapping
+from jaxllm.models.config import ModelConfig
+from jaxllm.parallel.heads import HeadLayout
+
+# What the engine cannot run yet, as (name for the error, whether a layout asks for it).
+_NOT_SUPPORTED_YET = (
+    ("pipeline_parallel_size", "pipeline parallelism", lambda m: m.pp > 1),
+    ("context_parallel_size", "context parallelism of type ULYSSES", lambda m: m.cp_type is CpType.ULYSSES),
+    ("context_parallel_size", "context parallelism of type RING", lambda m: m.cp_type is CpType.RING),
+    ("context_parallel_size", "context parallelism of type HELIX", lambda m: m.cp_type is CpType.HELIX),
+    ("cp_config", "Star attention", lambda m: m.cp_type is CpType.STAR),
+    ("enable_attention_dp", "attention data parallelism", lambda m: m.attention_dp),
+)
+
+
+def check_supported(mapping: Mapping) -> None:
+    """ValueError when the engine cannot run this kind of layout yet."""
+    for name, what, asks in _NOT_SUPPORTED_YET:
+        if asks(mapping):
+            raise ValueError(
+                f"{name}: {what} is not supported yet (layout {mapping}); use tensor_parallel_size instead"
+            )
+
+
+def check_mapping(mapping: Mapping, cfg: ModelConfig, *, page_size: int, max_seq_len: int | None = None) -> None:
+    """Whether the model can be cut like this.
+
+    Args:
+        page_size: tokens of a page of the KV cache on one device.
+        max_seq_len: the longest sequence that will run; None = the model's context.
+
+    Raises:
+        ValueError: fewer layers than stages, a `pp_partition` of another model, fewer heads than the ranks they are
+            split over, or a context that leaves some ranks of context parallelism without a page.
+    """
+    mapping.stage_layers(cfg.num_layers)
+    HeadLayout.plan(cfg.num_heads, cfg.num_kv_heads, head_ranks(mapping))
+    context = min(max_seq_len or cfg.max_position, cfg.max_position)
+    if mapping.cp > 1 and context < mapping.cp * page_size:
+        raise ValueError(
+            f"context_parallel_size = {mapping.cp} with pages of {page_size} tokens needs a context of at least "
+            f"{mapping.cp * page_size} tokens, but the longest sequence has {context}; use at most "
+            f"{max(1, context // page_size)}, or smaller pages (kv_cache_config.tokens_per_block)"
+        )
+
+
+def head_ranks(mapping: Mapping) -> int:
+    """Ranks that the attention heads are split over."""
+    ranks = 1 if mapping.attention_dp else mapping.ep * mapping.tp
+    return ranks * mapping.cp if mapping.cp_type is CpType.ULYSSES else ranks
