@@ -6,7 +6,8 @@
     scheduler.update(step, tokens)   who goes on
 
 The plain loop does these one after the other. The overlap loop launches the next step before it reads the last one, so
-that the device never waits for the host; both give the same tokens.
+that the device never waits for the host; with a pipeline it keeps as many steps on their way as the scheduler makes
+independent of each other, so that no stage waits. All give the same tokens.
 """
 
 from __future__ import annotations
@@ -146,11 +147,12 @@ class Engine:
 
     def _overlap_loop(self) -> None:
         flights: deque[InFlight] = deque()
+        depth = self._scheduler.micro_batches
         while self._take_requests(wait=not flights):
             step = self._schedule()
             if step is not None:
                 flights.append(self._launch(step))
-            if flights and (len(flights) > 1 or step is None):
+            if flights and (len(flights) > depth or step is None):
                 self._finish(flights.popleft())
 
     def _take_requests(self, wait: bool) -> bool:

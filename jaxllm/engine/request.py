@@ -97,6 +97,7 @@ class Sequence:
         "chain",
         "finish_reason",
         "index",
+        "last_step",
         "max_len",
         "max_pages",
         "num_computed",
@@ -139,6 +140,7 @@ class Sequence:
         self.stop_ids: frozenset[int] = frozenset()
         self.chain: list[bytes] = []  # chain[0] is the root digest, chain[k + 1] the digest of full page k
         self.register_at = 0  # when more tokens than this are known, the next full page can be registered
+        self.last_step = 0  # number of the step that sampled its last token
         self.prompt_ready = False  # the full prompt pages hold KV of earlier steps: siblings may share them
 
     @property

@@ -8,6 +8,10 @@ and because the device runs steps in order, so that a page or a slot given up no
 `schedule()` decides in this order: decodes, prompts that are under way, new sequences. Pages for all known tokens are
 taken at admission, so only decodes ask for more; when none is left the lowest-ranked running sequence is preempted and
 computed again later.
+
+A pipeline needs several steps in flight that do not depend on each other. With `micro_batches` = G the decoding
+sequences take turns: each is decoded in every G-th step, and G consecutive steps differ by at most one in the number
+of their decodes. Prompt chunks go into consecutive steps whatever G is, because each stage runs its steps in order.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ class Scheduler:
     chunked_prefill  False: a prompt is computed in one step (only a preempted sequence that has outgrown the budget
                      is computed in several)
     priority_queue   True: the queue is ordered by priority, then arrival; False: by arrival
+    micro_batches    steps that the decoding sequences take turns in, so that as many can be in flight without
+                     waiting for each other's tokens
     """
 
     def __init__(
@@ -59,11 +65,12 @@ class Scheduler:
         chunked_prefill: bool = True,
         eos_token_ids: Iterable[int] = (),
         priority_queue: bool = False,
+        micro_batches: int = 1,
     ) -> None:
         if max_tiles is None:
             max_tiles = max_num_tokens
         sizes = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "tile": tile}
-        for name, value in (sizes | {"max_tiles": max_tiles}).items():
+        for name, value in (sizes | {"max_tiles": max_tiles, "micro_batches": micro_batches}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, but it has to be at least 1")
         if max_seq_len < 2:
@@ -80,7 +87,9 @@ class Scheduler:
         self.policy: CapacityPolicy = policy
         self.chunked_prefill = chunked_prefill
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.micro_batches = micro_batches
         self.num_preemptions = 0
+        self._num_steps = 0  # scheduled so far
         self._guaranteed = policy == "GUARANTEED_NO_EVICT"
         self._requests: dict[int, Request] = {}  # unfinished ones
         self._arrivals = 0
@@ -221,16 +230,27 @@ class Scheduler:
                 self._prefilling.remove(seq)
                 insort(self._decoding, seq, key=_rank)
                 seq.num_pending += 1
+                seq.last_step = self._num_steps
                 seq.prompt_ready = True  # from the next step on, hence not before everybody is admitted
                 if not seq.request.forked:
                     self._fork(seq.request)
-        return step if step.decodes or step.prefills else None
+        if not step.decodes and not step.prefills:
+            if self.micro_batches == 1:
+                return None
+            # A stage would idle: nobody is held up by a decode that waits on the device for its input.
+            self._schedule_decodes(step, ahead=True)
+            if not step.decodes:
+                return None
+        self._num_steps += 1
+        return step
 
-    def _schedule_decodes(self, step: Step) -> None:
+    def _schedule_decodes(self, step: Step, ahead: bool = False) -> None:
         decodes, positions = step.decodes, step.positions
-        page_size, budget = self.pool.page_size, self.max_num_tokens
-        # Preemption takes from the end of this list, never what the loop has passed.
-        for seq in self._decoding:
+        page_size, budget, number = self.pool.page_size, self.max_num_tokens, self._num_steps
+        # Preemption takes the last in rank, never what the loop has passed.
+        for seq in self._decoding if self.micro_batches == 1 else self._whose_turn(ahead):
+            if seq.slot < 0:
+                continue  # it was preempted for one before it
             position = seq.num_computed
             if position >= seq.max_len - 1:
                 continue  # its last token is on the way
@@ -244,8 +264,39 @@ class Scheduler:
                 seq.pages += self.pool.allocate(1)
             seq.num_computed = position + 1
             seq.num_pending += 1
+            seq.last_step = number
             decodes.append(seq)
             positions.append(position)
+
+    def _whose_turn(self, ahead: bool) -> list[Sequence]:
+        """The sequences to be decoded in this of several micro-batches, in order of rank.
+
+        Only those whose last token is known, or was sampled at least `micro_batches` steps ago; with `ahead` those that
+        have waited longest even if their last token is younger. Who has waited longest comes first in any case, hence
+        nobody starves.
+        """
+        turns, number = self.micro_batches, self._num_steps
+        going = [seq for seq in self._decoding if seq.num_computed < seq.max_len - 1]
+        if ahead:
+            oldest = min((seq.last_step for seq in going if not seq.wait_for_token), default=-1)
+            ready = [
+                seq
+                for seq in going
+                if not seq.num_pending or (seq.num_pending == 1 and seq.last_step == oldest and not seq.wait_for_token)
+            ]
+        else:
+            ready = [
+                seq
+                for seq in going
+                if not seq.num_pending or (number - seq.last_step >= turns and not seq.wait_for_token)
+            ]
+        # The quotas of `turns` consecutive steps add up to everybody and differ by at most one.
+        turn = number % turns
+        quota = (turn + 1) * len(going) // turns - turn * len(going) // turns
+        quota = min(max(quota, 1), self.max_num_tokens)
+        if len(ready) > quota:
+            ready = sorted(sorted(ready, key=_last_step)[:quota], key=_rank)
+        return ready
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
         start = seq.num_computed
@@ -443,3 +494,7 @@ class Scheduler:
 
 def _rank(seq: Sequence) -> tuple[float, int, int]:
     return seq.rank
+
+
+def _last_step(seq: Sequence) -> int:
+    return seq.last_step

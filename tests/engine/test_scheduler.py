@@ -506,3 +506,51 @@ def test_the_scheduler_needs_no_jax() -> None:
     code = "import sys, jaxllm.engine.scheduler; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
+
+
+# ---- micro-batches ------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_take_turns_without_reading_results() -> None:
+    scheduler = make(max_batch_size=8, micro_batches=2)
+    for _ in range(5):
+        add(scheduler, prompt(2), max_tokens=20)
+    steps = [scheduler.schedule() for _ in range(6)]
+    assert all(step is not None for step in steps)
+    assert [ids(step.decodes) for step in steps[1:]] == [[0, 1, 2], [3, 4], [0, 1, 2], [3, 4], [0, 1, 2]]
+    assert scheduler.schedule() is not None and scheduler.num_running == 5
+
+
+def test_one_sequence_runs_one_step_ahead_of_the_host() -> None:
+    scheduler = make(micro_batches=4)
+    add(scheduler, prompt(2), max_tokens=20)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None and second is not None and ids(second.decodes) == [0]
+    assert scheduler.schedule() is None
+    scheduler.update(first, [7])
+    third = scheduler.schedule()
+    assert third is not None and third.positions == [3]
+
+
+def test_a_prompt_flows_through_the_pipeline_in_consecutive_steps() -> None:
+    scheduler = make(micro_batches=4, max_num_tokens=4)
+    add(scheduler, prompt(10), max_tokens=2)
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [chunks(step) for step in steps if step] == [[(0, 0, 4, False)], [(0, 4, 8, False)], [(0, 8, 10, True)]]
+
+
+def test_whoever_is_preempted_in_a_micro_batch_is_not_in_it() -> None:
+    scheduler = make(pages=1 + 14, page_size=1, micro_batches=2)
+    for _ in range(4):
+        add(scheduler, prompt(2), max_tokens=12)
+    while scheduler.has_work():
+        turn(scheduler)  # checks the slots and pages
+    assert scheduler.num_preemptions > 0
+
+
+def test_who_waited_longest_is_decoded_first() -> None:
+    scheduler = make(max_batch_size=8, micro_batches=2)
+    for _ in range(4):
+        add(scheduler, prompt(2), max_tokens=20)
+    turn(scheduler)
+    assert [ids(turn(scheduler).decodes) for _ in range(4)] == [[0, 1], [2, 3], [0, 1], [2, 3]]

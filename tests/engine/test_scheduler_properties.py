@@ -87,6 +87,8 @@ class FakeDevice:
         self.kv = [[-1] * self.size for _ in range(scheduler.pool.num_pages)]
         self.last: list[int | None] = [None] * scheduler.max_batch_size
         self.truths: dict[Sequence, Truth] = {}
+        self.steps = 0
+        self.sampled: dict[Sequence, int] = {}  # number of the step that a sequence's last token came from
 
     def truth(self, seq: Sequence) -> Truth:
         if seq not in self.truths:
@@ -125,6 +127,10 @@ class FakeDevice:
         for seq in step.started:
             self.last[seq.slot] = None
         # A row may read what earlier steps wrote and what it writes itself, so all reads come first.
+        late = [s for s in step.decodes if s.num_pending > 1 and self.steps - self.sampled[s] < scheduler.micro_batches]
+        assert not late or (len(late) == len(rows) and all(seq.num_pending == 2 for seq in late)), (
+            f"decoded before its last step left the pipeline: {late}"
+        )
         for seq, position in zip(step.decodes, step.positions, strict=True):
             assert position + 1 < seq.max_len, f"scheduled past its end: {seq}"
             assert self.last[seq.slot] == self.truth(seq).token(position), f"wrong input token: {seq}"
@@ -143,11 +149,13 @@ class FakeDevice:
         for chunk in step.prefills:
             self._write(chunk.seq, chunk.start, chunk.stop)
             tokens.append(self._sample(chunk.seq, chunk.stop) if chunk.samples else -1)
+        self.steps += 1
         return tokens
 
     def _sample(self, seq: Sequence, position: int) -> int:
         token = self.truth(seq).token(position)
         self.last[seq.slot] = token
+        self.sampled[seq] = self.steps
         return token
 
 
@@ -200,6 +208,7 @@ class Harness:
             self.requests.remove(request)
         for seq in request.sequences:
             self.device.truths.pop(seq, None)
+            self.device.sampled.pop(seq, None)
 
     def advance(self) -> list[Event]:
         """Schedule and run one step if there is room for it in flight, and take the results of one when due."""
@@ -357,6 +366,7 @@ schedulers = st.fixed_dictionaries(
         "policy": st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]),
         "chunked_prefill": st.booleans(),
         "priority_queue": st.booleans(),
+        "micro_batches": st.sampled_from([1, 1, 2, 3, 4, 8]),
     }
 )
 pools = st.builds(PagePool, st.integers(2, 16), st.integers(1, 5), st.booleans())
@@ -366,7 +376,7 @@ pools = st.builds(PagePool, st.integers(2, 16), st.integers(1, 5), st.booleans()
 @given(pools, schedulers, st.integers(1, 3), st.lists(operations, max_size=25))
 def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load) -> None:
     scheduler = Scheduler(pool, eos_token_ids=[EOS], **options)
-    harness = Harness(scheduler, depth)
+    harness = Harness(scheduler, depth if options["micro_batches"] == 1 else options["micro_batches"] + depth - 1)
     for kind, *args in load:
         if kind == "add":
             prompt, request_params, priority, salt, cached = args
@@ -383,6 +393,54 @@ def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load)
                 alive = [seq for seq in request.sequences if not seq.finished]
                 harness.stop(alive[args[0] % len(alive)])
         scheduler.check()
+    harness.drain()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 24), st.data())
+def test_micro_batches_are_balanced(turns, count, budget, data) -> None:
+    """Once all decode, each of `turns` consecutive steps has the same number of decodes, give or take one."""
+    pool = PagePool(2000, 4, False)
+    scheduler = Scheduler(
+        pool, max_batch_size=20, max_num_tokens=max(budget, 20), max_seq_len=300, micro_batches=turns, tile=4
+    )
+    harness = Harness(scheduler, turns + 1)
+    for _ in range(count):
+        harness.add([2] * data.draw(st.integers(1, 30)), Params(max_tokens=250, ignore_eos=True))
+        for _ in range(data.draw(st.integers(0, 3))):
+            harness.advance()
+    while scheduler.num_waiting or scheduler._prefilling:
+        harness.advance()
+    taken: list[list[Sequence]] = []
+    run = harness.device.run
+    harness.device.run = lambda step: taken.append(list(step.decodes)) or run(step)  # type: ignore[method-assign]
+    for _ in range(8 * turns):
+        harness.advance()
+    groups = min(turns, count)
+    for start in range(len(taken) // 2, len(taken) - groups + 1):
+        window = taken[start : start + groups]
+        sizes = [len(decodes) for decodes in window]
+        assert max(sizes) - min(sizes) <= 1, f"unbalanced micro-batches: {sizes}"
+        assert len({id(seq) for decodes in window for seq in decodes}) == sum(sizes) == count
+    assert len(taken) >= 3 * turns
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 6), st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12)), min_size=5, max_size=60))
+def test_no_decode_starves(turns, load) -> None:
+    """However sequences come and go, one that decodes has its turn within three rounds of micro-batches."""
+    scheduler = Scheduler(
+        PagePool(4000, 4, False), max_batch_size=16, max_num_tokens=40, max_seq_len=300, micro_batches=turns
+    )
+    harness = Harness(scheduler, turns + 1)
+    for arrivals_now, length in load:
+        for number in range(arrivals_now):
+            harness.add([2 + number] * 3, Params(max_tokens=length, ignore_eos=True))
+        harness.advance()
+        for seq in scheduler._decoding:
+            if seq.num_computed < seq.max_len - 1:
+                waited = scheduler._num_steps - seq.last_step
+                assert waited <= 3 * turns + 1, f"{seq} has waited for {waited} steps"
     harness.drain()
 
 
@@ -414,6 +472,7 @@ def simulate(num_requests: int, seed: int) -> dict[str, int]:
     ]
     for number, (policy, depth, cache, chunked) in enumerate(settings_):
         size = rng.choice([4, 8])
+        turns = (1, 1, 1, 2, 1, 4)[number % 6]
         pool = PagePool((160, 400, 800)[number % 3] // size, size, cache)
         scheduler = Scheduler(
             pool,
@@ -426,8 +485,9 @@ def simulate(num_requests: int, seed: int) -> dict[str, int]:
             chunked_prefill=chunked,
             eos_token_ids=[EOS],
             priority_queue=number % 2 == 1,
+            micro_batches=turns,
         )
-        harness = Harness(scheduler, depth)
+        harness = Harness(scheduler, depth if turns == 1 else turns + depth - 1)
         prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randrange(8, 40))] for _ in range(6)]
         share = num_requests // len(settings_) + (number < num_requests % len(settings_))
         while harness.added < share:
