@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -17,11 +18,13 @@ from jaxllm.layers.attention import AttentionBatch, KVPages
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, Layout, abstract, flat_variables
-from jaxllm.parallel.mesh import MODEL_AXES, partition, sharding
+from jaxllm.models.decoder import Decoder, abstract, flat_variables
+from jaxllm.parallel.collectives import Axes, all_reduce, gather_rows, rank, ranks
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.mesh import partition
 from jaxllm.parallel.params import ParamSpec
 
-KV_AXES = ("pages", "heads", None, None)
+KV_AXES = ("pages", "kv_heads", None, None)
 """Logical axes of k_PKOH and v_PKOH."""
 
 
@@ -59,7 +62,8 @@ class StepFunctions:
 
     def kv_shape(self, page_size: int) -> tuple[int, int, int]:
         """K, O, H of the page pools, over all ranks."""
-        return (self.layout.ranks * self.layout.heads(self.cfg).kv_heads, page_size, self.cfg.head_dim)
+        heads = self.layout.heads(self.cfg.num_heads, self.cfg.num_kv_heads)
+        return (heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
 
     def _model(self, weights: list[jax.Array]) -> Decoder:
         by_path = dict(zip(self.paths, weights, strict=True))
@@ -70,48 +74,66 @@ class StepFunctions:
         """The step for one bucket, as a function of (weights, kv, last_token, packed).
 
         It returns token_R, the most likely token of each row; logits_RV, float32 and split over the vocabulary;
-        hidden_TD, the final hidden states of all tokens; last_token with token_R written; and the written pages.
+        hidden_TD, the final hidden states of all tokens, those of each rank after those of the one before; last_token
+        with token_R written; and the written pages. With attention data parallelism R is the rows of all ranks.
         """
+        layout = self.layout
+        prompts, requests = layout.axes("prompts"), layout.axes("requests")
 
         def step(weights: list[jax.Array], kv: list[KVPages], last_token: jax.Array, packed: jax.Array) -> tuple:
-            tokens_T, positions_T, slots_R, last_R, pages_RW = shape.unpack(packed)
+            batch = shape.unpack(_own_part(packed, prompts))
+            tokens_T, slots_R = batch.tokens_T, batch.slots_R
             decodes = shape.bucket.decodes
             if decodes:
                 tokens_T = tokens_T.at[:decodes].set(last_token[slots_R[:decodes]])
             model = self._model(weights)
-            hidden_TD, kv = model(tokens_T, kv, AttentionBatch(decodes, shape.tile, positions_T, pages_RW))
-            logits_RV = model.logits(hidden_TD[last_R])
+            hidden_TD, kv = model(tokens_T, kv, AttentionBatch(decodes, shape.tile, batch.positions_T, batch.pages_RW))
+            rows_RD = gather_rows(_last_rows(hidden_TD, batch.last_R, prompts), requests)
+            slots_R = gather_rows(slots_R, requests)
+            logits_RV = model.logits(rows_RD)
             with jax.named_scope("greedy"):
-                token_R = greedy(logits_RV)
+                token_R = greedy(logits_RV, layout.axes("vocab"))
             return token_R, logits_RV, hidden_TD, last_token.at[slots_R].set(token_R), kv
 
-        pages = partition(KV_AXES)
+        pages = layout.partition(*KV_AXES)
         kv_specs = [(pages, pages)] * self.cfg.num_layers
-        none, vocab = PartitionSpec(), PartitionSpec(None, MODEL_AXES)
+        none = PartitionSpec()
         return jax.shard_map(
             step,
             mesh=self.mesh,
-            in_specs=(self._weight_specs, kv_specs, none, none),
-            out_specs=(none, vocab, none, none, kv_specs),
+            in_specs=(self._weight_specs, kv_specs, none, layout.partition("requests")),
+            out_specs=(none, layout.partition(None, "vocab"), layout.partition("tokens"), none, kv_specs),
             check_vma=False,
         )
 
     def token_logprobs(self, num_logprobs: int) -> Callable[[jax.Array, jax.Array, jax.Array], SampleOutput]:
         """Logprobs of given tokens after given hidden states, as a function of (head weight, hidden_TD, token_T)."""
-        cfg, mesh = self.cfg, self.mesh
+        cfg, mesh, layout = self.cfg, self.mesh, self.layout
 
         def local(weight_VD: jax.Array, hidden_TD: jax.Array) -> jax.Array:
-            return vocab_logits(hidden_TD, weight_VD, cfg.vocab_size, cfg.logit_softcap)
+            return vocab_logits(hidden_TD, weight_VD, cfg.vocab_size, cfg.logit_softcap, layout.axes("vocab"))
 
         def run(weight_VD: jax.Array, hidden_TD: jax.Array, token_T: jax.Array) -> SampleOutput:
             logits_TV = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(partition(("vocab", None)), PartitionSpec()),
-                out_specs=PartitionSpec(None, MODEL_AXES),
+                in_specs=(layout.partition("vocab", None), PartitionSpec()),
+                out_specs=layout.partition(None, "vocab"),
                 check_vma=False,
             )(weight_VD, hidden_TD)
-            logits_TV = jax.lax.with_sharding_constraint(logits_TV, sharding(mesh, (None, None)))
+            logits_TV = jax.lax.with_sharding_constraint(logits_TV, layout.sharding(mesh, None, None))
             return token_logprobs(logits_TV, token_T, cfg.vocab_size, num_logprobs=num_logprobs)
 
         return run
+
+
+def _own_part(packed: jax.Array, prompts: Axes) -> jax.Array:
+    """This rank's part of its lane's batch, [length]."""
+    return packed.reshape(-1) if ranks(prompts) == 1 else packed[0, rank(prompts)]
+
+
+def _last_rows(hidden_TD: jax.Array, last_R: jax.Array, prompts: Axes) -> jax.Array:
+    """The hidden state that each row samples from, [R, D]; the one rank that has it (last_R >= 0) gives it to all."""
+    if ranks(prompts) == 1:
+        return hidden_TD[last_R]
+    return all_reduce(jnp.where(last_R[:, None] >= 0, hidden_TD[jnp.maximum(last_R, 0)], 0), prompts)

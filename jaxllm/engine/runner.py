@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm.engine.batch import BatchShape, PackedStep, Packer
+from jaxllm.engine.batch import PackedStep, Packer
 from jaxllm.engine.buckets import Bucket, Picker
 from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.engine.request import Sequence
@@ -33,7 +33,6 @@ from jaxllm.layers.sampling import (
     reset_slots,
     sample,
 )
-from jaxllm.parallel.mesh import sharding
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 
@@ -80,7 +79,7 @@ class Runner:
         max_seq_len: int,
         slots: SlotTable,
     ):
-        cfg = functions.cfg
+        cfg, layout = functions.cfg, functions.layout
         self.mesh = mesh
         self.functions = functions
         self.slots = slots
@@ -88,15 +87,21 @@ class Runner:
         self.max_seq_len = max_seq_len
         self.vocab_size = cfg.vocab_size
         self.buckets = buckets
-        self.packer = Packer(tile=tile, width=-(-max_seq_len // page_size), max_batch_size=max_batch_size)
+        self.packer = Packer(
+            tile=tile,
+            width=-(-max_seq_len // layout.page_span(page_size)),
+            max_batch_size=max_batch_size,
+            layout=layout,
+            page_size=page_size,
+        )
         self._picker = Picker(buckets, tile)
-        self._replicated = sharding(mesh, ())
+        self._replicated = layout.sharding(mesh)
         # On a CPU the result is in host memory already, and asking for a copy costs half a millisecond.
         self._copies_to_host = mesh.devices.flat[0].platform != "cpu"
         self._weights = [weights[path] for path in functions.paths]
         self._head = weights[functions.head_path]
-        shape = (num_pages, *functions.kv_shape(page_size))
-        pages = sharding(mesh, KV_AXES)
+        shape = (num_pages * layout.size("pages"), *functions.kv_shape(page_size))
+        pages = layout.sharding(mesh, *KV_AXES)
         zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
         self._kv: list[KVPages] = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
         self._last_token = jax.device_put(np.zeros(max_batch_size + 1, np.int32), self._replicated)
@@ -114,11 +119,12 @@ class Runner:
         jobs: dict[Any, Callable[[], Callable[..., Any]]] = {
             bucket: partial(self._compile_step, bucket) for bucket in sorted(self.buckets, reverse=True)
         }
-        for rows in sorted({bucket.rows for bucket in self.buckets}, reverse=True):
+        lanes, ranks = self.functions.layout.size("requests"), self.functions.layout.size("tokens")
+        for rows in sorted({lanes * bucket.rows for bucket in self.buckets}, reverse=True):
             for variant in Variant:
                 jobs[rows, variant] = partial(self._compile_sampler, rows, variant)
-        for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
-            jobs["tile_of", tokens] = partial(self._compile_tile_of, tokens)
+        for tokens in sorted({ranks * b.tokens(self.tile) for b in self.buckets if b.tiles}):
+            jobs["hidden_of", tokens] = partial(self._compile_hidden_of, tokens)
         return jobs | {"reset": self._compile_reset, "prompt_logprobs": self._compile_prompt_logprobs}
 
     @property
@@ -153,8 +159,9 @@ class Runner:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
 
     def _compile_step(self, bucket: Bucket) -> Callable[..., Any]:
-        shape = BatchShape(bucket, self.tile, self.packer.width)
-        packed = jax.ShapeDtypeStruct((shape.length,), np.int32, sharding=self._replicated)
+        shape = self.packer.shape(bucket)
+        layout = self.functions.layout
+        packed = jax.ShapeDtypeStruct(shape.shape, np.int32, sharding=layout.sharding(self.mesh, "requests"))
         args = self._abstract((self._weights, self._kv, self._last_token))
         return jax.jit(self.functions.forward(shape), donate_argnums=(1, 2)).lower(*args, packed).compile()
 
@@ -171,7 +178,9 @@ class Runner:
             return output, last_token.at[batch.slot].set(output.token_R), state
 
         logits = jax.ShapeDtypeStruct(
-            (rows, self.functions.padded_vocab), np.float32, sharding=sharding(self.mesh, (None, "vocab"))
+            (rows, self.functions.padded_vocab),
+            np.float32,
+            sharding=self.functions.layout.sharding(self.mesh, None, "vocab"),
         )
         state = self._abstract(self._penalties) if full else None
         batch = jax.tree.map(
@@ -188,18 +197,14 @@ class Runner:
         jitted = jax.jit(reset_slots, donate_argnums=0, out_shardings=self._replicated)
         return jitted.lower(self._abstract(self._penalties), ints(1), ints(1, self.max_seq_len), ints(1)).compile()
 
-    def _compile_tile_of(self, tokens: int) -> Callable[..., Any]:
-        """One tile of the hidden states of a step with this many tokens."""
-        hidden = jax.ShapeDtypeStruct(
-            (tokens, self.functions.cfg.hidden_size), self.functions.layout.dtype, sharding=self._replicated
-        )
-        start = jax.ShapeDtypeStruct((), np.int32, sharding=self._replicated)
-        tile = self.tile
-        jitted = jax.jit(
-            lambda hidden_TD, start: jax.lax.dynamic_slice_in_dim(hidden_TD, start, tile),
-            out_shardings=self._replicated,
-        )
-        return jitted.lower(hidden, start).compile()
+    def _compile_hidden_of(self, tokens: int) -> Callable[..., Any]:
+        """The hidden states of a tile's worth of the `tokens` of a step."""
+        layout = self.functions.layout
+        shape = (tokens, self.functions.cfg.hidden_size)
+        hidden = jax.ShapeDtypeStruct(shape, layout.dtype, sharding=layout.sharding(self.mesh, "tokens"))
+        index = jax.ShapeDtypeStruct((self.tile,), np.int32, sharding=self._replicated)
+        jitted = jax.jit(lambda hidden_TD, index: hidden_TD[index], out_shardings=self._replicated)
+        return jitted.lower(hidden, index).compile()
 
     def _compile_prompt_logprobs(self) -> Callable[..., Any]:
         hidden = jax.ShapeDtypeStruct(
@@ -228,9 +233,7 @@ class Runner:
         if variant is not None:
             sampled = self._sample(step, packed, variant, logits_RV)
             token_R = sampled.token_R
-        prompt_logprobs = [
-            self._prompt_logprobs(c, hidden_TD, *where) for c, where in self._wanted_prompts(step, packed)
-        ]
+        prompt_logprobs = [self._prompt_logprobs(step, packed, i, hidden_TD) for i in self._wanted_prompts(step)]
         if self._copies_to_host:
             token_R.copy_to_host_async()
         self.seconds["pack"] += packed_at - started
@@ -252,17 +255,17 @@ class Runner:
         return token_R, logits_RV, hidden_TD
 
     def _sample(self, step: Step, packed: PackedStep, variant: Variant, logits_RV: jax.Array) -> SampleOutput:
-        _, positions_T, slots_R, last_R, _ = packed.shape.unpack(packed.data)
+        slots_R, positions_R = packed.sampled()
         bias: list[tuple[int, int, float]] = []
         if variant is Variant.FULL:
             for row, slot in enumerate(slots_R.tolist()):
                 entry = self.slots.slots[slot]
                 if entry is not None:
-                    num_outputs = int(positions_T[last_R[row]]) + 1 - entry.seq.num_prompt
+                    num_outputs = int(positions_R[row]) + 1 - entry.seq.num_prompt
                     bias += [(row, token, value) for token, value in entry.step_bias(num_outputs)]
-        batch = self._sampling_batch(slots_R, positions_T[last_R] + 1, bias, variant)
+        batch = self._sampling_batch(slots_R, positions_R + 1, bias, variant)
         state = None if variant is Variant.PLAIN else self._penalties
-        program = self._programs[packed.shape.bucket.rows, variant]
+        program = self._programs[len(slots_R), variant]
         output, self._last_token, state = program(logits_RV, self._last_token, state, batch)
         if state is not None:
             self._penalties = state
@@ -294,27 +297,27 @@ class Runner:
             cached = self._last_bias[key] = (bias, tuple(jax.device_put(columns, self._replicated)))
         return cached[1]
 
-    def _wanted_prompts(self, step: Step, packed: PackedStep) -> Iterable[tuple[Any, tuple[int, int]]]:
-        """The chunks whose prompt logprobs somebody wants, with their first token's index in T and first position."""
-        first = packed.shape.bucket.decodes
-        for chunk in step.prefills:
-            tiles = -(-(chunk.stop - chunk.start) // self.tile)
-            wanted = getattr(chunk.seq.request.params, "prompt_logprobs", None) is not None and chunk.seq.index == 0
-            if wanted and chunk.start < chunk.seq.num_prompt - 1:
-                yield chunk, (first, tiles)
-            first += tiles * self.tile
+    def _wanted_prompts(self, step: Step) -> Iterable[int]:
+        """The chunks whose prompt logprobs somebody wants."""
+        for i, chunk in enumerate(step.prefills):
+            seq = chunk.seq
+            wanted = getattr(seq.request.params, "prompt_logprobs", None) is not None and seq.index == 0
+            if wanted and chunk.start < seq.num_prompt - 1:
+                yield i
 
-    def _prompt_logprobs(self, chunk: Any, hidden_TD: jax.Array, first: int, tiles: int) -> PromptLogprobs:
+    def _prompt_logprobs(self, step: Step, packed: PackedStep, i: int, hidden_TD: jax.Array) -> PromptLogprobs:
         """Hidden state i of a prompt says what token i + 1 should be."""
+        chunk = step.prefills[i]
         seq = chunk.seq
+        index_T = self.packer.token_index(packed, step, i)
         stop = min(chunk.stop, seq.num_prompt - 1)
+        take = self._programs["hidden_of", hidden_TD.shape[0]]
         parts = []
-        for i in range(tiles):
-            start = chunk.start + i * self.tile
-            targets = np.zeros(self.tile, np.int32)
+        for start in range(chunk.start, chunk.stop, self.tile):
+            index, targets = np.zeros((2, self.tile), np.int32)
+            here = index_T[start - chunk.start :][: self.tile]
+            index[: len(here)] = here
             following = seq.tokens[start + 1 : min(start + self.tile, stop) + 1]
             targets[: len(following)] = following
-            take = self._programs["tile_of", hidden_TD.shape[0]]
-            hidden = take(hidden_TD, np.int32(first + i * self.tile))
-            parts.append(self._programs["prompt_logprobs"](self._head, hidden, targets))
+            parts.append(self._programs["prompt_logprobs"](self._head, take(hidden_TD, index), targets))
         return PromptLogprobs(seq, chunk.start + 1, stop - chunk.start, parts)

@@ -23,10 +23,11 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Layout, checkpoint_shapes
+from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping, check_supported
 from jaxllm.models.registry import config_from_gguf, config_from_hf
-from jaxllm.parallel.mesh import axis_size, make_mesh
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.weights.dummy import dummy_params
 from jaxllm.weights.load import load_params
 from jaxllm.weights.resolve import ModelFiles, resolve_model
@@ -98,7 +99,7 @@ def start(config: EngineConfig) -> Started:
         platform = mesh.devices.flat[0].platform
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
-        functions = StepFunctions(cfg, Layout(axis_size(mesh, "heads"), dtype), mesh)
+        functions = StepFunctions(cfg, Layout(mapping, dtype), mesh)
         sizes = Sizes.choose(config, cfg, defaults)
     with phase("weights"):
         if config.load_format == "dummy":
@@ -211,7 +212,7 @@ def _pool_size(
     kv = config.kv_cache_config
     page = kv.tokens_per_block
     heads, _, width = functions.kv_shape(page)
-    page_bytes = 2 * cfg.num_layers * heads // axis_size(mesh, "heads") * page * width * kv_dtype.itemsize
+    page_bytes = 2 * cfg.num_layers * heads // functions.layout.size("kv_heads") * page * width * kv_dtype.itemsize
     longest = min(config.max_seq_len or cfg.max_position, cfg.max_position)
     if config.max_seq_len is not None and config.max_seq_len > cfg.max_position:
         raise ConfigError(
@@ -227,7 +228,7 @@ def _pool_size(
         # An explicit size wins over a guess, but not over what is there.
         limits = [*(limits if free is not None else []), kv.max_tokens // page]
     # XLA addresses the elements of an array with 32 bits.
-    limits.append(np.iinfo(np.int32).max // (heads // axis_size(mesh, "heads") * page * width) - 1)
+    limits.append(np.iinfo(np.int32).max // (heads // functions.layout.size("kv_heads") * page * width) - 1)
     pages = min(limits)
     if free is None and kv.max_tokens is None:
         pages = min(pages, -(-sizes.max_batch_size * longest // page))

@@ -18,6 +18,7 @@ from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel.heads import HeadLayout
+from jaxllm.parallel.layout import Layout
 
 KVPages = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, k_PKOH and v_PKOH. Page 0 is nobody's and absorbs the writes of padding tokens."""
@@ -50,6 +51,7 @@ class Attention(nnx.Module):
         qkv: ColumnLinear,
         out: RowLinear,
         heads: HeadLayout,
+        layout: Layout,
         *,
         head_dim: int,
         scale: float,
@@ -63,6 +65,7 @@ class Attention(nnx.Module):
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.heads = heads
+        self.layout = layout
         self.head_dim = head_dim
         self.scale = scale
         self.window = window

@@ -1,4 +1,4 @@
-"""Token embedding and output head, both with vocabulary rows split over the model axes."""
+"""Token embedding and output head, both with vocabulary rows split over ranks."""
 
 from __future__ import annotations
 
@@ -8,43 +8,50 @@ from flax import nnx
 
 from jaxllm.kernels.linear.api import matmul
 from jaxllm.layers.linear import param
-from jaxllm.parallel.collectives import all_gather, all_reduce, rank, ranks
+from jaxllm.parallel.collectives import Axes, all_gather, gather_rows, rank, ranks, sum_partial
 from jaxllm.parallel.params import ParamSpec
 
 
 class VocabTable(nnx.Module):
-    """A `[vocab, D]` table that embeds tokens, makes logits, or (tied embeddings) both."""
+    """A `[vocab, D]` table that embeds tokens, makes logits, or (tied embeddings) both.
 
-    def __init__(self, weight: ParamSpec, vocab_size: int):
+    axes: the mesh axes that its rows are split over. tokens: those that the tokens of a step are split over, where the
+    ranks of one table have different ones (attention data parallelism).
+    """
+
+    def __init__(self, weight: ParamSpec, vocab_size: int, *, axes: Axes, tokens: Axes = ()):
         self.weight = param(weight)
         self.vocab_size = vocab_size
+        self.axes = axes
+        self.tokens = tokens
 
     def embed(self, tokens_T: jax.Array) -> jax.Array:
         """Rows of the table for tokens_T, [T, D]; each rank looks up its own rows and the sum puts them together."""
         table = self.weight[...]
         rows = table.shape[0]
-        local = tokens_T - rank() * rows
+        local = gather_rows(tokens_T, self.tokens) - rank(self.axes) * rows
         mine = (local >= 0) & (local < rows)
-        return all_reduce(jnp.where(mine[:, None], table[jnp.clip(local, 0, rows - 1)], 0))
+        found_TD = jnp.where(mine[:, None], table[jnp.clip(local, 0, rows - 1)], 0)
+        return sum_partial(found_TD, self.axes, self.tokens)
 
     def logits(self, x_RD: jax.Array, softcap: float | None) -> jax.Array:
         """See `vocab_logits`."""
-        return vocab_logits(x_RD, self.weight[...], self.vocab_size, softcap)
+        return vocab_logits(x_RD, self.weight[...], self.vocab_size, softcap, self.axes)
 
 
-def vocab_logits(x_RD: jax.Array, table_VD: jax.Array, vocab_size: int, softcap: float | None) -> jax.Array:
+def vocab_logits(x_RD: jax.Array, table_VD: jax.Array, vocab_size: int, softcap: float | None, axes: Axes) -> jax.Array:
     """float32 logits of this rank's rows of the vocabulary, [R, V / ranks]; rows past the vocabulary are -inf."""
     logits_RV = matmul(x_RD, table_VD)
     if softcap is not None:
         logits_RV = softcap * jnp.tanh(logits_RV / softcap)
     rows = table_VD.shape[0]
-    if rows * ranks() > vocab_size:
-        logits_RV = jnp.where(rank() * rows + jnp.arange(rows) < vocab_size, logits_RV, -jnp.inf)
+    if rows * ranks(axes) > vocab_size:
+        logits_RV = jnp.where(rank(axes) * rows + jnp.arange(rows) < vocab_size, logits_RV, -jnp.inf)
     return logits_RV
 
 
-def greedy(logits_RV: jax.Array) -> jax.Array:
-    """The most likely token of each row, int32 [R], from logits split over the model axes.
+def greedy(logits_RV: jax.Array, axes: Axes) -> jax.Array:
+    """The most likely token of each row, int32 [R], from logits split over `axes`.
 
     Only each rank's maximum crosses the wire, never the logits. Ties go to the lowest token id, as on one device.
     """
@@ -52,9 +59,9 @@ def greedy(logits_RV: jax.Array) -> jax.Array:
     # Not argmax, which XLA:CPU does not vectorise: the lowest index that holds the maximum.
     index_V = jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
     local_R = jnp.where(logits_RV >= best_R[:, None], index_V, logits_RV.shape[1] - 1).min(axis=-1)
-    token_R = local_R + rank() * logits_RV.shape[1]
-    if ranks() == 1:
+    token_R = local_R + rank(axes) * logits_RV.shape[1]
+    if ranks(axes) == 1:
         return token_R
-    all_best, all_token = all_gather(best_R), all_gather(token_R)
+    all_best, all_token = all_gather(best_R, axes), all_gather(token_R, axes)
     winner = jnp.argmax(all_best, axis=0)
     return jnp.take_along_axis(all_token, winner[None], axis=0)[0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kernels.linear import api
-from jaxllm.parallel.collectives import all_reduce
+from jaxllm.parallel.collectives import Axes, sum_partial
 from jaxllm.parallel.params import ParamSpec
 
 
@@ -22,7 +22,7 @@ def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
 
 
 class ColumnLinear(nnx.Module):
-    """Output features split over the model axes: no communication."""
+    """Output features split over ranks: no communication."""
 
     def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
         self.weight = param(weight)
@@ -34,12 +34,17 @@ class ColumnLinear(nnx.Module):
 
 
 class RowLinear(nnx.Module):
-    """Input features split over the model axes: partial sums are added up by one all-reduce."""
+    """Input features split over `axes`: partial sums are added up by one all-reduce.
 
-    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
+    tokens: where the rows are those of several ranks, each of which wants its own back, it is one reduce-scatter.
+    """
+
+    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None, *, axes: Axes, tokens: Axes = ()):
         self.weight = param(weight)
         self.bias = None if bias is None else param(bias)
+        self.axes = axes
+        self.tokens = tokens
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = all_reduce(matmul(x, self.weight[...]))
+        y = sum_partial(matmul(x, self.weight[...]), self.axes, self.tokens)
         return y if self.bias is None else y + self.bias[...]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.layers.linear import ColumnLinear, RowLinear
+from jaxllm.parallel.collectives import Axes, gather_rows
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -16,11 +17,15 @@ ACTIVATIONS = {
 
 
 class GatedMLP(nnx.Module):
-    def __init__(self, gate_up: ColumnLinear, down: RowLinear, activation: str):
+    """tokens: the ranks whose tokens are brought together before the product (attention data parallelism); `down`
+    hands each its own again."""
+
+    def __init__(self, gate_up: ColumnLinear, down: RowLinear, activation: str, *, tokens: Axes = ()):
         self.gate_up = gate_up
         self.down = down
         self.activation = activation
+        self.tokens = tokens
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        gate_TF, up_TF = jnp.split(self.gate_up(x_TD), 2, axis=-1)
+        gate_TF, up_TF = jnp.split(self.gate_up(gather_rows(x_TD, self.tokens)), 2, axis=-1)
         return self.down(ACTIVATIONS[self.activation](gate_TF) * up_TF)

@@ -8,12 +8,12 @@ Array names carry one letter per axis:
     P pages           O slots in a page     W pages of a row
 
 The modules run inside `shard_map`: N, K, F and V are one rank's share there, and every collective stands at the line
-that needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes.
+that needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes; `Layout` says over which
+ranks they and the tokens are split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -28,19 +28,10 @@ from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ModelConfig
-from jaxllm.parallel.heads import HeadLayout, ceil_div, split_segments
+from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.heads import ceil_div, split_segments
+from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec, Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the model is cut: the number of model-parallel ranks and the dtype of weights and activations."""
-
-    ranks: int
-    dtype: np.dtype
-
-    def heads(self, cfg: ModelConfig) -> HeadLayout:
-        return HeadLayout.plan(cfg.num_heads, cfg.num_kv_heads, self.ranks)
 
 
 class Block(nnx.Module):
@@ -49,7 +40,11 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, layout: Layout, index: int):
         specs = _Specs(cfg, layout, f"model.layers.{index}.")
         attention, mlp = "self_attn.", "mlp."
-        heads = layout.heads(cfg)
+        requests = layout.axes("requests")
+
+        def row(weight: ParamSpec, bias: str | None, axis: str, tokens: Axes = ()) -> RowLinear:
+            bias_spec = None if bias is None else specs.replicated(bias)
+            return RowLinear(weight, bias_spec, axes=layout.axes(axis), tokens=tokens)
 
         def post_norm(name: str) -> RMSNorm | None:
             return RMSNorm(specs.norm(name, cfg.hidden_size), cfg.norm_eps) if cfg.post_norms else None
@@ -57,8 +52,9 @@ class Block(nnx.Module):
         self.input_norm = RMSNorm(specs.norm("input_layernorm", cfg.hidden_size), cfg.norm_eps)
         self.attention = Attention(
             ColumnLinear(specs.qkv("weight"), specs.qkv("bias") if cfg.qkv_bias else None),
-            RowLinear(specs.attention_out(), specs.replicated(attention + "o_proj.bias") if cfg.o_bias else None),
-            heads,
+            row(specs.attention_out(), attention + "o_proj.bias" if cfg.o_bias else None, "head_out"),
+            specs.heads,
+            layout,
             head_dim=cfg.head_dim,
             scale=cfg.scale,
             window=cfg.windows[index],
@@ -68,8 +64,9 @@ class Block(nnx.Module):
         )
         self.mlp = GatedMLP(
             ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
-            RowLinear(specs.down(), specs.replicated(mlp + "down_proj.bias") if cfg.mlp_bias else None),
+            row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn", requests),
             cfg.activation,
+            tokens=requests,
         )
         # Gemma norms the output of each half too, and calls the norm before the MLP "pre_feedforward".
         pre_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
@@ -94,11 +91,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layout: Layout):
         specs = _Specs(cfg, layout, "")
+        table = partial(VocabTable, vocab_size=cfg.vocab_size, axes=layout.axes("vocab"))
         self.cfg = cfg
-        self.embed = VocabTable(specs.vocab("model.embed_tokens.weight"), cfg.vocab_size)
+        self.embed = table(specs.vocab("model.embed_tokens.weight"), tokens=layout.axes("requests"))
         self.layers = nnx.List([Block(cfg, layout, i) for i in range(cfg.num_layers)])
         self.norm = RMSNorm(specs.norm("model.norm", cfg.hidden_size), cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else VocabTable(specs.vocab("lm_head.weight"), cfg.vocab_size)
+        self.head = None if cfg.tie_embeddings else table(specs.vocab("lm_head.weight"))
 
     def __call__(
         self, tokens_T: jax.Array, kv: list[KVPages], batch: AttentionBatch
@@ -187,7 +185,7 @@ class _Specs:
         self.cfg = cfg
         self.layout = layout
         self.prefix = prefix
-        self.heads = layout.heads(cfg)
+        self.heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
 
     def _spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], segments: list[Segment], axis: int = 0):
         merged: list[Segment] = []
@@ -197,7 +195,7 @@ class _Specs:
                 merged[-1] = Segment(s.name, last.start, s.stop)
             else:
                 merged.append(s)
-        return ParamSpec(shape, self.layout.dtype, axes, tuple(merged), axis)
+        return ParamSpec(shape, self.layout.dtype, self.layout.mesh_axes(axes), tuple(merged), axis)
 
     def norm(self, name: str, size: int) -> ParamSpec:
         segment = Segment(f"{self.prefix}{name}.weight", 0, size)
@@ -212,23 +210,26 @@ class _Specs:
         names = {n: f"{self.prefix}self_attn.{n}_proj.{kind}" for n in "qkv"}
         H = self.cfg.head_dim
         segments: list[Segment] = []
-        for rank in range(self.layout.ranks):
+        for rank in range(self.heads.ranks):
             segments += self.heads.q_segments(names["q"], rank, H)
             segments += self.heads.kv_segments(names["k"], rank, H)
             segments += self.heads.kv_segments(names["v"], rank, H)
-        return self._rows(
-            kind, self.layout.ranks * (self.heads.q_heads + 2 * self.heads.kv_heads) * H, "heads", segments
-        )
+        rows = self.heads.ranks * (self.heads.q_heads + 2 * self.heads.kv_heads) * H
+        return self._rows(kind, rows, "heads", segments)
 
     def attention_out(self) -> ParamSpec:
+        """Columns are the query heads of each rank, padded so that they can be split further (HELIX)."""
         name, H = f"{self.prefix}self_attn.o_proj.weight", self.cfg.head_dim
-        segments = [s for rank in range(self.layout.ranks) for s in self.heads.q_segments(name, rank, H)]
-        columns = self.layout.ranks * self.heads.q_heads * H
-        return self._spec((self.cfg.hidden_size, columns), (None, "heads"), segments, axis=1)
+        parts = self.layout.size("head_out") // self.layout.size("heads")
+        padding = [Segment(None, 0, H)] * (-self.heads.q_heads % parts)
+        ranks = range(self.heads.ranks)
+        segments = [s for rank in ranks for s in (*self.heads.q_segments(name, rank, H), *padding)]
+        columns = self.heads.ranks * (self.heads.q_heads + len(padding)) * H
+        return self._spec((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
 
     def gate_up(self, kind: str) -> ParamSpec:
         """Each rank's rows are its gate rows, then its up rows."""
-        ranks, F = self.layout.ranks, self.cfg.intermediate_size
+        ranks, F = self.layout.size("ffn"), self.cfg.intermediate_size
         segments = [
             s
             for rank in range(ranks)
@@ -238,13 +239,13 @@ class _Specs:
         return self._rows(kind, 2 * ranks * ceil_div(F, ranks), "ffn", segments)
 
     def down(self) -> ParamSpec:
-        ranks, F = self.layout.ranks, self.cfg.intermediate_size
+        ranks, F = self.layout.size("ffn"), self.cfg.intermediate_size
         name = f"{self.prefix}mlp.down_proj.weight"
         segments = [s for rank in range(ranks) for s in split_segments(name, F, ranks, rank)]
         return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
 
     def vocab(self, name: str) -> ParamSpec:
-        ranks, V = self.layout.ranks, self.cfg.vocab_size
+        ranks, V = self.layout.size("vocab"), self.cfg.vocab_size
         segments = [s for rank in range(ranks) for s in split_segments(name, V, ranks, rank)]
         return self._spec((ranks * ceil_div(V, ranks), self.cfg.hidden_size), ("vocab", None), segments)
 

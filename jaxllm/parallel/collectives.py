@@ -1,28 +1,61 @@
-"""The collectives of the dense model, over the model axes; nothing on one rank, where XLA would keep each as a copy."""
+"""Collectives over mesh axes, as the layout resolves them; nothing over one rank, where XLA would keep each as a copy.
+
+Every function takes the mesh axes it works over, `layout.axes("ffn")` for example. Ranks are numbered over them row by
+row, the first axis major: the order in which `PartitionSpec` places shards.
+"""
 
 from __future__ import annotations
+
+import math
 
 import jax
 from jax import lax
 
-from jaxllm.parallel.mesh import MODEL_AXES
+Axes = tuple[str, ...]
 
 
-def ranks() -> int:
-    """Number of model-parallel ranks; a Python int, known while tracing."""
-    return lax.axis_size(MODEL_AXES)
+def ranks(axes: Axes) -> int:
+    """Number of ranks; a Python int, known while tracing."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
-def rank() -> jax.Array | int:
+def rank(axes: Axes) -> jax.Array | int:
     """This rank's number."""
-    return lax.axis_index(MODEL_AXES) if ranks() > 1 else 0
+    return lax.axis_index(axes) if ranks(axes) > 1 else 0
 
 
-def all_reduce(x: jax.Array) -> jax.Array:
+def all_reduce(x: jax.Array, axes: Axes) -> jax.Array:
     """The sum of every rank's x, on every rank."""
-    return lax.psum(x, MODEL_AXES) if ranks() > 1 else x
+    return lax.psum(x, axes) if ranks(axes) > 1 else x
 
 
-def all_gather(x: jax.Array) -> jax.Array:
+def all_gather(x: jax.Array, axes: Axes) -> jax.Array:
     """Every rank's x, stacked along a new first axis."""
-    return lax.all_gather(x, MODEL_AXES) if ranks() > 1 else x[None]
+    return lax.all_gather(x, axes) if ranks(axes) > 1 else x[None]
+
+
+def gather_rows(x: jax.Array, axes: Axes) -> jax.Array:
+    """Every rank's rows, one rank's after the other's."""
+    return lax.all_gather(x, axes, tiled=True) if ranks(axes) > 1 else x
+
+
+def reduce_scatter_rows(x: jax.Array, axes: Axes) -> jax.Array:
+    """This rank's rows of the sum of every rank's x: what `gather_rows` laid together, taken apart again."""
+    return lax.psum_scatter(x, axes, tiled=True) if ranks(axes) > 1 else x
+
+
+def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes) -> jax.Array:
+    """Adds up partial sums over `axes`; where the rows are those of several ranks (`tokens`), each keeps its own."""
+    x_TD = reduce_scatter_rows(x_TD, tokens)
+    return all_reduce(x_TD, tuple(axis for axis in axes if axis not in tokens))
+
+
+def all_to_all(x: jax.Array, axes: Axes) -> jax.Array:
+    """x[i] goes to rank i; the result's [j] came from rank j. The first axis is as long as there are ranks."""
+    return lax.all_to_all(x, axes, 0, 0) if ranks(axes) > 1 else x
+
+
+def rotate(x: jax.Array, axis: str) -> jax.Array:
+    """The x of the rank before, around a ring."""
+    size = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]) if size > 1 else x

@@ -1,7 +1,4 @@
-"""The one device mesh, and the one table from logical axes to mesh axes.
-
-Modules name logical axes only. Changing how the model is laid out means changing `LOGICAL_AXES`, nothing else.
-"""
+"""The one device mesh, and shardings over its axes. `parallel/layout.py` says what lies along which of them."""
 
 from __future__ import annotations
 
@@ -14,16 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxllm.mapping import Mapping
 
 AXES = ("pp", "cp", "ep", "tp")
-
-# Dense weights shard over ep and tp together, so that a model without experts can use every device of a stage.
-MODEL_AXES = ("ep", "tp")
-
-LOGICAL_AXES: dict[str, str | tuple[str, ...]] = {
-    "heads": MODEL_AXES,
-    "ffn": MODEL_AXES,
-    "vocab": MODEL_AXES,
-    "pages": "cp",
-}
 
 
 def make_mesh(mapping: Mapping, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -45,17 +32,11 @@ def make_mesh(mapping: Mapping, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(axes: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions carry these logical axes."""
-    return PartitionSpec(*(None if a is None else LOGICAL_AXES[a] for a in axes))
+def partition(axes: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions are split over these mesh axes, the major one first."""
+    return PartitionSpec(*(names or None for names in axes))
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """The NamedSharding of an array whose dimensions carry these logical axes."""
+def sharding(mesh: Mesh, axes: Sequence[tuple[str, ...] | None]) -> NamedSharding:
+    """The NamedSharding of an array whose dimensions are split over these mesh axes."""
     return NamedSharding(mesh, partition(axes))
-
-
-def axis_size(mesh: Mesh, logical: str) -> int:
-    """The number of shards that a logical axis is split into."""
-    names = LOGICAL_AXES[logical]
-    return int(np.prod([mesh.shape[a] for a in ((names,) if isinstance(names, str) else names)]))

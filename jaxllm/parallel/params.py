@@ -1,4 +1,4 @@
-"""How one parameter of the model is declared: its shape, its logical axes, and the checkpoint rows that fill it.
+"""How one parameter of the model is declared: its shape, its place on the mesh, and the checkpoint rows that fill it.
 
 A parameter is often not one tensor of the checkpoint. Q, K and V are fused, heads are padded and replicated so that any
 tensor-parallel size works, and the vocabulary is rounded up. A `ParamSpec` says all of that as data, so that the loader
@@ -28,7 +28,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter: `shape` is global and padded, `axes` names a logical axis (or None) per dimension.
+    """One parameter: `shape` is global and padded, `axes` has the mesh axes (or None) that split each dimension.
 
     The `segments`, laid end to end along dimension `axis`, cover it exactly. `offset` is added to every value read from
     the checkpoint (Gemma stores its norm weights minus one), never to padding.
@@ -36,7 +36,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    axes: tuple[str | None, ...]
+    axes: tuple[tuple[str, ...] | None, ...]
     segments: tuple[Segment, ...]
     axis: int = 0
     offset: float = 0.0

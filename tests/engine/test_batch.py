@@ -13,23 +13,30 @@ from jaxllm.engine.buckets import Bucket, Picker, plan
 from jaxllm.engine.request import Request
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.step import Step
+from jaxllm.mapping import Mapping
+from jaxllm.parallel.layout import Layout
 from jaxllm.sampling_params import SamplingParams
 
 SLOTS, TILE, WIDTH, PAGE = 4, 8, 8, 4
 
 
+def make_packer(mapping: Mapping | None = None, width: int = WIDTH) -> Packer:
+    layout = Layout(mapping or Mapping(), np.dtype(np.float32))
+    return Packer(tile=TILE, width=width, max_batch_size=SLOTS, layout=layout, page_size=PAGE)
+
+
 def test_parts_lie_end_to_end() -> None:
     shape = BatchShape(Bucket(3, 4, chunks=2), TILE, WIDTH)
     parts = shape.unpack(np.arange(shape.length))
-    assert [part.size for part in parts] == list(shape.sizes) == [35, 35, 5, 5, 7 * WIDTH]
+    assert [part.size for part in parts] == list(shape.sizes) == [35, 35, 5, 5, 7 * WIDTH, 0]
     assert np.concatenate([part.ravel() for part in parts]).tolist() == list(range(shape.length))
-    assert parts[-1].shape == (7, WIDTH)
+    assert parts.pages_RW.shape == (7, WIDTH)
 
 
 def test_an_empty_step_is_all_padding() -> None:
-    packer = Packer(tile=TILE, width=WIDTH, max_batch_size=SLOTS)
+    packer = make_packer()
     packed = packer.pack(Step(), Bucket(2, 1))
-    _, positions, slots, _, pages = packed.shape.unpack(packed.data)
+    _, positions, slots, _, pages, _ = packed.shape.unpack(packed.data[0, 0])
     assert (positions == -1).all() and (slots == SLOTS).all() and (pages == 0).all()
     assert packed.rows.size == 0
 
@@ -42,7 +49,7 @@ def test_steps_of_a_real_scheduler(num_pages: int, overlap: bool) -> None:
     tokens = SLOTS + 2 * TILE
     tiles = -(-tokens // TILE)
     picker = Picker(plan(SLOTS, tiles), TILE)
-    packer = Packer(tile=TILE, width=WIDTH, max_batch_size=SLOTS)
+    packer = make_packer()
     scheduler = Scheduler(
         PagePool(num_pages, PAGE), max_batch_size=SLOTS, max_num_tokens=tokens, max_seq_len=WIDTH * PAGE, tile=TILE,
         max_tiles=tiles,
@@ -72,7 +79,7 @@ def test_steps_of_a_real_scheduler(num_pages: int, overlap: bool) -> None:
 def check(packer: Packer, picker: Picker, step: Step) -> None:
     bucket = picker.pick(len(step.decodes), packer.tiles(step))
     packed = packer.pack(step, bucket)
-    tokens, positions, slots, last, pages = packed.shape.unpack(packed.data)
+    tokens, positions, slots, last, pages, _ = packed.shape.unpack(packed.data[0, 0])
     assert packed.data.dtype == np.int32 and len(packed.rows) == step.num_rows
     used = np.zeros(len(tokens), bool)
     sampled = np.zeros(len(slots), bool)

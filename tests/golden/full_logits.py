@@ -14,8 +14,9 @@ from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.mapping import Mapping
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Layout, checkpoint_shapes
-from jaxllm.parallel.mesh import make_mesh, sharding
+from jaxllm.models.decoder import checkpoint_shapes
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.weights.load import load_params
 from jaxllm.weights.source import Source
 
@@ -28,11 +29,11 @@ class FullLogits:
     def __init__(self, cfg: ModelConfig, source: Source, tp: int = 1) -> None:
         self.cfg = cfg
         self.mesh = make_mesh(Mapping(tp=tp))
-        layout = Layout(tp, np.dtype(np.float32))
+        layout = Layout(Mapping(tp=tp), np.dtype(np.float32))
         self.functions = StepFunctions(cfg, layout, self.mesh)
         params = load_params(self.functions.specs, checkpoint_shapes(cfg), source, self.mesh)
         self.weights = [params[path] for path in self.functions.paths]
-        self.kv_heads = tp * layout.heads(cfg).kv_heads
+        self.kv_heads = self.functions.kv_shape(PAGE_SIZE)[0]
 
     def __call__(self, prompts: Sequence[Sequence[int]], tile: int | None) -> list[np.ndarray]:
         """Float32 logits [len(prompt), vocab] of each prompt.
@@ -45,8 +46,8 @@ class FullLogits:
         total = sum(map(len, prompts))
         bucket, tile = (Bucket(total, 0), 1) if tile is None else (Bucket(0, total), tile)
         shape = BatchShape(bucket, tile, max(widths))
-        packed = np.zeros(shape.length, np.int32)
-        tokens, positions, slots, last, pages = shape.unpack(packed)
+        packed = np.zeros(shape.shape, np.int32)
+        tokens, positions, slots, last, pages, _ = shape.unpack(packed[0, 0])
         positions[:] = -1
         slots[:] = np.arange(len(slots))  # decode rows find their tokens there; rows past the last one are padding
         # Pages in no order, so that a mistake in the page table shows.
@@ -62,7 +63,7 @@ class FullLogits:
             tile_row += tiles
             out_row += n
         page_shape = (sum(widths) + 1, self.kv_heads, PAGE_SIZE, self.cfg.head_dim)
-        place = sharding(self.mesh, KV_AXES)
+        place = self.functions.layout.sharding(self.mesh, *KV_AXES)
         kv = [
             tuple(jax.device_put(jnp.zeros(page_shape, jnp.float32), place) for _ in "kv")
             for _ in range(self.cfg.num_layers)

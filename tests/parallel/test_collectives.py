@@ -15,8 +15,8 @@ from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.mapping import Mapping
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Layout
 from jaxllm.models.registry import config_from_hf
+from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, sharding
 from jaxllm.weights.resolve import resolve_model
 from tests.tiny_llm import MODEL
@@ -38,17 +38,18 @@ def config() -> ModelConfig:
 def compiled(tp: int, bucket: Bucket) -> tuple[str, tuple[int, ...], int]:
     """HLO text of the compiled step, the shape of one rank's share of a page pool, and the number of pools."""
     cfg, mesh = config(), make_mesh(Mapping(tp=tp))
-    functions = StepFunctions(cfg, Layout(tp, np.dtype(np.float32)), mesh)
+    functions = StepFunctions(cfg, Layout(Mapping(tp=tp), np.dtype(np.float32)), mesh)
     weights = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding(mesh, spec.axes))
         for spec in (functions.specs[path] for path in functions.paths)
     ]
-    shape = (PAGES, *functions.kv_shape(PAGE))
-    pool = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding(mesh, KV_AXES))
+    layout = functions.layout
+    shape = (PAGES * layout.size("pages"), *functions.kv_shape(PAGE))
+    pool = jax.ShapeDtypeStruct(shape, np.float32, sharding=layout.sharding(mesh, *KV_AXES))
     everywhere = NamedSharding(mesh, PartitionSpec())
     batch = BatchShape(bucket, 8, 16)
     last_token = jax.ShapeDtypeStruct((5,), np.int32, sharding=everywhere)
-    packed = jax.ShapeDtypeStruct((batch.length,), np.int32, sharding=everywhere)
+    packed = jax.ShapeDtypeStruct(batch.shape, np.int32, sharding=everywhere)
     step = jax.jit(functions.forward(batch), donate_argnums=(1, 2))
     program = step.lower(weights, [(pool, pool)] * cfg.num_layers, last_token, packed).compile()
     return program.as_text(), (PAGES, shape[1] // tp, *shape[2:]), 2 * cfg.num_layers

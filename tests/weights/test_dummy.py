@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.dummy import dummy_params
 
+TP = ("ep", "tp")
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -19,11 +20,11 @@ def specs(tp: int) -> dict[str, ParamSpec]:
     qkv = [s for i in range(tp) for s in (*q[i * heads // tp : (i + 1) * heads // tp], k[i])]
     o = tuple(Segment(s.name and "o", s.start, s.stop) for s in q)
     return {
-        "qkv": ParamSpec((sum(s.size for s in qkv), 64), F32, ("heads", None), tuple(qkv)),
-        "o": ParamSpec((64, heads * 8), BF16, (None, "heads"), o, axis=1),
+        "qkv": ParamSpec((sum(s.size for s in qkv), 64), F32, (TP, None), tuple(qkv)),
+        "o": ParamSpec((64, heads * 8), BF16, (None, TP), o, axis=1),
         "a.norm": ParamSpec((64,), F32, (None,), (Segment("n", 0, 64),), offset=1.0),
-        "qkv_bias": ParamSpec((sum(s.size for s in qkv),), F32, ("heads",), tuple(qkv)),
-        "other": ParamSpec((24, 64), F32, ("ffn", None), (Segment("other", 0, 24),)),
+        "qkv_bias": ParamSpec((sum(s.size for s in qkv),), F32, (TP,), tuple(qkv)),
+        "other": ParamSpec((24, 64), F32, (TP, None), (Segment("other", 0, 24),)),
     }
 
 
@@ -54,7 +55,7 @@ def test_same_function_in_every_layout(mesh_of: Callable[[int], Mesh]) -> None:
 
 
 def test_values(mesh_of: Callable[[int], Mesh]) -> None:
-    big = {"w": ParamSpec((512, 1024), F32, ("ffn", None), (Segment("w", 0, 512),))}
+    big = {"w": ParamSpec((512, 1024), F32, (TP, None), (Segment("w", 0, 512),))}
     params = dummy_params({**specs(1), **big}, mesh_of(1), 0)
     assert (np.asarray(params["a.norm"]) == 1).all()
     assert 0 < np.abs(np.asarray(params["qkv_bias"])).max() <= 0.02

@@ -19,6 +19,7 @@ from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.load import load_params
 from jaxllm.weights.source import CheckpointError, TensorInfo
 
+TP = ("ep", "tp")
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, np.ndarray] = {
@@ -43,10 +44,10 @@ def fused_specs(tp: int, dtype: np.dtype = F32) -> dict[str, ParamSpec]:
         qkv += [Segment("k", 0, 4), Segment("v", 0, 4)]
     o = [Segment(s.name and "o", s.start, s.stop) for s in o]
     return {
-        "qkv": ParamSpec((sum(s.size for s in qkv), 16), dtype, ("heads", None), tuple(qkv)),
-        "o": ParamSpec((16, sum(s.size for s in o)), dtype, (None, "heads"), tuple(o), axis=1),
+        "qkv": ParamSpec((sum(s.size for s in qkv), 16), dtype, (TP, None), tuple(qkv)),
+        "o": ParamSpec((16, sum(s.size for s in o)), dtype, (None, TP), tuple(o), axis=1),
         "norm": ParamSpec((16,), F32, (None,), (Segment("norm", 0, 16),), offset=1.0),
-        "up": ParamSpec((32, 16), dtype, ("ffn", None), (Segment("up", 0, 32),)),
+        "up": ParamSpec((32, 16), dtype, (TP, None), (Segment("up", 0, 32),)),
     }
 
 
@@ -93,7 +94,7 @@ def test_reads_no_more_than_the_devices_hold(memory_source: Any, mesh_of: Callab
 def test_replicas_are_read_once(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
     mesh_of(4)  # skips when there are too few devices
     source = memory_source({"up": ARRAYS["up"]})
-    specs = {"up": ParamSpec((32, 16), BF16, ("ffn", None), (Segment("up", 0, 32),))}
+    specs = {"up": ParamSpec((32, 16), BF16, (TP, None), (Segment("up", 0, 32),))}
     params = load_params(specs, {"up": (32, 16)}, source, make_mesh(Mapping(tp=2, cp=2)))
     assert len(params["up"].addressable_shards) == 4 and source.bytes_read == ARRAYS["up"].nbytes
 
@@ -117,7 +118,7 @@ def test_parameters_in_flight_are_bounded(
             return super().read(name, index)
 
     rows = {"large1": 64, "large2": 64, "large3": 64, **{f"small{i}": 16 for i in range(8)}}
-    specs = {n: ParamSpec((r, 4), F32, ("ffn", None), (Segment(n, 0, r),)) for n, r in rows.items()}
+    specs = {n: ParamSpec((r, 4), F32, (TP, None), (Segment(n, 0, r),)) for n, r in rows.items()}
     arrays = {n: np.ones((r, 4), F32) for n, r in rows.items()}
     load_params(specs, {n: a.shape for n, a in arrays.items()}, Slow(arrays), mesh_of(1))
     assert most <= arrays["large1"].nbytes
@@ -184,7 +185,7 @@ def peak():
 tensors, rows, columns, path = 32, 2048, 1024, sys.argv[1]
 names = [f"t{i}" for i in range(tensors)]
 bf16 = np.dtype(ml_dtypes.bfloat16)
-specs = {n: ParamSpec((rows, columns), bf16, ("ffn", None), (Segment(n, 0, rows),)) for n in names}
+specs = {n: ParamSpec((rows, columns), bf16, (("ep", "tp"), None), (Segment(n, 0, rows),)) for n in names}
 shapes = {n: (rows, columns) for n in names}
 mesh = make_mesh(Mapping())
 jax.block_until_ready(jax.numpy.ones((rows, columns), bf16) + 1)
@@ -212,7 +213,7 @@ def test_host_memory_is_bounded_by_the_largest_tensor(tmp_path: Any) -> None:
 
 def test_params_do_not_alias_the_checkpoint(memory_source: Any, mesh_of: Callable[[int], Mesh]) -> None:
     source = memory_source({"up": ARRAYS["up"].copy()})
-    specs = {"up": ParamSpec((32, 16), BF16, ("ffn", None), (Segment("up", 0, 32),))}
+    specs = {"up": ParamSpec((32, 16), BF16, (TP, None), (Segment("up", 0, 32),))}
     params = load_params(specs, {"up": (32, 16)}, source, mesh_of(1))
     source.arrays["up"][...] = 0
     np.testing.assert_array_equal(np.asarray(params["up"]), ARRAYS["up"])

@@ -58,7 +58,7 @@ def test_orbax_itself_restores_it(converted: Path) -> None:
 
 def test_restores_onto_any_mesh(converted: Path, mesh_of: Callable[[int], Mesh]) -> None:
     specs = {
-        n: ParamSpec(a.shape, a.dtype, ("ffn", *[None] * (a.ndim - 1)), (Segment(n, 0, a.shape[0]),))
+        n: ParamSpec(a.shape, a.dtype, (("ep", "tp"), *[None] * (a.ndim - 1)), (Segment(n, 0, a.shape[0]),))
         for n, a in ARRAYS.items()
     }
     for tp in (1, 2, 8):
