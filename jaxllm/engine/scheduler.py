@@ -43,6 +43,7 @@ class Scheduler:
     max_num_tokens   tokens per step, decodes and prompt chunks together
     max_seq_len      prompt and output tokens of one sequence; lowered to what the pool holds for one sequence
     tile, max_tiles  the chunks of a step are padded to tiles of `tile` tokens; at most `max_tiles` of them
+    first_slot       the slots are numbered from here
     policy           MAX_UTILIZATION admits what fits now and preempts when pages run out; GUARANTEED_NO_EVICT admits
                      only what fits together at its longest
     chunked_prefill  False: a prompt is computed in one step (only a preempted sequence that has outgrown the budget
@@ -61,6 +62,7 @@ class Scheduler:
         max_seq_len: int,
         tile: int = 1,
         max_tiles: int | None = None,
+        first_slot: int = 0,
         policy: CapacityPolicy = "MAX_UTILIZATION",
         chunked_prefill: bool = True,
         eos_token_ids: Iterable[int] = (),
@@ -98,7 +100,8 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._waiting = WaitingQueue(by_priority=priority_queue)
         self._shared = SharedPrompts(pool)
-        self._free_slots = list(range(max_batch_size - 1, -1, -1))
+        self._slots = range(first_slot, first_slot + max_batch_size)
+        self._free_slots = list(reversed(self._slots))
         self._reserved = 0  # pages of all running sequences at their longest
         # Head of the queue that did not fit, the spare pages then, and the digest of the next page that it could share.
         self._blocked: tuple[Sequence, int, bytes | None] | None = None
@@ -114,6 +117,32 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences in the queue (not those that wait for the prompt of their first sibling)."""
         return len(self._waiting)
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that could start to run, if there are pages."""
+        return len(self._free_slots)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens of all unfinished sequences."""
+        requests = self._requests.values()
+        return sum(len(seq.tokens) for request in requests for seq in request.sequences if not seq.finished)
+
+    @property
+    def has_decodes(self) -> bool:
+        """Whether any sequence is past its prompt."""
+        return bool(self._decoding)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompt tokens could be computed now, if there are pages."""
+        return bool(self._prefilling or (self._waiting and self._free_slots))
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """The page pools, one for each lane."""
+        return [self.pool]
 
     def has_work(self) -> bool:
         """True while any request is unfinished."""
@@ -208,21 +237,25 @@ class Scheduler:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Step | None:
-        """The next step, or None when nothing can run before an `update` or an `add`."""
+    def schedule(self, prompts: bool = True, ahead: bool = True) -> Step | None:
+        """The next step, or None when nothing can run before an `update` or an `add`.
+
+        prompts: False holds all prompts back. ahead: when no decode has its turn, take some that have not (see the
+        module about micro-batches).
+        """
         step = Step()
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
         tokens = self.max_num_tokens - len(step.decodes)
         tiles = self.max_tiles
         for seq in self._prefilling:
-            if tokens == 0 or tiles == 0:
+            if tokens == 0 or tiles == 0 or not prompts:
                 break
             count = self._add_chunk(step, seq, tokens, tiles)
             tokens -= count
             tiles -= -(-count // self.tile)
         # Whoever was preempted in this step needs the pages back: letting others in now would only preempt again.
-        if self._waiting and self.num_preemptions == preemptions:
+        if prompts and self._waiting and self.num_preemptions == preemptions:
             self._admit(step, tokens, tiles)
         for chunk in step.prefills:
             if chunk.samples:
@@ -235,7 +268,7 @@ class Scheduler:
                 if not seq.request.forked:
                     self._fork(seq.request)
         if not step.decodes and not step.prefills:
-            if self.micro_batches == 1:
+            if self.micro_batches == 1 or not ahead:
                 return None
             # A stage would idle: nobody is held up by a decode that waits on the device for its input.
             self._schedule_decodes(step, ahead=True)
@@ -243,6 +276,10 @@ class Scheduler:
                 return None
         self._num_steps += 1
         return step
+
+    def sit_out(self) -> None:
+        """Counts a step of the device that had nothing of this scheduler in it."""
+        self._num_steps += 1
 
     def _schedule_decodes(self, step: Step, ahead: bool = False) -> None:
         decodes, positions = step.decodes, step.positions
@@ -478,7 +515,7 @@ class Scheduler:
         running = self._decoding + self._prefilling
         self.pool.check([seq.pages for seq in running + self._shared.heirs])
         slots = [seq.slot for seq in running] + self._free_slots
-        if sorted(slots) != list(range(self.max_batch_size)):
+        if sorted(slots) != list(self._slots):
             raise RuntimeError(f"slots are lost or given twice: {sorted(slots)}")
         if any(seq.status is not _RUNNING for seq in running):
             raise RuntimeError("a sequence in the batch is not running")

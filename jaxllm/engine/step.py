@@ -32,6 +32,16 @@ class Step:
     started: list[Sequence] = field(default_factory=list)
 
     @property
+    def rows(self) -> list[Sequence]:
+        """The sequence of each result row."""
+        return self.decodes + [chunk.seq for chunk in self.prefills]
+
+    @property
+    def lanes(self) -> list[Step]:
+        """This step as the only lane; see `LaneSteps`."""
+        return [self]
+
+    @property
     def num_rows(self) -> int:
         """Result rows of this step."""
         return len(self.decodes) + len(self.prefills)
@@ -40,6 +50,43 @@ class Step:
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return len(self.decodes) + sum(chunk.stop - chunk.start for chunk in self.prefills)
+
+
+@dataclass(slots=True)
+class LaneSteps:
+    """One step of the device with several lanes, each of which has requests, slots and pages of its own.
+
+    Result rows: those of the first lane's Step, then those of the second's, and so on.
+    """
+
+    lanes: list[Step]
+
+    @property
+    def decodes(self) -> list[Sequence]:
+        return [seq for lane in self.lanes for seq in lane.decodes]
+
+    @property
+    def prefills(self) -> list[Chunk]:
+        return [chunk for lane in self.lanes for chunk in lane.prefills]
+
+    @property
+    def started(self) -> list[Sequence]:
+        return [seq for lane in self.lanes for seq in lane.started]
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """The sequence of each result row."""
+        return [seq for lane in self.lanes for seq in lane.rows]
+
+    @property
+    def num_rows(self) -> int:
+        """Result rows of this step."""
+        return sum(lane.num_rows for lane in self.lanes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(lane.num_tokens for lane in self.lanes)
 
 
 @dataclass(slots=True)

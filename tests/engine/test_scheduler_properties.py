@@ -85,7 +85,7 @@ class FakeDevice:
         self.scheduler = scheduler
         self.size = scheduler.pool.page_size
         self.kv = [[-1] * self.size for _ in range(scheduler.pool.num_pages)]
-        self.last: list[int | None] = [None] * scheduler.max_batch_size
+        self.last: dict[int, int | None] = {}  # by slot
         self.truths: dict[Sequence, Truth] = {}
         self.steps = 0
         self.sampled: dict[Sequence, int] = {}  # number of the step that a sequence's last token came from
@@ -122,7 +122,7 @@ class FakeDevice:
         rows = step.decodes + [chunk.seq for chunk in step.prefills]
         slots = [seq.slot for seq in rows]
         assert len(set(slots)) == len(rows) <= scheduler.max_batch_size
-        assert all(0 <= slot < scheduler.max_batch_size for slot in slots)
+        assert set(slots) <= set(scheduler._slots)
         assert len(step.positions) == len(step.decodes)
         for seq in step.started:
             self.last[seq.slot] = None
@@ -223,7 +223,7 @@ class Harness:
             return []
         step, tokens = self.inflight.popleft()
         events = self.scheduler.update(step, tokens)
-        rows = step.decodes + [chunk.seq for chunk in step.prefills]
+        rows = step.rows
         for event in events:
             self.tokens += 1
             assert rows[event.row] is event.seq and tokens[event.row] == event.token == event.seq.tokens[-1]
