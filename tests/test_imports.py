@@ -1,6 +1,6 @@
 """The import rule.
 
-cli -> bench -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
+cli -> (bench, plan) -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(jaxllm.__file__).parent
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
     [{"cli"}],
-    [{"bench"}],
+    [{"bench"}, {"plan"}],
     [{"llmapi"}],
     [{"options"}],
     [{"llm", "outputs", "result", "prompts"}],
@@ -39,6 +39,7 @@ NO_JAX = [
     "engine.blocks",
     "engine.scheduler",
     "engine.siblings",
+    "engine.sizes",
     "engine.step",
     "engine.waiting",
 ]

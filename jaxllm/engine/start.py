@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.config import ConfigError, EngineConfig
-from jaxllm.engine import buckets
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.models.config import ModelConfig
@@ -33,27 +33,6 @@ from jaxllm.weights.load import load_params
 from jaxllm.weights.resolve import ModelFiles, resolve_model
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """Sizes for what the user left open, by platform.
-
-    kv_tokens: page pool where the device cannot tell its memory. tile: query tokens of a prompt tile.
-    """
-
-    max_batch_size: int
-    max_num_tokens: int
-    kv_tokens: int
-    tile: int
-    dtype: str | None
-
-
-DEFAULTS = {
-    # bfloat16 products of one row are twelve times slower than float32 ones in XLA:CPU.
-    "cpu": Defaults(max_batch_size=64, max_num_tokens=512, kv_tokens=32_768, tile=32, dtype="float32"),
-    "gpu": Defaults(max_batch_size=256, max_num_tokens=8192, kv_tokens=65_536, tile=128, dtype=None),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +79,7 @@ def start(config: EngineConfig) -> Started:
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
         functions = StepFunctions(cfg, Layout(mapping, dtype), mesh)
-        sizes = Sizes.choose(config, cfg, defaults)
+        sizes = Sizes.choose(config, defaults)
     with phase("weights"):
         if config.load_format == "dummy":
             weights = dummy_params(functions.specs, mesh, config.seed)
@@ -115,7 +94,9 @@ def start(config: EngineConfig) -> Started:
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else np.dtype(_dtype(config.kv_cache_config.dtype))
-        num_pages, max_seq_len = _pool_size(config, cfg, functions, mesh, kv_dtype, sizes, defaults)
+        rooms = [_page_room(functions, mesh, page_size, kv_dtype)]
+        span = functions.layout.page_span(page_size)
+        num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         slots = SlotTable(
             sizes.max_batch_size,
             config.seed,
@@ -129,7 +110,7 @@ def start(config: EngineConfig) -> Started:
             buckets=sizes.buckets,
             tile=sizes.tile,
             num_pages=num_pages,
-            page_size=config.kv_cache_config.tokens_per_block,
+            page_size=page_size,
             kv_dtype=kv_dtype,
             max_batch_size=sizes.max_batch_size,
             max_seq_len=max_seq_len,
@@ -143,7 +124,7 @@ def start(config: EngineConfig) -> Started:
             runner.warm_up()
     policy = config.scheduler_config
     scheduler = Scheduler(
-        PagePool(num_pages, config.kv_cache_config.tokens_per_block, config.kv_cache_config.enable_block_reuse),
+        PagePool(num_pages, span, config.kv_cache_config.enable_block_reuse),
         max_batch_size=sizes.max_batch_size,
         max_num_tokens=sizes.max_num_tokens,
         max_seq_len=max_seq_len,
@@ -171,76 +152,10 @@ def model_config(files: ModelFiles) -> ModelConfig:
     return config_from_gguf(files.metadata, tensors, files.rope_factors)
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it."""
-
-    max_batch_size: int
-    max_num_tokens: int
-    tile: int
-    max_tiles: int
-    buckets: list[buckets.Bucket]
-
-    @classmethod
-    def choose(cls, config: EngineConfig, cfg: ModelConfig, defaults: Defaults) -> Sizes:
-        batch = config.max_batch_size or defaults.max_batch_size
-        tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
-        if tokens < batch:
-            raise ConfigError(
-                f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs "
-                "one token per step; raise the first or lower the second"
-            )
-        tile = min(defaults.tile, tokens)
-        max_tiles = -(-tokens // tile)
-        counts = None
-        if config.token_buckets:
-            counts = sorted({-(-n // tile) for n in config.token_buckets})
-        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts)
-        return cls(batch, tokens, tile, max_tiles, plan)
-
-
-def _pool_size(
-    config: EngineConfig,
-    cfg: ModelConfig,
-    functions: StepFunctions,
-    mesh: Mesh,
-    kv_dtype: np.dtype,
-    sizes: Sizes,
-    defaults: Defaults,
-) -> tuple[int, int]:
-    """Pages of the pool (the dummy page included) and the longest sequence."""
-    kv = config.kv_cache_config
-    page = kv.tokens_per_block
-    heads, _, width = functions.kv_shape(page)
-    page_bytes = 2 * cfg.num_layers * heads // functions.layout.size("kv_heads") * page * width * kv_dtype.itemsize
-    longest = min(config.max_seq_len or cfg.max_position, cfg.max_position)
-    if config.max_seq_len is not None and config.max_seq_len > cfg.max_position:
-        raise ConfigError(
-            f"max_seq_len = {config.max_seq_len} is more than the model's context of {cfg.max_position}; lower it"
-        )
-    limits = []
-    free = _free_bytes(mesh)
-    if free is not None:
-        limits.append(int(free * kv.free_gpu_memory_fraction) // page_bytes)
-    else:
-        limits.append(-(-max(defaults.kv_tokens, longest) // page))
-    if kv.max_tokens is not None:
-        # An explicit size wins over a guess, but not over what is there.
-        limits = [*(limits if free is not None else []), kv.max_tokens // page]
-    # XLA addresses the elements of an array with 32 bits.
-    limits.append(np.iinfo(np.int32).max // (heads // functions.layout.size("kv_heads") * page * width) - 1)
-    pages = min(limits)
-    if free is None and kv.max_tokens is None:
-        pages = min(pages, -(-sizes.max_batch_size * longest // page))
-    if pages < 1:
-        raise ConfigError(
-            f"no room for the KV cache: a page of {page} tokens takes {page_bytes:,} bytes a device, and "
-            f"{0 if free is None else free:,} are free after the weights; use more devices or a smaller model"
-        )
-    capacity = pages * page
-    if config.max_seq_len is None and capacity < longest:
-        logger.warning("max_seq_len lowered from %d to %d, the size of the KV cache", longest, capacity)
-    return pages + 1, min(longest, capacity + 1)
+def _page_room(functions: StepFunctions, mesh: Mesh, page_size: int, kv_dtype: np.dtype) -> Room:
+    heads, _, width = functions.kv_shape(page_size)
+    elements = heads // functions.layout.size("kv_heads") * page_size * width
+    return Room(_free_bytes(mesh), 2 * functions.cfg.num_layers * elements * kv_dtype.itemsize, elements)
 
 
 def _free_bytes(mesh: Mesh) -> int | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from jaxllm.mapping import CpType, Mapping
-from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.heads import HeadLayout
 
 # What the engine cannot run yet, as (name for the error, whether a layout asks for it).
@@ -17,6 +18,19 @@ _NOT_SUPPORTED_YET = (
 )
 
 
+class ModelSizes(Protocol):
+    """The sizes that decide whether a layout fits: those of a ModelConfig, or of a model that is only planned for."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def max_position(self) -> int: ...
+
+
 def check_supported(mapping: Mapping) -> None:
     """ValueError when the engine cannot run this kind of layout yet."""
     for name, what, asks in _NOT_SUPPORTED_YET:
@@ -26,7 +40,7 @@ def check_supported(mapping: Mapping) -> None:
             )
 
 
-def check_mapping(mapping: Mapping, cfg: ModelConfig, *, page_size: int, max_seq_len: int | None = None) -> None:
+def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_len: int | None = None) -> None:
     """Whether the model can be cut like this.
 
     Args:

@@ -1,0 +1,123 @@
+"""How large the batches and the page pool of an engine are: from the settings, the model and the free memory alone.
+
+Imports no jax, so that `jaxllm plan` decides as the engine does, on a machine that has neither the model nor a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine import buckets
+
+logger = logging.getLogger(__name__)
+
+MAX_ELEMENTS = 2**31 - 1
+"""XLA addresses the elements of an array with 32 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Sizes for what the user left open, by platform.
+
+    kv_tokens: page pool where the device cannot tell its memory. tile: query tokens of a prompt tile.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    kv_tokens: int
+    tile: int
+    dtype: str | None
+
+
+DEFAULTS = {
+    # bfloat16 products of one row are twelve times slower than float32 ones in XLA:CPU.
+    "cpu": Defaults(max_batch_size=64, max_num_tokens=512, kv_tokens=32_768, tile=32, dtype="float32"),
+    "gpu": Defaults(max_batch_size=256, max_num_tokens=8192, kv_tokens=65_536, tile=128, dtype=None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    tile: int
+    max_tiles: int
+    buckets: list[buckets.Bucket]
+
+    @classmethod
+    def choose(cls, config: EngineConfig, defaults: Defaults) -> Sizes:
+        batch = config.max_batch_size or defaults.max_batch_size
+        tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
+        if tokens < batch:
+            raise ConfigError(
+                f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs "
+                "one token per step; raise the first or lower the second"
+            )
+        tile = min(defaults.tile, tokens)
+        max_tiles = -(-tokens // tile)
+        counts = None
+        if config.token_buckets:
+            counts = sorted({-(-n // tile) for n in config.token_buckets})
+        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts)
+        return cls(batch, tokens, tile, max_tiles, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a pipeline stage has for pages on each device.
+
+    free: bytes, None where the platform does not tell. page_bytes: of a page in all layers of the stage.
+    page_elements: of a page in its largest array.
+    """
+
+    free: int | None
+    page_bytes: int
+    page_elements: int
+
+
+def longest_sequence(config: EngineConfig, context: int) -> int:
+    """The longest sequence that the settings and the model's context allow. Raises ConfigError."""
+    if config.max_seq_len is not None and config.max_seq_len > context:
+        raise ConfigError(f"max_seq_len = {config.max_seq_len} is more than the model's context of {context}; lower it")
+    return config.max_seq_len or context
+
+
+def pool_size(
+    config: EngineConfig, sizes: Sizes, defaults: Defaults, rooms: Sequence[Room], *, context: int, span: int
+) -> tuple[int, int]:
+    """Pages of the pool (the dummy page included), the same in all stages, and the longest sequence.
+
+    Args:
+        context: of the model, in tokens.
+        span: tokens of a page, over all devices that the context is spread over.
+
+    Raises:
+        ConfigError: not a single page fits.
+    """
+    kv, longest = config.kv_cache_config, longest_sequence(config, context)
+    guess = -(-max(defaults.kv_tokens, longest) // span) if kv.max_tokens is None else None
+    limits = [MAX_ELEMENTS // room.page_elements - 1 for room in rooms]
+    for room in rooms:
+        if room.free is not None:
+            limits.append(int(room.free * kv.free_gpu_memory_fraction) // room.page_bytes)
+        elif guess is not None:
+            limits += [guess, -(-sizes.max_batch_size * longest // span)]
+    if kv.max_tokens is not None:
+        limits.append(kv.max_tokens // span)
+    pages = min(limits)
+    if pages < 1:
+        room = max(rooms, key=lambda room: room.page_bytes)
+        free = 0 if room.free is None else room.free
+        raise ConfigError(
+            f"no room for the KV cache: a page of {span} tokens takes {room.page_bytes:,} bytes a device, and "
+            f"{max(0, free):,} are free after the weights; use more devices or a smaller model"
+        )
+    capacity = pages * span
+    if config.max_seq_len is None and capacity < longest:
+        logger.warning("max_seq_len lowered from %d to %d, the size of the KV cache", longest, capacity)
+    return pages + 1, min(longest, capacity + 1)
