@@ -237,6 +237,8 @@ class EngineConfig(_Strict):
         tokenizer: directory or hub id of another tokenizer than the model's own.
         skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
         dtype: of weights and activations; "auto" = the checkpoint's on a GPU, float32 on a CPU.
+        dequantize_weights: expand quantised blocks to dtype when loading. Otherwise, on a CPU, Q4_0, Q4_1 and Q8_0
+            stay as they are and are expanded in the kernels: the same values in a sixth of the memory.
         load_format: "auto" reads the checkpoint, "dummy" makes random weights of the same shapes.
         tensor_parallel_size: devices the heads, the MLP and the vocabulary are split over.
         pipeline_parallel_size: stages that the layers are split into.
@@ -262,6 +264,7 @@ class EngineConfig(_Strict):
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dequantize_weights: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
 
     tensor_parallel_size: int = Field(default=1, ge=1)

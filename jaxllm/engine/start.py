@@ -22,6 +22,7 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping, check_supported
@@ -88,7 +89,15 @@ def start(config: EngineConfig) -> Started:
             try:
                 ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
                 shapes = checkpoint_shapes(cfg)
-                weights = load_params(functions.specs, shapes, source, mesh, ignore=ignore, progress=config.progress)
+                weights = load_params(
+                    functions.specs,
+                    shapes,
+                    source,
+                    mesh,
+                    keep_quantized=platform == "cpu" and not config.dequantize_weights and packed.available(),
+                    ignore=ignore,
+                    progress=config.progress,
+                )
             finally:
                 source.close()
         jax.block_until_ready(weights)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.kernels.linear.api import matmul
+from jaxllm.kernels.linear.api import matmul, num_rows, take_rows
 from jaxllm.layers.linear import param
 from jaxllm.parallel.collectives import Axes, all_gather, gather_rows, rank, ranks, sum_partial
 from jaxllm.parallel.params import ParamSpec
@@ -28,10 +28,10 @@ class VocabTable(nnx.Module):
     def embed(self, tokens_T: jax.Array) -> jax.Array:
         """Rows of the table for tokens_T, [T, D]; each rank looks up its own rows and the sum puts them together."""
         table = self.weight[...]
-        rows = table.shape[0]
+        rows = num_rows(table)
         local = gather_rows(tokens_T, self.tokens) - rank(self.axes) * rows
         mine = (local >= 0) & (local < rows)
-        found_TD = jnp.where(mine[:, None], table[jnp.clip(local, 0, rows - 1)], 0)
+        found_TD = jnp.where(mine[:, None], take_rows(table, jnp.clip(local, 0, rows - 1)), 0)
         return sum_partial(found_TD, self.axes, self.tokens)
 
     def logits(self, x_RD: jax.Array, softcap: float | None) -> jax.Array:
@@ -44,7 +44,7 @@ def vocab_logits(x_RD: jax.Array, table_VD: jax.Array, vocab_size: int, softcap:
     logits_RV = matmul(x_RD, table_VD)
     if softcap is not None:
         logits_RV = softcap * jnp.tanh(logits_RV / softcap)
-    rows = table_VD.shape[0]
+    rows = num_rows(table_VD)
     if rows * ranks(axes) > vocab_size:
         logits_RV = jnp.where(rank(axes) * rows + jnp.arange(rows) < vocab_size, logits_RV, -jnp.inf)
     return logits_RV

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxllm.kernels.linear.packed import Blocks, Packing
 from jaxllm.weights.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from jaxllm.weights.source import CheckpointError, TensorInfo, bounds, prefetch, release
 
@@ -51,6 +52,7 @@ _PLAIN: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
+_PACKINGS = {"Q4_0": Packing.Q4, "Q4_1": Packing.Q4, "Q8_0": Packing.Q8}
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -126,25 +128,62 @@ class GGUFSource:
             raise CheckpointError(self.header.path, f"{name}: {info.problem}")
         raw = self._raw[name]
         ranges = bounds(index, raw.shape)
-        heads = self._heads.get(name.split(".")[-2] if "." in name else "")
-        if heads is None:
-            values = self._stored(raw, ranges)
+        rows = self._rows(name, ranges)
+        if rows is not None and len(raw.shape) == 1:
+            values = self._stored(raw, bounds((), raw.shape))[rows]
         else:
-            rows = _interleaved(np.arange(*ranges[0]), raw.shape[0] // heads)
-            is_bias = len(raw.shape) == 1
-            values = self._stored(raw, bounds((), raw.shape))[rows] if is_bias else self._stored(raw, ranges, rows)
+            values = self._stored(raw, ranges, rows)
         if self._shift and name.endswith("norm.weight"):
             values = values + values.dtype.type(self._shift)
         return values
 
+    def packing(self, name: str) -> Packing | None:
+        """GGUF's simplest blocks, of 32 values with float16 scales, can stay as they are."""
+        kind = self._types.get(self._raw[name].type)
+        return None if kind is None or self.tensors[name].problem else _PACKINGS.get(kind.name)
+
+    def read_blocks(self, name: str, index: tuple[slice, slice]) -> Blocks:
+        raw, packing = self._raw[name], self.packing(name)
+        assert packing is not None
+        ranges = bounds(index, raw.shape)
+        label = self._types[raw.type].name
+        picked = self._picked(raw, ranges, self._rows(name, ranges))
+        blocks = picked.reshape(len(picked), -1, self._blocks[self._types[raw.type]][1])
+        heads = np.ascontiguousarray(blocks[..., : 4 if label == "Q4_1" else 2]).view(np.float16)
+        scale, q = heads[..., 0], blocks[..., heads.shape[-1] * 2 :]
+        if packing is Packing.Q8:
+            return Blocks((q ^ 0x80).reshape(len(q), -1), scale)  # two's complement to plus 128
+        if label == "Q4_1":
+            low = heads[..., 1]
+        else:
+            with np.errstate(over="ignore"):
+                low = scale * np.float16(-8)
+            if not np.isfinite(low).all():
+                raise CheckpointError(self.header.path, f"{name}: a scale is beyond 8188; set dequantize_weights")
+        return Blocks(np.concatenate([q & 15, q >> 4], axis=-1).reshape(len(q), -1), scale, low)
+
+    def _rows(self, name: str, ranges: Sequence[tuple[int, int]]) -> np.ndarray | None:
+        """Where the file keeps these rows; None where it is where they belong."""
+        heads = self._heads.get(name.split(".")[-2] if "." in name else "")
+        return None if heads is None else _interleaved(np.arange(*ranges[0]), self._raw[name].shape[0] // heads)
+
     def _stored(self, raw: GGUFTensor, ranges: Sequence[tuple[int, int]], rows: np.ndarray | None = None) -> np.ndarray:
         """Values of the tensor as stored, within `ranges`; `rows` picks other rows than those of `ranges[0]`."""
         kind = self._types[raw.type]
-        block, width = self._blocks[kind]
+        block, _ = self._blocks[kind]
+        start, stop = ranges[-1]
+        begin = start // block * block
+        return self._expand(self._picked(raw, ranges, rows), kind.name)[..., start - begin : stop - begin]
+
+    def _picked(self, raw: GGUFTensor, ranges: Sequence[tuple[int, int]], rows: np.ndarray | None) -> np.ndarray:
+        """Bytes of the blocks that `ranges` touches."""
+        block, width = self._blocks[self._types[raw.type]]
         row_bytes = raw.shape[-1] // block * width
         start, stop = ranges[-1]
-        begin, end = start // block, -(-stop // block)
-        where: list[Any] = [*(slice(a, b) for a, b in ranges[:-1]), slice(begin * width, end * width)]
+        where: list[Any] = [
+            *(slice(a, b) for a, b in ranges[:-1]),
+            slice(start // block * width, -(-stop // block) * width),
+        ]
         if rows is not None:
             where[0] = rows
         prefetch(self._pages, raw.start, raw.start + raw.nbytes)
@@ -152,7 +191,7 @@ class GGUFSource:
         picked = np.array(stored[tuple(where)], order="C")
         del stored  # a view of the map would keep it from closing
         release(self._pages, raw.start, raw.start + raw.nbytes)
-        return self._expand(picked, kind.name)[..., start - begin * block : stop - begin * block]
+        return picked
 
     def _expand(self, picked: np.ndarray, label: str) -> np.ndarray:
         """Bytes `[..., n]` to values."""

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.kernels.linear.packed import Packing
 from jaxllm.parallel.mesh import sharding
 from jaxllm.parallel.params import ParamSpec
+from jaxllm.weights.packed import choose_packings, read_packed, unpacked_ranges
 from jaxllm.weights.source import CheckpointError, Source, bounds, unreadable
 
 IGNORED = (
@@ -28,6 +30,7 @@ def load_params(
     source: Source,
     mesh: Mesh,
     *,
+    keep_quantized: bool = False,
     ignore: Sequence[str] = (),
     progress: bool = False,
 ) -> dict[str, jax.Array]:
@@ -40,6 +43,7 @@ def load_params(
         specs: the parameters by path.
         shapes: the shape that each checkpoint tensor must have, by its name.
         source: the checkpoint; must stay open until this returns.
+        keep_quantized: matrices whose blocks the CPU kernels understand stay as they are in the checkpoint.
         ignore: regular expressions (searched) of tensor names that may be in the checkpoint without being needed.
         progress: show a progress bar on a terminal.
 
@@ -48,7 +52,8 @@ def load_params(
     """
     check(specs, shapes, source, ignore)
     layouts = {path: sharding(mesh, spec.axes) for path, spec in specs.items()}
-    costs = {path: _host_bytes(spec, layouts[path]) for path, spec in specs.items()}
+    packings = choose_packings(specs, layouts, source) if keep_quantized else {}
+    costs = {path: _host_bytes(spec, packings.get(path), layouts[path]) for path, spec in specs.items()}
     budget = max(costs.values(), default=0)
     workers = min(4, os.cpu_count() or 1)
     params: dict[str, jax.Array] = {}
@@ -66,7 +71,7 @@ def load_params(
             for path, spec in specs.items():
                 while pending and (in_flight + costs[path] > budget or len(pending) > workers):
                     in_flight -= finish_oldest()
-                pending.append((path, pool.submit(_load_one, spec, layouts[path], source)))
+                pending.append((path, pool.submit(_load_one, spec, packings.get(path), layouts[path], source)))
                 in_flight += costs[path]
             while pending:
                 finish_oldest()
@@ -94,25 +99,37 @@ def check(
         raise CheckpointError(f"{source.name} does not fit the model", problems)
 
 
-def _host_bytes(spec: ParamSpec, layout: NamedSharding) -> int:
+def _stored_as(spec: ParamSpec, packing: Packing | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the array that holds a parameter."""
+    if packing is None:
+        return spec.shape, np.dtype(spec.dtype)
+    rows, columns = spec.shape
+    return packing.shape(rows, columns), np.dtype(np.uint8)
+
+
+def _host_bytes(spec: ParamSpec, packing: Packing | None, layout: NamedSharding) -> int:
     """Bytes that this process reads for the parameter: its distinct slices, each once."""
-    indices = layout.addressable_devices_indices_map(spec.shape).values()
-    shards = {bounds(i or (), spec.shape) for i in indices}
-    size = np.dtype(spec.dtype).itemsize
-    return sum(int(np.prod([b - a for a, b in shard])) * size for shard in shards)
+    shape, dtype = _stored_as(spec, packing)
+    indices = layout.addressable_devices_indices_map(shape).values()
+    shards = {bounds(i or (), shape) for i in indices}
+    return sum(int(np.prod([b - a for a, b in shard])) * dtype.itemsize for shard in shards)
 
 
-def _load_one(spec: ParamSpec, layout: NamedSharding, source: Source) -> jax.Array:
+def _load_one(spec: ParamSpec, packing: Packing | None, layout: NamedSharding, source: Source) -> jax.Array:
+    shape, _ = _stored_as(spec, packing)
     slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         # replicas ask for the same slice again
-        key = bounds(index or (), spec.shape)
+        key = bounds(index or (), shape)
         if key not in slices:
-            slices[key] = read_slice(spec, key, source)
+            if packing is None:
+                slices[key] = read_slice(spec, key, source)
+            else:
+                slices[key] = read_packed(spec, packing, unpacked_ranges(key), source)
         return slices[key]
 
-    array = jax.make_array_from_callback(spec.shape, layout, read)
+    array = jax.make_array_from_callback(shape, layout, read)
     # waiting here bounds the host copies that are alive
     return array.block_until_ready()
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.weights.source import CheckpointError, Source, TensorInfo, bounds, unreadable
+from jaxllm.weights.source import CheckpointError, Source, TensorInfo, Unquantised, bounds, unreadable
 
 SUBDIR = "orbax"
 METADATA_FILE = "gguf.json"
 CHUNK_BYTES = 32 << 20
 
 
-class OrbaxSource:
+class OrbaxSource(Unquantised):
     """The `orbax/` directory of a converted model as a `Source`.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from jaxllm.weights.source import CheckpointError, TensorInfo, bounds, prefetch, release
+from jaxllm.weights.source import CheckpointError, TensorInfo, Unquantised, bounds, prefetch, release
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger length is a corrupted file, and must not be allocated."""
@@ -83,7 +83,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-class SafetensorsSource:
+class SafetensorsSource(Unquantised):
     """One or many safetensors files as one `Source`.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxllm.kernels.linear.packed import Blocks, Packing
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the file or tensor, the rule, and what to do.
@@ -57,8 +59,24 @@ class Source(Protocol):
             CheckpointError: the tensor cannot be read.
         """
 
+    def packing(self, name: str) -> Packing | None:
+        """How `read_blocks` returns this tensor; None where it only reads as values."""
+
+    def read_blocks(self, name: str, index: tuple[slice, slice]) -> Blocks:
+        """`tensor[index]` as it is quantised; columns start and end between blocks. Only if `packing` is not None."""
+
     def close(self) -> None:
         """Releases files and mappings; the source cannot be used afterwards."""
+
+
+class Unquantised:
+    """What a source whose tensors are all plain arrays has in place of blocks."""
+
+    def packing(self, name: str) -> Packing | None:
+        return None
+
+    def read_blocks(self, name: str, index: tuple[slice, slice]) -> Blocks:
+        raise CheckpointError(name, "is not quantised")
 
 
 def bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf_files import random_blocks, write
 
 from jaxllm.weights.gguf import GGUFSource, hf_name
 from jaxllm.weights.gguf_header import read_gguf_header
@@ -18,30 +18,10 @@ from jaxllm.weights.source import CheckpointError
 RNG = np.random.default_rng(0)
 
 
-def write(path: Path, arch: str, fill: Callable[[gguf.GGUFWriter], None]) -> Path:
-    writer = gguf.GGUFWriter(path, arch)
-    fill(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's converter does to Q and K."""
     shape = (heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape))
-
-
-def random_blocks(kind: Type, rows: int, columns: int) -> np.ndarray:
-    """Raw bytes of random quantised rows, without scales that are infinite or NaN."""
-    block, width = gguf.GGML_QUANT_SIZES[kind]
-    raw = RNG.integers(0, 256, (rows, columns // block, width), np.uint8)
-    with np.errstate(invalid="ignore"):
-        values = gguf.quants.dequantize(raw.reshape(rows, -1), kind).reshape(rows, columns // block, block)
-    raw[~np.isfinite(values).all(-1)] = 0
-    return raw.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
