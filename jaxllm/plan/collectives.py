@@ -1,0 +1,94 @@
+"""The collectives of a step, in the order in which `models.decoder` and `engine.forward` call them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxllm.mapping import CpType
+from jaxllm.plan.gpus import Gpu
+from jaxllm.plan.sizes import Model, Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """`count` alike collectives a step over `ranks` devices along `axes`; `bytes` is the result of one on a device."""
+
+    kind: str
+    where: str
+    axes: tuple[str, ...]
+    ranks: int
+    count: int
+    bytes: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """What a device sends in one of them, with the ring algorithms."""
+        share = (self.ranks - 1) / self.ranks
+        if self.kind == "reduce_scatter":
+            return (self.ranks - 1) * self.bytes
+        return {"all_reduce": 2 * share, "all_gather": share, "all_to_all": share, "permute": 1, "send": 1}[
+            self.kind
+        ] * self.bytes
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Time of all of them, if nothing hides it."""
+        return self.count * (gpu.latency + self.wire_bytes / gpu.link)
+
+
+def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, prompt: bool) -> list[Collective]:
+    """What one pipeline stage does in a step of `tokens` tokens: prompt tokens, or one of each of so many requests."""
+    layout, cache = sizes.layout, sizes.cache
+    element, D, n = np.dtype(layout.dtype).itemsize, model.hidden_size, len(layers)
+    lanes, cp = layout.axes("requests"), layout.mapping.cp
+    own = -(-tokens // (sizes.shards(set(layout.axes("tokens"))) if prompt else sizes.shards(set(lanes))))
+    out: list[Collective] = []
+
+    def add(kind: str, where: str, axes: Sequence[str], count: int, size: float) -> None:
+        ranks = sizes.shards(set(axes))
+        if ranks > 1 and count:
+            wide = tuple(axis for axis in axes if sizes.shards({axis}) > 1)
+            out.append(Collective(kind, where, wide, ranks, count, round(size)))
+
+    row = D * element
+    ffn, vocab = layout.axes("ffn"), layout.axes("vocab")
+    if layers.start == 0:
+        if lanes:
+            add("all_gather", "token ids", lanes, 1, own * 4 * sizes.shards(set(lanes)))
+            add("reduce_scatter", "embedding", lanes, 1, own * row)
+        else:
+            add("all_reduce", "embedding", vocab, 1, own * row)
+    heads = sizes.query_width * element
+    if layout.cp_type is CpType.ULYSSES:
+        if prompt:
+            kept = sum(cache.arrays) * np.dtype(layout.dtype).itemsize
+            add("all_to_all", "tokens to heads", ("cp",), n, own * cp * (heads + kept))
+            add("all_to_all", "heads to tokens", ("cp",), n, own * cp * heads)
+        else:
+            add("all_gather", "heads of decodes", ("cp",), n, own * cp * heads)
+    elif layout.cp_type is CpType.RING and prompt:
+        kept = sum(cache.arrays) * np.dtype(layout.dtype).itemsize
+        add("permute", "K and V round the ring", ("cp",), n * (cp - 1), own * kept)
+    elif layout.cp_type is CpType.HELIX:
+        add("all_to_all", "partial attention", ("cp",), n, own * heads)
+    elif layout.cp_type is not None and not prompt:
+        add("all_gather", "partial attention", ("cp",), n, own * cp * heads)
+    add("all_reduce", "attention output", layout.axes("head_out"), n, own * row)
+    if lanes:
+        add("all_gather", "tokens before the FFN", lanes, n, own * row * sizes.shards(set(lanes)))
+        add("reduce_scatter", "FFN output", lanes, n, own * row)
+    else:
+        add("all_reduce", "FFN output", ffn, n, own * row)
+    if layers.stop == model.num_layers:
+        rows = 1 if prompt else own
+        if prompt:
+            add("all_reduce", "last tokens", layout.axes("prompts"), 1, rows * row)
+        if lanes:
+            add("all_gather", "rows to sample", lanes, 1, rows * row * sizes.shards(set(lanes)))
+        sampled = rows * sizes.shards(set(lanes))
+        add("all_gather", "greedy", vocab, 2, sampled * 4 * sizes.shards(set(vocab)))
+    else:
+        out.append(Collective("send", "to the next stage", ("pp",), 2, 1, own * row))
+    return out

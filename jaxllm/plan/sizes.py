@@ -1,0 +1,176 @@
+"""What a plan needs to know of a model: its parameters with their mesh axes, and what it caches for a token.
+
+Models that the engine runs are described by `models.decoder.param_specs`, the very declarations that it allocates from.
+`jaxllm.plan.experts` describes the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import checkpoint_shapes, param_specs
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.params import ParamSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter, or several alike.
+
+    shape: over all ranks, padding included. itemsize: bytes of an element, block scales included.
+    axes: mesh axes that split each dimension, as `ParamSpec.axes`.
+    choice: (chosen, available) of experts, of which a token uses some; None for what every token uses.
+    lookup: an embedding table, of which a step reads a few rows.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    itemsize: float
+    axes: tuple[tuple[str, ...] | None, ...]
+    choice: tuple[int, int] | None = None
+    lookup: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def split(self) -> set[str]:
+        """The mesh axes that it is split over."""
+        return {name for names in self.axes for name in names or ()}
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What one layer keeps of a token on one device, and what attention to it costs.
+
+    arrays: elements of a token in each array of the layer (K and V, or the latents of MLA).
+    decode_flops, prompt_flops: of all query heads of the device, for each pair of a query and a visible key.
+    """
+
+    arrays: tuple[int, ...]
+    decode_flops: int
+    prompt_flops: int
+
+    @property
+    def elements(self) -> int:
+        return sum(self.arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A model as laid out by one Layout.
+
+    embed, layers, norm, head: its parameters; tied: embed and head are one table.
+    padded_vocab: over all ranks. query_width, ffn_width: of the widest activations of a token on one device.
+    """
+
+    layout: Layout
+    embed: Weight
+    layers: tuple[tuple[Weight, ...], ...]
+    norm: Weight
+    head: Weight
+    tied: bool
+    cache: Cache
+    padded_vocab: int
+    query_width: int
+    ffn_width: int
+
+    def shards(self, axes: set[str]) -> int:
+        """Devices along these mesh axes."""
+        mapping = self.layout.mapping
+        sizes = {"cp": mapping.cp, "ep": mapping.ep, "tp": mapping.tp}
+        return math.prod(sizes[axis] for axis in axes)
+
+    def stage(self, layers: range) -> list[Weight]:
+        """The parameters of the pipeline stage with these layers."""
+        first, last = layers.start == 0, layers.stop == len(self.layers)
+        out = [self.embed] if first else []
+        for index in layers:
+            out += self.layers[index]
+        if last:
+            out += [self.norm] if self.tied and first else [self.norm, self.head]
+        return out
+
+    def elements(self, weight: Weight) -> int:
+        """Elements of a parameter on one device."""
+        return weight.elements // self.shards(weight.split())
+
+    def bytes(self, weights: list[Weight]) -> int:
+        """What parameters take on one device."""
+        return math.ceil(sum(self.elements(w) * w.itemsize for w in weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model to plan for, before anything is known of its layout.
+
+    lay_out: its Sizes under a layout. refusal: why the engine does not run it
+    yet; None when it does. parameters, active: of the checkpoint, and those that one token uses.
+    """
+
+    name: str
+    kind: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_size: int
+    vocab_size: int
+    max_position: int
+    windows: tuple[int | None, ...]
+    dtype: str
+    parameters: int
+    active: int
+    lay_out: Callable[[Layout], Sizes]
+    config: ModelConfig | None = None
+    refusal: str | None = None
+
+
+def dense(name: str, cfg: ModelConfig) -> Model:
+    """A model that the engine runs."""
+    parameters = sum(math.prod(shape) for shape in checkpoint_shapes(cfg).values())
+    return Model(
+        name=name,
+        kind=cfg.family,
+        num_layers=cfg.num_layers,
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_kv_heads,
+        hidden_size=cfg.hidden_size,
+        vocab_size=cfg.vocab_size,
+        max_position=cfg.max_position,
+        windows=cfg.windows,
+        dtype=cfg.dtype,
+        parameters=parameters,
+        active=parameters,
+        lay_out=lambda layout: _dense_sizes(cfg, layout),
+        config=cfg,
+    )
+
+
+def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
+    # All layers have the same parameters: declare one, so that hundreds of layouts can be looked at in a second.
+    specs = param_specs(replace(cfg, num_layers=1, layer_windows=()), layout)
+    layer = tuple(_weight(path, spec) for path, spec in specs.items() if path.startswith("layers."))
+    embed = _weight("embed.weight", specs["embed.weight"])
+    heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
+    flops = 4 * heads.q_heads * cfg.head_dim
+    return Sizes(
+        layout=layout,
+        embed=replace(embed, lookup=True),
+        layers=(layer,) * cfg.num_layers,
+        norm=_weight("norm.weight", specs["norm.weight"]),
+        head=embed if cfg.tie_embeddings else _weight("head.weight", specs["head.weight"]),
+        tied=cfg.tie_embeddings,
+        cache=Cache((heads.kv_heads * cfg.head_dim,) * 2, flops, flops),
+        padded_vocab=embed.shape[0],
+        query_width=heads.q_heads * cfg.head_dim,
+        ffn_width=-(-cfg.intermediate_size // layout.size("ffn")),
+    )
+
+
+def _weight(path: str, spec: ParamSpec) -> Weight:
+    return Weight(path, spec.shape, np.dtype(spec.dtype).itemsize, spec.axes)

@@ -1,0 +1,285 @@
+"""The plan of published models: their sizes, what does not fit and what would, and the JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from jaxllm.cli import main
+from jaxllm.config import EngineConfig
+from jaxllm.mapping import CpType, Mapping
+from jaxllm.plan.find import find_model, shipped
+from jaxllm.plan.gpus import GPUS, find_gpu
+from jaxllm.plan.plan import Plan, make_plan, usable_memory
+from jaxllm.plan.report import as_json, text
+from jaxllm.plan.roofline import Load
+from tests.tiny_llm import MODEL
+
+
+@pytest.fixture(autouse=True)
+def default_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+
+def plan(model: str, gpu: str = "h200", load: Load | None = None, devices: int | None = None, **settings: Any) -> Plan:
+    config = EngineConfig(model=model, **settings)
+    known = find_model(model, quantised=config.dtype == "auto")
+    return make_plan(known, config, config.resolve_mapping(devices), find_gpu(gpu), load)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("TinyLlama-1.1B", 1.100, 1.100),
+        ("Llama-3.1-8B", 8.030, 8.030),
+        ("Llama-3.1-70B", 70.554, 70.554),
+        ("Llama-3.1-405B", 405.854, 405.854),
+        ("Mixtral-8x7B", 46.703, 12.75),  # published: 46.7 and 12.9 with the embedding
+        ("DeepSeek-V3", 671.03, 36.6),  # published: 671 and 36.6
+    ],
+)
+def test_shipped_models_have_their_published_sizes(name, billions, active):
+    assert name in shipped()
+    model = find_model(name)
+    assert model.parameters / 1e9 == pytest.approx(billions, abs=0.001 if billions < 500 else 0.01)
+    assert model.active / 1e9 == pytest.approx(active, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("llama-3.1-70b", "Llama-3.1-70B"),
+        ("meta-llama/Llama-3.1-405B-Instruct", "Llama-3.1-405B"),
+        ("meta-llama/Meta-Llama-3.1-8B", "Llama-3.1-8B"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral-8x7B"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B"),
+        ("tinyllama", "TinyLlama-1.1B"),
+        ("deepseek-ai/DeepSeek-V3-Base", "DeepSeek-V3"),
+        (str(MODEL), "qwen3"),
+        (str(MODEL / "config.json"), "qwen3"),
+    ],
+)
+def test_names(given, found):
+    assert find_model(given).name == found
+
+
+def test_llama_70b_on_four():
+    """By hand: 70.55 B parameters of 2 bytes over 4, and 80 layers x 2 x 8 heads x 128 x 2 bytes over 4 a token."""
+    found = plan("Llama-3.1-70B", tensor_parallel_size=4)
+    (stage,) = found.stages
+    assert found.ok and stage.weights == pytest.approx(70.554e9 * 2 / 4, rel=1e-3)
+    assert stage.kv == found.pages * 32 * 80 * 2 * 2 * 128 * 2
+    assert found.pool_tokens == (found.pages - 1) * 32
+    free = usable_memory(GPUS["h200"]) - stage.weights
+    page = stage.kv // found.pages  # one of them is nobody's
+    assert 0.9 * free - page < stage.kv - page <= 0.9 * free
+    assert stage.total + stage.free == usable_memory(GPUS["h200"])
+
+
+def test_kv_heads_are_copied_beyond_their_number():
+    eight, sixteen = (plan("Llama-3.1-405B", tensor_parallel_size=n).stages[0].weights for n in (8, 16))
+    assert sixteen > eight / 2 * 1.005
+    few = plan("Llama-3.1-405B", tensor_parallel_size=8, kv_cache_config={"max_tokens": 3200}).stages[0].kv
+    more = plan("Llama-3.1-405B", tensor_parallel_size=16, kv_cache_config={"max_tokens": 3200}).stages[0].kv
+    assert few == more  # one KV head each
+
+
+def test_stages():
+    found = plan("Llama-3.1-70B", pipeline_parallel_size=3, pp_partition=[20, 40, 20])
+    assert [len(stage.layers) for stage in found.stages] == [20, 40, 20]
+    one = plan("Llama-3.1-70B", tensor_parallel_size=2).stages[0].weights
+    assert sum(stage.weights for stage in found.stages) == pytest.approx(2 * one, rel=1e-4)
+    assert len({stage.kv // len(stage.layers) for stage in found.stages}) == 1  # the same pages in all stages
+    middle = found.stages[1]
+    assert middle.weights < 2 * found.stages[0].weights and middle.buffers < found.stages[2].buffers
+
+
+def test_a_tied_table_is_counted_once_on_one_stage_and_twice_on_two():
+    table = 49152 * 576 * 2
+    one, two = plan("smollm2-135m"), plan("smollm2-135m", pipeline_parallel_size=2)
+    assert sum(stage.weights for stage in two.stages) - one.stages[0].weights == table
+
+
+@pytest.mark.parametrize("kind", [CpType.RING, CpType.STAR, CpType.HELIX])
+def test_a_context_spread_over_cp(kind):
+    kv = {"max_tokens": 128 * 1000}
+    found = plan("Llama-3.1-8B", context_parallel_size=4, cp_config={"cp_type": kind}, kv_cache_config=kv)
+    alone = plan("Llama-3.1-8B", kv_cache_config=kv)
+    assert found.stages[0].kv == pytest.approx(alone.stages[0].kv / 4, rel=0.05)
+    split = found.stages[0].weights / alone.stages[0].weights
+    assert split == 1 if kind is not CpType.HELIX else 0.25 < split < 0.5
+
+
+def test_attention_dp():
+    kv = {"max_tokens": 3200}
+    found = plan("Llama-3.1-8B", tensor_parallel_size=4, enable_attention_dp=True, kv_cache_config=kv)
+    split = plan("Llama-3.1-8B", tensor_parallel_size=4, kv_cache_config=kv)
+    attention = 32 * (6144 + 4096) * 4096 * 2
+    assert found.stages[0].weights - split.stages[0].weights == attention * 3 // 4
+    assert found.stages[0].kv == 4 * split.stages[0].kv and found.pool_tokens == 4 * split.pool_tokens
+
+
+def test_experts():
+    """The page's two layouts: experts over ep, the rest over ep x tp, so both give each device a sixteenth."""
+    found = plan("DeepSeek-V3", tensor_parallel_size=16, moe_expert_parallel_size=4, devices=16)
+    assert found.mapping == Mapping(tp=4, ep=4) and found.ok
+    # fp8 with scales; attention's low-rank projections are on every device, the tables in bfloat16
+    assert 671e9 / 16 < found.stages[0].weights < 671e9 / 16 * 1.04
+    assert found.stages[0].kv == found.pages * 32 * 61 * 576 * 2  # latents, on every device
+    wide = plan("DeepSeek-V3", dtype="bfloat16", tensor_parallel_size=16, devices=16)
+    assert wide.stages[0].weights == pytest.approx(2 * found.stages[0].weights, rel=0.05)
+    assert any("does not run deepseek models yet" in note for note in found.notes)
+    mixtral = plan("Mixtral-8x7B", tensor_parallel_size=2, moe_expert_parallel_size=4, devices=8)
+    assert mixtral.stages[0].weights == pytest.approx(46.703e9 * 2 / 8, rel=1e-3)
+
+
+def test_speeds_at_the_roofline():
+    """Llama-3.1-8B on an H200 by hand: 16.06 GB at 4.3 TB/s; 1000 tokens x 2 x 7 B operations at 787 TF/s."""
+    (one, *_, many) = plan("Llama-3.1-8B", load=Load(1000, 1000)).speeds
+    table = 128256 * 4096 * 2
+    assert one.tpot == pytest.approx((16.06e9 - table + 1500 * 131072) / 4.3e12, rel=0.01)
+    assert one.ttft == pytest.approx(2 * 1000 * 6.98e9 / 787e12, rel=0.05)
+    assert many.batch == 256 and many.tpot > 3 * one.tpot and many.throughput > 20 * one.throughput
+    assert plan("Llama-3.1-8B", tensor_parallel_size=2).speeds[0].tpot > one.tpot / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "fits"),
+    [
+        ({"model": "Llama-3.1-405B", "tensor_parallel_size": 4}, "the weights take 189.0 GiB of", Mapping(tp=8)),
+        ({"model": "Llama-3.1-70B", "tensor_parallel_size": 128}, "64 attention heads", Mapping(pp=2, tp=64)),
+        ({"model": "Llama-3.1-8B", "pipeline_parallel_size": 64}, "at most 32", Mapping(pp=32, tp=2)),
+        (
+            {"model": "Llama-3.1-8B", "max_batch_size": 2048, "max_num_tokens": 524288},
+            "a step needs .* lower kv_cache_config.free_gpu_memory_fraction, max_num_tokens",
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(settings, problem, fits):
+    found = plan(**settings)
+    assert not found.ok and re.search(problem, found.problems[0]), found.problems
+    assert fits is None or fits in found.nearest, found.nearest
+    assert "does not fit: " in text(found) and "what fits: " in text(found)
+    for near in found.nearest:
+        sizes = {"tensor_parallel_size": near.tp, "pipeline_parallel_size": near.pp}
+        assert plan(**{**settings, **sizes}).ok
+
+
+def schema(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: schema(item) for key, item in value.items()}
+    return [schema(value[0])] if isinstance(value, list) and value else type(value).__name__
+
+
+def test_the_json_keeps_its_keys():
+    """A change here is a change for whoever reads the JSON: raise `report.SCHEMA` unless keys were only added."""
+    collective = {"kind": "str", "where": "str", "axes": ["str"], "ranks": "int", "count": "int", "bytes": "int"}
+    mapping = {
+        "tp": "int", "pp": "int", "cp": "int", "ep": "int", "cp_type": "NoneType", "attention_dp": "bool",
+        "devices": "int",
+    }  # fmt: skip
+    found = as_json(plan("Llama-3.1-70B", tensor_parallel_size=4))
+    assert json.loads(json.dumps(found)) == found
+    assert schema(found) == {
+        "schema": "int",
+        "ok": "bool",
+        "problems": "list",
+        "notes": "list",
+        "nearest": "list",
+        "model": {
+            "name": "str", "kind": "str", "layers": "int", "parameters": "int", "active_parameters": "int",
+            "engine_runs_it": "bool",
+        },
+        "mapping": mapping,
+        "ranks": [{"pp": "int", "cp": "int", "ep": "int", "tp": "int"}],
+        "gpu": {
+            "name": "str", "memory_bytes": "int", "usable_bytes": "int", "bandwidth": "float", "flops": "float",
+            "link": "float", "latency": "float", "source": "str",
+        },
+        "settings": {
+            "dtype": "str", "kv_dtype": "str", "max_batch_size": "int", "max_num_tokens": "int", "max_seq_len": "int",
+        },
+        "stages": [
+            {
+                "layers": ["int"], "weight_bytes": "int", "kv_bytes": "int", "activation_bytes": "int",
+                "buffer_bytes": "int", "total_bytes": "int", "free_bytes": "int",
+            }
+        ],
+        "kv_cache": {"pages": "int", "page_tokens": "int", "tokens": "int"},
+        "roofline": {
+            "input_tokens": "int",
+            "output_tokens": "int",
+            "speeds": [{"batch": "int", "tpot_s": "float", "ttft_s": "float", "output_tokens_per_s": "float"}],
+        },
+        "collectives": {"decode": [collective], "prompt": [collective]},
+    }  # fmt: skip
+    assert found["schema"] == 1
+    bad = as_json(plan("Llama-3.1-405B", tensor_parallel_size=4))
+    assert not bad["ok"] and schema(bad["nearest"]) == [mapping] and set(bad) == set(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (("Llama-3.1-70B", "--tp_size", "4"), 0, ("0 1 2 3", "KV cache: ", "TPOT", "80 x all_reduce", "OK")),
+        (("Llama-3.1-70B", "--tp", "2", "--pp", "2"), 0, ("stage 1, layers 40-79      2 3",)),
+        (("Mixtral-8x7B", "--tp", "2", "--ep", "4"), 0, ("0 1 | 2 3 | 4 5 | 6 7", "does not run mixtral models yet")),
+        (("Llama-3.1-8B", "--tp", "2", "--cp", "2", "--cp-type", "ring"), 0, ("cp 1   2 3", "pages of 64 tokens")),
+        (("Llama-3.1-8B", "--memory", "16"), 1, ("does not fit: the weights take 15.0 GiB", "tp=2 (2 devices)")),
+    ],
+    ids=str,
+)
+def test_the_command(capsys, arguments, code, parts):
+    assert main(["plan", *arguments]) == code
+    out = capsys.readouterr().out
+    for part in parts:
+        assert part in out, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("Llama-3.1-7B",), "did you mean Llama-3.1-"),
+        (("nonsense",), "shipped are DeepSeek-V3"),
+        (("nowhere/config.json",), "cannot read 'nowhere/config.json'"),
+        (("Llama-3.1-8B", "--gpu", "h300"), "gpu 'h300' is not in the table; use one of h200"),
+        (("Llama-3.1-8B", "--memory", "-1"), "must be above 0"),
+        (("Llama-3.1-8B", "--cp", "2", "--cp-type", "rings"), "use ULYSSES, STAR, RING or HELIX"),
+        (("Llama-3.1-8B", "--pp", "2", "--pp-partition", "1,2,3"), "has 3 stages"),
+        (("Llama-3.1-8B", "--tp", "8", "--devices", "4"), "what fits: tp=4"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(capsys, arguments, part):
+    assert main(["plan", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and part in lines[0], lines
+
+
+def test_bad_json(capsys, tmp_path):
+    file = tmp_path / "config.json"
+    for content, part in (("{", "not valid JSON"), ("[]", "must hold a JSON object"), ("{}", "neither architectures")):
+        file.write_text(content)
+        assert main(["plan", str(file)]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_seconds_without_devices():
+    """405 B parameters in seconds, and no device was looked for."""
+    code = (
+        "import sys; from jaxllm.cli import main; code = main(['plan', 'Llama-3.1-405B', '--tp', '4', '--pp', '2']); "
+        "import jax; sys.exit(code or len(jax._src.xla_bridge._backends))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=100)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
