@@ -29,14 +29,21 @@ KV_AXES = ("pages", "kv_heads", None, None)
 
 
 class StepFunctions:
-    """The functions that are compiled for each bucket; weights are flat lists of arrays in the order of `paths`."""
+    """The functions that are compiled for each bucket; weights are flat lists of arrays in the order of `paths`.
 
-    def __init__(self, cfg: ModelConfig, layout: Layout, mesh: Mesh):
-        model = abstract(cfg, layout)
+    layers: those of a pipeline stage, whose sub-mesh `mesh` then is; None: the whole model.
+    """
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, mesh: Mesh, layers: range | None = None):
+        layers = range(cfg.num_layers) if layers is None else layers
+        model = abstract(cfg, layout, layers)
         variables = flat_variables(model)
         self.cfg = cfg
         self.layout = layout
         self.mesh = mesh
+        self.num_layers = len(layers)
+        self.first = layers.start == 0
+        self.last = layers.stop == cfg.num_layers
         self.paths = [path for path, _ in variables]
         self.specs: dict[str, ParamSpec] = {path: variable.spec for path, variable in variables}
         for _, variable in variables:
@@ -76,18 +83,31 @@ class StepFunctions:
         It returns token_R, the most likely token of each row; logits_RV, float32 and split over the vocabulary;
         hidden_TD, the final hidden states of all tokens, those of each rank after those of the one before; last_token
         with token_R written; and the written pages. With attention data parallelism R is the rows of all ranks.
+
+        The stages of a pipeline differ in what they have: all but the first take the stage before's x_TD as a last
+        argument, and all but the last return only (x_TD, kv). Those between have no last_token: it is None.
         """
         layout = self.layout
         prompts, requests = layout.axes("prompts"), layout.axes("requests")
 
-        def step(weights: list[jax.Array], kv: list[KVPages], last_token: jax.Array, packed: jax.Array) -> tuple:
+        def step(
+            weights: list[jax.Array],
+            kv: list[KVPages],
+            last_token: jax.Array | None,
+            packed: jax.Array,
+            *x_TD: jax.Array,
+        ) -> tuple:
             batch = shape.unpack(_own_part(packed, prompts))
-            tokens_T, slots_R = batch.tokens_T, batch.slots_R
-            decodes = shape.bucket.decodes
-            if decodes:
-                tokens_T = tokens_T.at[:decodes].set(last_token[slots_R[:decodes]])
+            slots_R, decodes = batch.slots_R, shape.bucket.decodes
+            (x,) = x_TD or (batch.tokens_T,)
+            if decodes and self.first:
+                assert last_token is not None
+                x = x.at[:decodes].set(last_token[slots_R[:decodes]])
             model = self._model(weights)
-            hidden_TD, kv = model(tokens_T, kv, AttentionBatch(decodes, shape.tile, batch.positions_T, batch.pages_RW))
+            hidden_TD, kv = model(x, kv, AttentionBatch(decodes, shape.tile, batch.positions_T, batch.pages_RW))
+            if not self.last:
+                return hidden_TD, kv
+            assert last_token is not None
             rows_RD = gather_rows(_last_rows(hidden_TD, batch.last_R, prompts), requests)
             slots_R = gather_rows(slots_R, requests)
             logits_RV = model.logits(rows_RD)
@@ -95,14 +115,17 @@ class StepFunctions:
                 token_R = greedy(logits_RV, layout.axes("vocab"))
             return token_R, logits_RV, hidden_TD, last_token.at[slots_R].set(token_R), kv
 
-        pages = layout.partition(*KV_AXES)
-        kv_specs = [(pages, pages)] * self.cfg.num_layers
+        pages, tokens = layout.partition(*KV_AXES), layout.partition("tokens")
+        kv_specs = [(pages, pages)] * self.num_layers
         none = PartitionSpec()
+        args = [self._weight_specs, kv_specs, none if self.first or self.last else None, layout.partition("requests")]
         return jax.shard_map(
             step,
             mesh=self.mesh,
-            in_specs=(self._weight_specs, kv_specs, none, layout.partition("requests")),
-            out_specs=(none, layout.partition(None, "vocab"), layout.partition("tokens"), none, kv_specs),
+            in_specs=tuple(args if self.first else [*args, tokens]),
+            out_specs=(none, layout.partition(None, "vocab"), tokens, none, kv_specs)
+            if self.last
+            else (tokens, kv_specs),
             check_vma=False,
         )
 

@@ -1,4 +1,4 @@
-"""Runs scheduled steps on the devices: owns the weights, the KV pages, the compiled programs and the slots' state.
+"""Runs scheduled steps on the devices: owns the stages, the sampler's programs and the slots' state.
 
 Every program is compiled ahead of time and called with arrays only. Steps are launched one after the other by a single
 thread; the devices run them in that order, which is what makes it safe to reuse a page or a slot in the next step.
@@ -14,17 +14,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxllm.engine.batch import PackedStep, Packer
 from jaxllm.engine.buckets import Bucket, Picker
-from jaxllm.engine.forward import KV_AXES, StepFunctions
+from jaxllm.engine.pipeline import ReturnedTokens, Stage
 from jaxllm.engine.request import Sequence
 from jaxllm.engine.slots import SlotTable, Variant
 from jaxllm.engine.step import Step
-from jaxllm.layers.attention import KVPages
 from jaxllm.layers.sampling import (
     PenaltyState,
     SampleOutput,
@@ -66,22 +63,21 @@ class Runner:
 
     def __init__(
         self,
-        functions: StepFunctions,
-        weights: dict[str, jax.Array],
-        mesh: Mesh,
+        stages: list[Stage],
         *,
         buckets: list[Bucket],
         tile: int,
-        num_pages: int,
         page_size: int,
-        kv_dtype: np.dtype,
         max_batch_size: int,
         max_seq_len: int,
         slots: SlotTable,
+        micro_batches: int = 1,
     ):
+        self.stages = stages
+        # Everything that follows the last layer is on the last stage's devices.
+        self.functions = functions = stages[-1].functions
+        self.mesh = mesh = functions.mesh
         cfg, layout = functions.cfg, functions.layout
-        self.mesh = mesh
-        self.functions = functions
         self.slots = slots
         self.tile = tile
         self.max_seq_len = max_seq_len
@@ -98,13 +94,12 @@ class Runner:
         self._replicated = layout.sharding(mesh)
         # On a CPU the result is in host memory already, and asking for a copy costs half a millisecond.
         self._copies_to_host = mesh.devices.flat[0].platform != "cpu"
-        self._weights = [weights[path] for path in functions.paths]
-        self._head = weights[functions.head_path]
-        shape = (num_pages * layout.size("pages"), *functions.kv_shape(page_size))
-        pages = layout.sharding(mesh, *KV_AXES)
-        zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
-        self._kv: list[KVPages] = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
+        self._head = stages[-1].weights[functions.paths.index(functions.head_path)]
         self._last_token = jax.device_put(np.zeros(max_batch_size + 1, np.int32), self._replicated)
+        self._returned = None
+        if len(stages) > 1:
+            first = layout.sharding(stages[0].mesh)
+            self._returned = ReturnedTokens(max_batch_size + 1, first, keep=micro_batches + 1)
         self._penalties: PenaltyState = jax.device_put(
             init_penalties(max_batch_size + 1, functions.padded_vocab), self._replicated
         )
@@ -117,7 +112,9 @@ class Runner:
     def _jobs(self) -> dict[Any, Callable[[], Callable[..., Any]]]:
         """Every program by its key, and how to compile it; the largest first, because they take longest."""
         jobs: dict[Any, Callable[[], Callable[..., Any]]] = {
-            bucket: partial(self._compile_step, bucket) for bucket in sorted(self.buckets, reverse=True)
+            (stage, bucket): partial(stage.compile_step, self.packer.shape(bucket), self.packer.spare_slot + 1)
+            for bucket in sorted(self.buckets, reverse=True)
+            for stage in self.stages
         }
         lanes, ranks = self.functions.layout.size("requests"), self.functions.layout.size("tokens")
         for rows in sorted({lanes * bucket.rows for bucket in self.buckets}, reverse=True):
@@ -141,11 +138,15 @@ class Runner:
             return job[0], program
 
         with ThreadPoolExecutor(workers, "compile") as pool:
-            self._programs = dict(pool.map(run, self._jobs().items()))
+            programs = dict(pool.map(run, self._jobs().items()))
+        for stage in self.stages:
+            stage.programs = {bucket: programs.pop((stage, bucket)) for bucket in self.buckets}
+        self._programs = programs
 
     def scratch_bytes(self) -> int:
         """Device memory that the hungriest program needs besides its arguments and the outputs that alias them."""
-        sizes = [program.memory_analysis() for program in self._programs.values()]
+        programs = [*self._programs.values(), *(p for stage in self.stages for p in stage.programs.values())]
+        sizes = [program.memory_analysis() for program in programs]
         return max(s.temp_size_in_bytes + max(0, s.output_size_in_bytes - s.alias_size_in_bytes) for s in sizes)
 
     def warm_up(self) -> None:
@@ -157,13 +158,6 @@ class Runner:
 
     def _abstract(self, value: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
-
-    def _compile_step(self, bucket: Bucket) -> Callable[..., Any]:
-        shape = self.packer.shape(bucket)
-        layout = self.functions.layout
-        packed = jax.ShapeDtypeStruct(shape.shape, np.int32, sharding=layout.sharding(self.mesh, "requests"))
-        args = self._abstract((self._weights, self._kv, self._last_token))
-        return jax.jit(self.functions.forward(shape), donate_argnums=(1, 2)).lower(*args, packed).compile()
 
     def _compile_sampler(self, rows: int, variant: Variant) -> Callable[..., Any]:
         full = variant is not Variant.PLAIN
@@ -216,8 +210,10 @@ class Runner:
 
     def release(self) -> None:
         """Gives the device memory of weights and pages back; nothing can be launched afterwards."""
-        self._weights, self._kv, self._programs = [], [], {}
-        del self._head, self._penalties, self._last_token
+        for stage in self.stages:
+            stage.release()
+        self._programs = {}
+        del self._head, self._penalties, self._last_token, self._returned
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +229,8 @@ class Runner:
         if variant is not None:
             sampled = self._sample(step, packed, variant, logits_RV)
             token_R = sampled.token_R
+        if self._returned is not None:
+            self._returned.after(packed.sampled()[0], self._last_token, self.packer.spare_slot)
         prompt_logprobs = [self._prompt_logprobs(step, packed, i, hidden_TD) for i in self._wanted_prompts(step)]
         if self._copies_to_host:
             token_R.copy_to_host_async()
@@ -248,9 +246,25 @@ class Runner:
         self._penalties = self._programs["reset"](self._penalties, slot, tokens, prompt)
 
     def _forward(self, packed: PackedStep) -> tuple[jax.Array, jax.Array, jax.Array]:
-        program = self._programs[packed.shape.bucket]
-        token_R, logits_RV, hidden_TD, self._last_token, self._kv = program(
-            self._weights, self._kv, self._last_token, packed.data
+        if self._returned is not None:
+            return self._forward_stages(packed, self._returned)
+        (stage,) = self.stages
+        token_R, logits_RV, hidden_TD, self._last_token, stage.kv = stage.programs[packed.shape.bucket](
+            stage.weights, stage.kv, self._last_token, packed.data
+        )
+        return token_R, logits_RV, hidden_TD
+
+    def _forward_stages(self, packed: PackedStep, returned: ReturnedTokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Launches the step on every stage, one after the other; each waits on its devices for the one before."""
+        bucket, (first, *between, last) = packed.shape.bucket, self.stages
+        decoded = packed.shape.unpack(packed.data).slots_R[:, 0, : bucket.decodes]
+        x_TD, first.kv = first.programs[bucket](first.weights, first.kv, returned.before(decoded), packed.data)
+        for stage in between:
+            x_TD = jax.device_put(x_TD, stage.tokens)
+            x_TD, stage.kv = stage.programs[bucket](stage.weights, stage.kv, None, packed.data, x_TD)
+        x_TD = jax.device_put(x_TD, last.tokens)
+        token_R, logits_RV, hidden_TD, self._last_token, last.kv = last.programs[bucket](
+            last.weights, last.kv, self._last_token, packed.data, x_TD
         )
         return token_R, logits_RV, hidden_TD
 

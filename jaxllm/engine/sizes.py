@@ -50,16 +50,20 @@ def memory_fraction_variable() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it."""
+    """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it.
+
+    micro_batches: steps that the decodes take turns in, so that the stages of a pipeline all have one to work on.
+    """
 
     max_batch_size: int
     max_num_tokens: int
     tile: int
     max_tiles: int
+    micro_batches: int
     buckets: list[buckets.Bucket]
 
     @classmethod
-    def choose(cls, config: EngineConfig, defaults: Defaults) -> Sizes:
+    def choose(cls, config: EngineConfig, defaults: Defaults, stages: int = 1) -> Sizes:
         batch = config.max_batch_size or defaults.max_batch_size
         tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
         if tokens < batch:
@@ -72,8 +76,10 @@ class Sizes:
         counts = None
         if config.token_buckets:
             counts = sorted({-(-n // tile) for n in config.token_buckets})
-        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts)
-        return cls(batch, tokens, tile, max_tiles, plan)
+        # The plain loop has one step in flight: there is nobody to take turns with.
+        turns = 1 if stages == 1 or config.disable_overlap_scheduler else stages * config.pp_micro_batches
+        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts, micro_batches=turns)
+        return cls(batch, tokens, tile, max_tiles, turns, plan)
 
 
 @dataclass(frozen=True, slots=True)

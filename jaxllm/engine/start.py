@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
+from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, memory_fraction_variable, pool_size
@@ -28,7 +30,7 @@ from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping, check_supported
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.layout import Layout
-from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.mesh import make_mesh, stage_mesh
 from jaxllm.weights.dummy import dummy_params
 from jaxllm.weights.load import load_params
 from jaxllm.weights.resolve import ModelFiles, resolve_model
@@ -81,32 +83,19 @@ def start(config: EngineConfig) -> Started:
         platform = mesh.devices.flat[0].platform
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
-        functions = StepFunctions(cfg, Layout(mapping, dtype), mesh)
-        sizes = Sizes.choose(config, defaults)
+        layout = Layout(mapping, dtype)
+        stages = [
+            StepFunctions(cfg, layout, stage_mesh(mesh, index), layers)
+            for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))
+        ]
+        sizes = Sizes.choose(config, defaults, mapping.pp)
     with phase("weights"):
-        if config.load_format == "dummy":
-            weights = dummy_params(functions.specs, mesh, config.seed)
-        else:
-            source = files.open()
-            try:
-                ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
-                shapes = checkpoint_shapes(cfg)
-                weights = load_params(
-                    functions.specs,
-                    shapes,
-                    source,
-                    mesh,
-                    keep_quantized=platform == "cpu" and not config.dequantize_weights and packed.available(),
-                    ignore=ignore,
-                    progress=config.progress,
-                )
-            finally:
-                source.close()
+        weights = _load(config, cfg, files, stages)
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else np.dtype(_dtype(config.kv_cache_config.dtype))
-        rooms = [_page_room(functions, mesh, page_size, kv_dtype)]
-        span = functions.layout.page_span(page_size)
+        rooms = [_page_room(functions, page_size, kv_dtype) for functions in stages]
+        span = layout.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         if config.max_seq_len is None and max_seq_len < cfg.max_position:
             logger.warning("max_seq_len lowered from %d to %d by the KV cache", cfg.max_position, max_seq_len)
@@ -116,19 +105,18 @@ def start(config: EngineConfig) -> Started:
             None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
             len(_end_tokens(cfg, tokenizer)),
         )
+        make_stage = partial(Stage, num_pages=num_pages, page_size=page_size, kv_dtype=kv_dtype)
         runner = Runner(
-            functions,
-            weights,
-            mesh,
+            list(map(make_stage, stages, weights)),
             buckets=sizes.buckets,
             tile=sizes.tile,
-            num_pages=num_pages,
             page_size=page_size,
-            kv_dtype=kv_dtype,
             max_batch_size=sizes.max_batch_size,
             max_seq_len=max_seq_len,
             slots=slots,
+            micro_batches=sizes.micro_batches,
         )
+        del weights
     with phase("compile"):
         _compile(runner, config.progress)
     with phase("warm_up"):
@@ -147,6 +135,7 @@ def start(config: EngineConfig) -> Started:
         chunked_prefill=config.enable_chunked_prefill,
         eos_token_ids=_end_tokens(cfg, tokenizer),
         priority_queue=policy.waiting_queue_policy == "priority",
+        micro_batches=sizes.micro_batches,
     )
     logger.info("ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
     return Started(tokenizer, cfg, runner, slots, scheduler, seconds)
@@ -165,10 +154,33 @@ def model_config(files: ModelFiles) -> ModelConfig:
     return config_from_gguf(files.metadata, tensors, files.rope_factors)
 
 
-def _page_room(functions: StepFunctions, mesh: Mesh, page_size: int, kv_dtype: np.dtype) -> Room:
+def _load(
+    config: EngineConfig, cfg: ModelConfig, files: ModelFiles, stages: list[StepFunctions]
+) -> list[dict[str, jax.Array]]:
+    """The parameters of each stage, on its devices."""
+    if config.load_format == "dummy":
+        return [dummy_params(stage.specs, stage.mesh, config.seed) for stage in stages]
+    source = files.open()
+    try:
+        ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
+        cpu = stages[0].mesh.devices.flat[0].platform == "cpu"
+        load = partial(
+            load_params,
+            shapes=checkpoint_shapes(cfg),
+            source=source,
+            keep_quantized=cpu and not config.dequantize_weights and packed.available(),
+            ignore=ignore,
+            progress=config.progress,
+        )
+        return [load(stage.specs, mesh=stage.mesh) for stage in stages]
+    finally:
+        source.close()
+
+
+def _page_room(functions: StepFunctions, page_size: int, kv_dtype: np.dtype) -> Room:
     heads, _, width = functions.kv_shape(page_size)
     elements = heads // functions.layout.size("kv_heads") * page_size * width
-    return Room(_free_bytes(mesh), 2 * functions.cfg.num_layers * elements * kv_dtype.itemsize, elements)
+    return Room(_free_bytes(functions.mesh), 2 * functions.num_layers * elements * kv_dtype.itemsize, elements)
 
 
 def _free_bytes(mesh: Mesh) -> int | None:

@@ -87,41 +87,63 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm and output head."""
+    """Embedding, layers, final norm and output head; or the part of them that a pipeline stage has.
 
-    def __init__(self, cfg: ModelConfig, layout: Layout):
+    layers: those of the stage (None: all). The first stage has the embedding, the last one the final norm and the head,
+    which with tied embeddings is a copy of the embedding.
+    """
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, layers: range | None = None):
         specs = _Specs(cfg, layout, "")
         table = partial(VocabTable, vocab_size=cfg.vocab_size, axes=layout.axes("vocab"))
+        indices = range(cfg.num_layers) if layers is None else layers
+        first, last = indices.start == 0, indices.stop == cfg.num_layers
+        tied = cfg.tie_embeddings
         self.cfg = cfg
-        self.embed = table(specs.vocab("model.embed_tokens.weight"), tokens=layout.axes("requests"))
-        self.layers = nnx.List([Block(cfg, layout, i) for i in range(cfg.num_layers)])
-        self.norm = RMSNorm(specs.norm("model.norm", cfg.hidden_size), cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else table(specs.vocab("lm_head.weight"))
+        self.first = first
+        self.windows = [cfg.windows[i] for i in indices]
+        self.embed = (
+            table(specs.vocab("model.embed_tokens.weight"), tokens=layout.axes("requests"))
+            if first or (last and tied)
+            else None
+        )
+        self.layers = nnx.List([Block(cfg, layout, i) for i in indices])
+        self.norm = RMSNorm(specs.norm("model.norm", cfg.hidden_size), cfg.norm_eps) if last else None
+        self.head = table(specs.vocab("lm_head.weight")) if last and not tied else None
 
-    def __call__(
-        self, tokens_T: jax.Array, kv: list[KVPages], batch: AttentionBatch
-    ) -> tuple[jax.Array, list[KVPages]]:
-        """Final hidden states x_TD of a step's tokens, and the pages with their keys and values written."""
+    def __call__(self, x: jax.Array, kv: list[KVPages], batch: AttentionBatch) -> tuple[jax.Array, list[KVPages]]:
+        """Hidden states x_TD of a step's tokens after these layers, and the pages with their keys and values written.
+
+        x is tokens_T in the first stage and x_TD of the stage before in the others; the last stage's are normed.
+        """
         cfg = self.cfg
-        with jax.named_scope("embed"):
-            x_TD = self.embed.embed(tokens_T)
-            if cfg.embedding_scale != 1.0:
-                x_TD = x_TD * jnp.asarray(cfg.embedding_scale, x_TD.dtype)
+        x_TD = self._embed(x) if self.first else x
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
         written = []
-        for layer, pages, window in zip(self.layers, kv, cfg.windows, strict=True):
+        for layer, pages, window in zip(self.layers, kv, self.windows, strict=True):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.head_dim, batch.positions_T)
             x_TD, pages = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
             written.append(pages)
+        if self.norm is None:
+            return x_TD, written
         with jax.named_scope("final_norm"):
             return self.norm(x_TD), written
 
+    def _embed(self, tokens_T: jax.Array) -> jax.Array:
+        assert self.embed is not None
+        with jax.named_scope("embed"):
+            x_TD = self.embed.embed(tokens_T)
+            scale = self.cfg.embedding_scale
+            return x_TD if scale == 1.0 else x_TD * jnp.asarray(scale, x_TD.dtype)
+
     def logits(self, x_RD: jax.Array) -> jax.Array:
-        """This rank's share of the float32 logits of final hidden states, [R, V / ranks]."""
+        """This rank's share of the float32 logits of final hidden states, [R, V / ranks]; in the last stage."""
+        table = self.head or self.embed
+        assert table is not None
         with jax.named_scope("logits"):
-            return (self.head or self.embed).logits(x_RD, self.cfg.logit_softcap)
+            return table.logits(x_RD, self.cfg.logit_softcap)
 
 
 @partial(jax.jit, static_argnums=0, inline=False)
@@ -135,9 +157,9 @@ def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:
     return {path: variable.spec for path, variable in flat_variables(abstract(cfg, layout))}
 
 
-def abstract(cfg: ModelConfig, layout: Layout) -> Decoder:
-    """The model with shapes in place of arrays: no memory, no devices."""
-    return nnx.eval_shape(lambda: Decoder(cfg, layout))
+def abstract(cfg: ModelConfig, layout: Layout, layers: range | None = None) -> Decoder:
+    """The model, or a stage of it, with shapes in place of arrays: no memory, no devices."""
+    return nnx.eval_shape(lambda: Decoder(cfg, layout, layers))
 
 
 def flat_variables(model: Decoder) -> list[tuple[str, nnx.Variable]]:

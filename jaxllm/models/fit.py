@@ -9,7 +9,6 @@ from jaxllm.parallel.heads import HeadLayout
 
 # What the engine cannot run yet, as (name for the error, whether a layout asks for it).
 _NOT_SUPPORTED_YET = (
-    ("pipeline_parallel_size", "pipeline parallelism", lambda m: m.pp > 1),
     ("context_parallel_size", "context parallelism of type ULYSSES", lambda m: m.cp_type is CpType.ULYSSES),
     ("context_parallel_size", "context parallelism of type RING", lambda m: m.cp_type is CpType.RING),
     ("context_parallel_size", "context parallelism of type HELIX", lambda m: m.cp_type is CpType.HELIX),

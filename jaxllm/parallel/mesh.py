@@ -32,6 +32,11 @@ def make_mesh(mapping: Mapping, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def stage_mesh(mesh: Mesh, stage: int) -> Mesh:
+    """The devices of one pipeline stage, as a mesh with all four axes."""
+    return Mesh(mesh.devices[stage : stage + 1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def partition(axes: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions are split over these mesh axes, the major one first."""
     return PartitionSpec(*(names or None for names in axes))

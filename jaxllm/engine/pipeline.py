@@ -1,0 +1,105 @@
+"""The stages of a pipeline: each has some of the layers, on devices of its own, and runs every step's program in order.
+
+Hidden states pass from one stage's devices to the next one's, sampled tokens from the last stage back to the first.
+Both are copies that the devices make when their source is ready; the host never waits. One stage alone is the whole
+model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.engine.batch import BatchShape
+from jaxllm.engine.forward import KV_AXES, StepFunctions
+from jaxllm.layers.attention import KVPages
+
+
+class Stage:
+    """One stage: its functions and the weights, KV pages and programs on its mesh.
+
+    num_pages: of each of the layout's pools.
+    """
+
+    def __init__(
+        self,
+        functions: StepFunctions,
+        weights: dict[str, jax.Array],
+        *,
+        num_pages: int,
+        page_size: int,
+        kv_dtype: np.dtype,
+    ):
+        self.functions = functions
+        self.mesh: Mesh = functions.mesh
+        self.weights = [weights[path] for path in functions.paths]
+        self.tokens: NamedSharding = functions.layout.sharding(self.mesh, "tokens")
+        shape = (num_pages * functions.layout.size("pages"), *functions.kv_shape(page_size))
+        pages = functions.layout.sharding(self.mesh, *KV_AXES)
+        zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
+        self.kv: list[KVPages] = [(zeros(), zeros()) for _ in range(functions.num_layers)]
+        self.programs: dict[Any, Any] = {}
+
+    def compile_step(self, shape: BatchShape, num_slots: int) -> Callable[..., Any]:
+        """The program of this stage for one bucket; `num_slots` is the length of last_token."""
+        functions, layout, mesh = self.functions, self.functions.layout, self.mesh
+        abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+        last_token = jax.ShapeDtypeStruct((num_slots,), np.int32, sharding=layout.sharding(mesh))
+        args = [
+            *abstract((self.weights, self.kv)),
+            last_token if functions.first or functions.last else None,
+            jax.ShapeDtypeStruct(shape.shape, np.int32, sharding=layout.sharding(mesh, "requests")),
+        ]
+        if not functions.first:
+            size = (layout.size("tokens") * shape.bucket.tokens(shape.tile), functions.cfg.hidden_size)
+            args.append(jax.ShapeDtypeStruct(size, layout.dtype, sharding=self.tokens))
+        # Where the first stage is not the last, last_token is kept for the first stage to read.
+        donated = (1, 2) if functions.first and functions.last else (1,)
+        return jax.jit(functions.forward(shape), donate_argnums=donated).lower(*args).compile()
+
+    def release(self) -> None:
+        """Gives the device memory back."""
+        self.weights, self.kv, self.programs = [], [], {}
+
+
+class ReturnedTokens:
+    """The last token of each slot, on its way from the last stage to the first.
+
+    The last stage's array of a step holds the tokens of that step and all before it. The first stage gets the array of
+    the earliest step that has every token it needs, and never one of a later step: it would wait for that step to
+    leave the pipeline, and so would the stages after it.
+
+    keep: steps whose arrays are kept at most; a token that was sampled earlier comes with the oldest one.
+    """
+
+    def __init__(self, num_slots: int, first: NamedSharding, keep: int):
+        self._first = first
+        self._here = jax.device_put(np.zeros(num_slots, np.int32), first)
+        self._step_of = np.zeros(num_slots, np.int64)  # number of the step that sampled each slot's last token
+        self._returned = 0
+        self._number = 0
+        self._arrays: deque[tuple[int, jax.Array]] = deque(maxlen=keep)
+
+    def before(self, slots: np.ndarray) -> jax.Array:
+        """The array for the first stage of a step that decodes these slots (the spare slot may be among them)."""
+        needed = int(self._step_of[slots].max(initial=0))
+        if needed > self._returned:
+            while self._arrays[0][0] < needed:
+                self._arrays.popleft()
+            self._returned, array = self._arrays.popleft()
+            self._here = jax.device_put(array, self._first)
+        return self._here
+
+    def after(self, slots: np.ndarray, array: jax.Array, spare: int) -> None:
+        """Takes note of the last stage's array after a step that wrote these slots; nobody reads the spare one."""
+        self._number += 1
+        self._step_of[slots] = self._number
+        self._step_of[spare] = 0
+        self._arrays.append((self._number, array))
