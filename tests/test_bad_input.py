@@ -319,7 +319,7 @@ def test_more_ranks_than_heads() -> None:
         ({"max_batch_size": 0}, ("max_batch_size = 0", "greater than or equal to 1")),
         ({"max_batchsize": 4}, ("'max_batchsize'", "did you mean 'max_batch_size'")),
         ({"dtype": "float8"}, ("dtype = 'float8'", "float32")),
-        ({"pipeline_parallel_size": 2}, ("pipeline parallelism", "not supported yet", "pp=2", "instead")),
+        ({"pipeline_parallel_size": 3}, ("pipeline_parallel_size = 3 is more than the model's 2 layers",)),
         ({"context_parallel_size": 16}, ("cp=16 needs 16 devices", "what fits: cp=8")),
         (
             {"kv_cache_config": {"free_gpu_memory_fraction": 0.0}},

@@ -322,5 +322,5 @@ def test_shutdown_with_pending_requests(mortal: LLM) -> None:
     with pytest.raises(RuntimeError, match="shut down"):
         mortal.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     runner = mortal._engine._runner
-    assert not any(stage.weights or stage.kv for stage in runner.stages), "the devices' memory is free while the LLM object lives"
+    assert not any(stage.weights or stage.kv for stage in runner.stages), "the memory is free while the LLM lives"
     assert mortal.get_stats()["pages"] == 128
