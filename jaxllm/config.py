@@ -245,8 +245,8 @@ class EngineConfig(_Strict):
         context_parallel_size: devices that the tokens of a sequence are split over, the way `cp_config` says.
         moe_expert_parallel_size, moe_tensor_parallel_size: groups that the experts are split over, and devices that
             each expert is; None or -1 = derived. `jaxllm.mapping.Mapping.resolve` tells what they mean together.
-        pp_micro_batches: int = Field(default=1, ge=1)
-    pp_partition: layers of each stage; None = as even as possible.
+        pp_partition: layers of each stage; None = as even as possible.
+        pp_micro_batches: decode steps in flight for each stage; more hide the host, and make each step smaller.
         enable_attention_dp: split the requests, not the heads, over the devices of tensor parallelism.
         attention_dp_config: how; without effect unless enable_attention_dp is set.
         max_batch_size: sequences decoded in one step; None = chosen for the device.

@@ -16,6 +16,7 @@ examples:
   jaxllm plan Llama-3.1-70B --tp 4 --max-batch-size 128
   jaxllm plan Llama-3.1-405B --tp 4 --pp 2 --gpu h200
   jaxllm plan ./my-model --tp 2 --cp 4 --cp-type ring --memory 80 --json
+  jaxllm plan Llama-3.1-70B --tp 4 --compile                # minutes; needs the CUDA plugin, no GPU
   jaxllm plan DeepSeek-V3 --tp-size 16 --ep-size 4 --devices 16
 """
 NOT_FITTING = 1
@@ -35,13 +36,21 @@ def fill_parser(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--input-len", type=positive, metavar="N", help="prompt tokens to estimate speeds for")
     group.add_argument("--output-len", type=positive, metavar="N", help="generated tokens to estimate speeds for")
+    group.add_argument(
+        "--compile", action="store_true",
+        help="also compile the decode step for these GPUs, which need not be there, and compare it with the plan",
+    )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the plan as JSON")
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan; 0 when it fits."""
+    """Prints the plan; 0 when it fits and, with --compile, the compiled program takes what it says."""
+    from jaxllm.plan import compile as compiler
+
+    if args.compile:
+        compiler.prepare()
     from jaxllm.plan.find import find_model
     from jaxllm.plan.gpus import find_gpu
     from jaxllm.plan.plan import make_plan
@@ -56,5 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if args.input_len or args.output_len:
         load = Load(args.input_len or 1000, args.output_len or 1000)
     plan = make_plan(model, config, mapping, gpu, load)
-    print(json.dumps(as_json(plan), indent=2) if args.json else text(plan))
-    return 0 if plan.ok else NOT_FITTING
+    compiled = []
+    if args.compile and plan.ok:
+        compiled = compiler.compile_decode(plan, compiler.described_devices(gpu.name, mapping.world_size))
+    print(json.dumps(as_json(plan, compiled), indent=2) if args.json else text(plan, compiled))
+    agree = all(stage.difference <= compiler.TOLERANCE for stage in compiled)
+    return 0 if plan.ok and agree else NOT_FITTING

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.sizes import DEFAULTS, Room, longest_sequence, memory_fraction_variable, pool_size
 from jaxllm.engine.sizes import Sizes as BatchSizes
 from jaxllm.engine.slots import Variant
@@ -47,6 +48,7 @@ class Stage:
 class Plan:
     """See the module. Sizes are bytes a device unless said otherwise; without `problems` the layout fits.
 
+    tile: prompt tokens of a row. decode_bucket: the largest step of decodes alone, of one pipeline stage.
     usable: of a device's memory. pool_tokens: that all page pools hold together; pages: of one pool.
     nearest: layouts that fit, if this one does not.
     """
@@ -61,6 +63,8 @@ class Plan:
     max_batch_size: int = 0
     max_num_tokens: int = 0
     max_seq_len: int = 0
+    tile: int = 0
+    decode_bucket: Bucket = field(default=Bucket(0, 0))
     page_tokens: int = 0
     pages: int = 0
     pool_tokens: int = 0
@@ -111,7 +115,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
         layout = Layout(mapping, dtype)
-        sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults)
+        sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping.pp)
         span = layout.page_span(page)
     except ValueError as error:
         return replace(plan, problems=(str(error),), notes=tuple(notes))
@@ -164,6 +168,8 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
         max_batch_size=batch.max_batch_size,
         max_num_tokens=batch.max_num_tokens,
         max_seq_len=max_seq_len,
+        tile=batch.tile,
+        decode_bucket=max(bucket for bucket in batch.buckets if not bucket.tiles),
         page_tokens=span,
         pages=pages,
         pool_tokens=tokens,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.mapping import Mapping
 from jaxllm.plan.collectives import Collective
+from jaxllm.plan.compile import TOLERANCE, CompiledStage
 from jaxllm.plan.plan import Plan
 
 GIB = 2**30
@@ -13,8 +15,8 @@ SCHEMA = 1
 """Raised when a key of the JSON is renamed, removed or changes its meaning; new keys do not count."""
 
 
-def text(plan: Plan) -> str:
-    """The plan as it is printed."""
+def text(plan: Plan, compiled: Sequence[CompiledStage] = ()) -> str:
+    """The plan as it is printed, with what compiling it showed."""
     blocks = [_head(plan), _mesh(plan.mapping, plan.model.num_layers)]
     if plan.stages:
         blocks += [_memory(plan), _pool(plan)]
@@ -26,6 +28,8 @@ def text(plan: Plan) -> str:
     ):
         if rows:
             blocks.append(_collectives(what, rows))
+    if compiled:
+        blocks.append(_compiled(compiled))
     blocks += [f"note: {note}" for note in plan.notes]
     return "\n\n".join([*blocks, verdict(plan)])
 
@@ -110,7 +114,19 @@ def _collectives(what: str, rows: tuple[Collective, ...]) -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def _compiled(stages: Sequence[CompiledStage]) -> str:
+    lines = ["compiled decode step, on each device"]
+    for number, stage in enumerate(stages):
+        agree = "as planned" if stage.difference <= TOLERANCE else f"but planned are {stage.planned:,}"
+        found = ", ".join(f"{count} {name}" for name, count in stage.collectives.items()) or "no collectives"
+        lines += [
+            f"  stage {number}: {stage.seconds:.0f} s; arguments {stage.arguments:,} bytes, {agree} "
+            f"({stage.difference:.2%} apart); scratch {stage.scratch / 2**20:.0f} MiB; {found}"
+        ]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan, compiled: Sequence[CompiledStage] = ()) -> dict[str, Any]:
     """The plan as plain values; sizes in bytes, times in seconds."""
     model, mapping, gpu = plan.model, plan.mapping, plan.gpu
     return {
@@ -173,6 +189,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "decode": [_collective(c) for c in plan.decode_collectives],
             "prompt": [_collective(c) for c in plan.prompt_collectives],
         },
+        "compiled": [
+            {
+                "seconds": stage.seconds,
+                "argument_bytes": stage.arguments,
+                "planned_bytes": stage.planned,
+                "scratch_bytes": stage.scratch,
+                "collectives": stage.collectives,
+            }
+            for stage in compiled
+        ],
     }
 
 

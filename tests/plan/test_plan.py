@@ -221,6 +221,7 @@ def test_the_json_keeps_its_keys():
             "speeds": [{"batch": "int", "tpot_s": "float", "ttft_s": "float", "output_tokens_per_s": "float"}],
         },
         "collectives": {"decode": [collective], "prompt": [collective]},
+        "compiled": "list",
     }  # fmt: skip
     assert found["schema"] == 1
     bad = as_json(plan("Llama-3.1-405B", tensor_parallel_size=4))

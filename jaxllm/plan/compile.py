@@ -1,0 +1,163 @@
+"""Compiles an engine's decode step for GPUs that are not there, and compares it with the plan.
+
+XLA compiles for a described device: nothing is allocated and no driver is needed, only the CUDA plugin of the installed
+jax (`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, and ptxas from `nvidia-cuda-nvcc`). Sizes,
+collectives, fusions and copies of the program are those of the real device; the choice of matrix kernels is not, for
+nothing is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.config import ConfigError
+
+if TYPE_CHECKING:
+    from jaxllm.plan.plan import Plan
+
+TOLERANCE = 0.03
+"""Share by which the arguments of a program may differ from the plan."""
+
+# HLO's names of the collectives of a Collective's kind.
+HLO_NAMES = {
+    "all_reduce": "all-reduce",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "permute": "collective-permute",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledStage:
+    """One pipeline stage's program. Bytes are on each device.
+
+    arguments: of the program; planned: what the plan says they are. scratch: beside arguments and results.
+    collectives: by their HLO name.
+    """
+
+    seconds: float
+    arguments: int
+    planned: int
+    scratch: int
+    collectives: dict[str, int]
+
+    @property
+    def difference(self) -> float:
+        """Of the plan, as a share."""
+        return abs(self.arguments - self.planned) / self.arguments
+
+
+def prepare() -> None:
+    """Environment for compiling without a GPU; to be called before jax is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def described_devices(gpu: str, count: int) -> Sequence[Any]:
+    """`count` devices of a kind, as far as a compiler needs them.
+
+    Raises:
+        ConfigError: there is no description of this GPU, or no CUDA plugin.
+    """
+    from jax.experimental import topologies
+
+    target = files("jaxllm.plan") / "targets" / f"{gpu}.txtpb"
+    if not target.is_file():
+        raise ConfigError(f"gpu {gpu!r} cannot be compiled for; use h200")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=f"{gpu}x{count}",
+            topology=f"1x1x{count}",
+            target_config=target.read_text(encoding="utf-8"),
+        )
+    except Exception as error:  # jax raises what the missing plugin happens to cause
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"cannot compile for {gpu} ({reason}); install the CUDA plugin of this jax: "
+            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc"
+        ) from None
+    return topology.devices
+
+
+def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
+    """Compiles the largest decode step of each pipeline stage.
+
+    Raises:
+        ConfigError: the engine does not run the model.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from jaxllm.engine.batch import Packer
+    from jaxllm.engine.forward import KV_AXES, StepFunctions
+    from jaxllm.parallel.layout import Layout
+    from jaxllm.parallel.mesh import make_mesh, partition, stage_mesh
+    from jaxllm.plan.plan import DTYPES
+
+    cfg = plan.model.config
+    if cfg is None:
+        raise ConfigError(f"cannot compile {plan.model.name}: {plan.model.refusal}")
+    layout = Layout(plan.mapping, DTYPES[plan.dtype])
+    mesh = make_mesh(plan.mapping, devices)
+    page_size = plan.config.kv_cache_config.tokens_per_block
+    packer = Packer(
+        tile=plan.tile,
+        width=-(-plan.max_seq_len // plan.page_tokens),
+        max_batch_size=plan.max_batch_size,
+        layout=layout,
+        page_size=page_size,
+    )
+    shape = packer.shape(plan.decode_bucket)
+    out = []
+    for index, stage in enumerate(plan.stages):
+        part = stage_mesh(mesh, index)
+        functions = StepFunctions(cfg, layout, part, stage.layers)
+
+        def spec(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        specs = [functions.specs[path] for path in functions.paths]
+        weights = [spec(s.shape, s.dtype, NamedSharding(part, partition(s.axes))) for s in specs]
+        pages = plan.pages * (plan.page_tokens // layout.stripes // page_size) * layout.size("pages")
+        pool = spec((pages, *functions.kv_shape(page_size)), DTYPES[plan.kv_dtype], layout.sharding(part, *KV_AXES))
+        kv = [(pool, pool) for _ in stage.layers]
+        last = spec((plan.max_batch_size + 1,), np.int32, layout.sharding(part))
+        args = [weights, kv, last if functions.first or functions.last else None]
+        args.append(spec(shape.shape, np.int32, layout.sharding(part, "requests")))
+        rows = plan.decode_bucket.decodes
+        if not functions.first:
+            tokens = rows * layout.size("tokens")
+            args.append(spec((tokens, cfg.hidden_size), layout.dtype, layout.sharding(part, "tokens", None)))
+        began = time.perf_counter()
+        program = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args).compile()
+        memory, hlo = program.memory_analysis(), program.as_text()
+        assert memory is not None and hlo is not None
+        inputs = 4 * (plan.max_batch_size + 1) * (functions.first or functions.last)
+        inputs += 4 * int(np.prod(shape.shape)) // layout.size("requests")
+        inputs += 0 if functions.first else rows * cfg.hidden_size * layout.dtype.itemsize
+        out.append(
+            CompiledStage(
+                seconds=time.perf_counter() - began,
+                arguments=memory.argument_size_in_bytes,
+                planned=stage.weights + stage.kv + inputs,
+                scratch=memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+                collectives=count_collectives(hlo),
+            )
+        )
+    return out
+
+
+def count_collectives(hlo: str) -> dict[str, int]:
+    """Collectives of a compiled program by their HLO name; those with several operands count once."""
+    found = re.findall(rf" ({'|'.join(HLO_NAMES.values())})(?:-start)?\(", hlo)
+    return dict(sorted(Counter(found).items()))

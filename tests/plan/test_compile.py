@@ -1,0 +1,88 @@
+"""Compiled programs take the arguments, and have the collectives, that the plan tells."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import jax
+import pytest
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.plan.compile import HLO_NAMES, CompiledStage, compile_decode, count_collectives, described_devices
+from jaxllm.plan.find import find_model
+from jaxllm.plan.gpus import find_gpu
+from jaxllm.plan.plan import Plan, make_plan
+from tests.tiny_llm import MODEL
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def compiled(**settings: Any) -> tuple[Plan, list[CompiledStage]]:
+    """For the CPU, whose programs have the same arguments and collectives."""
+    config = EngineConfig(
+        model=str(MODEL), dtype="float32", max_batch_size=8, kv_cache_config={"max_tokens": 1024}, **settings
+    )
+    plan = make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
+    return plan, compile_decode(plan, jax.devices())
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"tensor_parallel_size": 2},
+    {"tensor_parallel_size": 5},
+    {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
+    {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_arguments_and_collectives(layout: dict[str, Any]) -> None:
+    plan, stages = compiled(**layout)
+    assert len(stages) == len(plan.stages)
+    found: Counter[str] = Counter()
+    for stage in stages:
+        assert stage.difference < 0.001, stage
+        found.update(stage.collectives)
+    planned: Counter[str] = Counter()
+    for c in plan.decode_collectives:
+        if c.kind != "send":
+            planned[HLO_NAMES[c.kind]] += c.count
+    assert found == planned
+
+
+def test_collectives_are_counted_in_all_their_forms() -> None:
+    hlo = """
+      %a = f32[8]{0} all-reduce(%x), channel_id=1
+      %b = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x), channel_id=2
+      %c = f32[8]{0} all-reduce-done(%b)
+      ROOT %d = f32[16]{0} all-gather(f32[8]{0} %all-reduce.7), dimensions={0}
+    """
+    assert count_collectives(hlo) == {"all-gather": 1, "all-reduce": 2}
+
+
+def test_what_cannot_be_compiled() -> None:
+    with pytest.raises(ConfigError, match="gpu 'l4' cannot be compiled for; use h200"):
+        described_devices("l4", 1)
+    config = EngineConfig(model="Mixtral-8x7B")
+    plan = make_plan(find_model("Mixtral-8x7B"), config, config.resolve_mapping(None), find_gpu("h200"))
+    with pytest.raises(ConfigError, match="cannot compile Mixtral-8x7B: the engine does not run mixtral"):
+        compile_decode(plan, jax.devices())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the CUDA plugin, not a GPU")
+def test_for_a_gpu_that_is_not_there() -> None:
+    arguments = [str(MODEL), "--tp", "2", "--pp", "2", "--dtype", "bfloat16", "--max-batch-size", "8", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxllm.cli", "plan", *arguments, "--compile"],
+        capture_output=True, text=True, timeout=250, env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for stage in json.loads(done.stdout)["compiled"]:
+        assert abs(stage["argument_bytes"] - stage["planned_bytes"]) < 0.001 * stage["planned_bytes"]
+        assert stage["collectives"]["all-reduce"] == 3 - stage["collectives"].get("all-gather", 0)
