@@ -66,6 +66,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor_parallel_size": 2},
     {"tensor_parallel_size": 5},  # six heads on five ranks
     {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
+    {"pipeline_parallel_size": 2},
+    {"tensor_parallel_size": 3, "pipeline_parallel_size": 2},
 ]
 
 
