@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Parts(NamedTuple):
     chunks_RC: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchShape:
     """The sizes that fix how a batch is packed; the same on host and device."""
 
@@ -59,13 +60,13 @@ class BatchShape:
     parts: int = 1
     chunk_columns: int = 0
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         T, R = self.bucket.tokens(self.tile), self.bucket.rows
         rows = self.bucket.decodes + self.bucket.tiles
         return (T, T, R, R, rows * self.width, self.bucket.tiles * self.chunk_columns)
 
-    @property
+    @cached_property
     def length(self) -> int:
         return sum(self.sizes)
 
@@ -132,10 +133,17 @@ class Packer:
         self._chunk_columns = len(ChunkColumn) if layout.needs_chunks else 0
         self._table = np.zeros((max_batch_size + 1, self.width), np.int32)
         self._filled = [0] * (max_batch_size + 1)
+        self._shapes: dict[Bucket, BatchShape] = {}
+        self._last: tuple[list[Sequence], PackedStep] | None = None  # the step before, if it was nothing but decodes
 
     def shape(self, bucket: Bucket) -> BatchShape:
         """How steps of this bucket are packed."""
-        return BatchShape(bucket, self.tile, self.width, self.layout.size("requests"), self._parts, self._chunk_columns)
+        shape = self._shapes.get(bucket)
+        if shape is None:
+            lanes = self.layout.size("requests")
+            shape = BatchShape(bucket, self.tile, self.width, lanes, self._parts, self._chunk_columns)
+            self._shapes[bucket] = shape
+        return shape
 
     def tiles(self, step: Step) -> int:
         """Tiles that the prompt chunks of a step take, on the rank that needs most."""
@@ -149,9 +157,16 @@ class Packer:
 
     def pack(self, step: Step, bucket: Bucket) -> PackedStep:
         shape = self.shape(bucket)
-        packed = np.zeros((1, *shape.shape[1:]), np.int32)
-        rows, starts = self._pack_lane(step, shape, packed[0])
-        return PackedStep(shape, packed, rows, starts)
+        last, self._last = self._last, None
+        decodes_alone = shape.lanes == shape.parts == 1 and not step.prefills
+        if decodes_alone and last is not None and last[1].shape is shape and last[0] == step.decodes:
+            packed = self._pack_again(step, last[1])
+        else:
+            data = np.zeros((1, *shape.shape[1:]), np.int32)
+            packed = PackedStep(shape, data, *self._pack_lane(step, shape, data[0]))
+        if decodes_alone:
+            self._last = (step.decodes, packed)
+        return packed
 
     def _pack_lane(self, step: Step, shape: BatchShape, packed: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Fills `packed`, [parts, length], and returns `rows` and `starts` of PackedStep."""
@@ -201,6 +216,18 @@ class Packer:
                 part.last_R[:] = -1
             self._split_chunks(step, parts, rows, starts)
         return rows, starts
+
+    def _pack_again(self, step: Step, last: PackedStep) -> PackedStep:
+        """Packs the decodes of the step before, now one position further."""
+        packed = last.data.copy()
+        at = last.shape.sizes[0]
+        packed[0, 0, at : at + len(step.positions)] += 1
+        if step.grown:
+            pages_RW = last.shape.unpack(packed[0, 0]).pages_RW
+            for row in step.grown:
+                self._extend(step.decodes[row])
+                pages_RW[row] = self._table[step.decodes[row].slot]
+        return PackedStep(last.shape, packed, last.rows, last.starts)
 
     def _split_chunks(self, step: Step, parts: list[Parts], rows: np.ndarray, starts: list[int]) -> None:
         """Gives each part its tokens of the prompt chunks."""

@@ -216,8 +216,13 @@ class Engine:
         events = self._scheduler.update(flight.step, tokens)
         self._counts["output_tokens"] += len(events)
         ended: list[Request] = []
+        recorded = self._results.recorded
         for event in events:
-            request = event.seq.request
+            seq = event.seq
+            request = seq.request
+            # Most tokens interest nobody yet.
+            if not event.finished and seq.num_sent and not request.stream and request.request_id not in recorded:
+                continue
             if request.request_id not in self._requests:
                 continue  # dropped because of a sibling's event
             self._deliver(event, flight)

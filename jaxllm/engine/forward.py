@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -29,7 +30,7 @@ KV_AXES = ("pages", "kv_heads", None, None)
 
 
 class StepFunctions:
-    """The functions that are compiled for each bucket; weights are flat lists of arrays in the order of `paths`.
+    """The functions that are compiled for each bucket; they take weights as the flat list that `flatten` makes.
 
     layers: those of a pipeline stage, whose sub-mesh `mesh` then is; None: the whole model.
     """
@@ -55,7 +56,15 @@ class StepFunctions:
         numbered = jax.tree.unflatten(self._tree, range(len(leaves)))
         order = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(numbered)}
         self._order = sorted(order, key=order.__getitem__)
-        self._weight_specs = [partition(self.specs[path].axes) for path in self.paths]
+        # Each array that a program takes costs the host a microsecond or more a step: what is small goes together.
+        self._together: dict[int, list[str]] = {}
+        for path, spec in self.specs.items():
+            if len(spec.shape) == 1 and spec.axes == (None,) and spec.dtype == np.float32:
+                self._together.setdefault(spec.shape[0], []).append(path)
+        together = {path for paths in self._together.values() for path in paths}
+        self._alone = [path for path in self.paths if path not in together]
+        stacks = [PartitionSpec()] * len(self._together)
+        self._weight_specs = stacks + [partition(self.specs[path].axes) for path in self._alone]
 
     @property
     def head_path(self) -> str:
@@ -72,8 +81,17 @@ class StepFunctions:
         heads = self.layout.heads(self.cfg.num_heads, self.cfg.num_kv_heads)
         return (heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
 
+    def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
+        """The arrays that the programs take: norm weights of one length stacked, then all others."""
+        stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=self.layout.sharding(self.mesh))
+        stacks = [stack(*(weights[path] for path in paths)) for paths in self._together.values()]
+        return stacks + [weights[path] for path in self._alone]
+
     def _model(self, weights: list[jax.Array]) -> Decoder:
-        by_path = dict(zip(self.paths, weights, strict=True))
+        stacks, alone = weights[: len(self._together)], weights[len(self._together) :]
+        by_path = dict(zip(self._alone, alone, strict=True))
+        for rows, paths in zip(stacks, self._together.values(), strict=True):
+            by_path |= {path: rows[i] for i, path in enumerate(paths)}
         state = jax.tree.unflatten(self._tree, [by_path[path] for path in self._order])
         return nnx.merge(self._graph, state)
 

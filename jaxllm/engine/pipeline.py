@@ -39,7 +39,8 @@ class Stage:
     ):
         self.functions = functions
         self.mesh: Mesh = functions.mesh
-        self.weights = [weights[path] for path in functions.paths]
+        self.weights = functions.flatten(weights)
+        self.head = weights[functions.head_path] if functions.last else None
         self.tokens: NamedSharding = functions.layout.sharding(self.mesh, "tokens")
         shape = (num_pages * functions.layout.size("pages"), *functions.kv_shape(page_size))
         pages = functions.layout.sharding(self.mesh, *KV_AXES)
@@ -66,7 +67,7 @@ class Stage:
 
     def release(self) -> None:
         """Gives the device memory back."""
-        self.weights, self.kv, self.programs = [], [], {}
+        self.weights, self.kv, self.programs, self.head = [], [], {}, None
 
 
 class ReturnedTokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,11 @@ class ResultMaker:
     def __init__(self, tokenizer: Tokenizer | None):
         self._tokenizer = tokenizer
         self._records: dict[int, _Record] = {}
+
+    @property
+    def recorded(self) -> Container[int]:
+        """Ids of the requests that every token has to be recorded for."""
+        return self._records
 
     def open(self, request: Request) -> None:
         params: Any = request.params

@@ -94,7 +94,8 @@ class Runner:
         self._replicated = layout.sharding(mesh)
         # On a CPU the result is in host memory already, and asking for a copy costs half a millisecond.
         self._copies_to_host = mesh.devices.flat[0].platform != "cpu"
-        self._head = stages[-1].weights[functions.paths.index(functions.head_path)]
+        assert stages[-1].head is not None
+        self._head = stages[-1].head
         self._last_token = jax.device_put(np.zeros(max_batch_size + 1, np.int32), self._replicated)
         self._returned = None
         if len(stages) > 1:
@@ -224,11 +225,12 @@ class Runner:
         packed_at = time.perf_counter()
         token_R, logits_RV, hidden_TD = self._forward(packed)
         sampled = None
-        sampling = [seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples]
-        variant = self.slots.variant(sampling)
-        if variant is not None:
-            sampled = self._sample(step, packed, variant, logits_RV)
-            token_R = sampled.token_R
+        if not self.slots.all_greedy:
+            sampling = [seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples]
+            variant = self.slots.variant(sampling)
+            if variant is not None:
+                sampled = self._sample(step, packed, variant, logits_RV)
+                token_R = sampled.token_R
         if self._returned is not None:
             self._returned.after(packed.sampled()[0], self._last_token, self.packer.spare_slot)
         prompt_logprobs = [self._prompt_logprobs(step, packed, i, hidden_TD) for i in self._wanted_prompts(step)]

@@ -299,6 +299,7 @@ class Scheduler:
                 if not self._make_room(1, seq):
                     break  # it preempted itself, and was the last
                 seq.pages += self.pool.allocate(1)
+                step.grown.append(len(decodes))
             seq.num_computed = position + 1
             seq.num_pending += 1
             seq.last_step = number
@@ -432,16 +433,22 @@ class Scheduler:
         if len(tokens) < step.num_rows:
             raise ValueError(f"{len(tokens)} tokens for a step of {step.num_rows} rows")
         events: list[Event] = []
-        row = 0
-        for seq in step.decodes:
-            if seq.status is not _FINISHED:
-                self._accept(seq, int(tokens[row]), row, events)
-            row += 1
+        for row, (seq, token) in enumerate(zip(step.decodes, tokens, strict=False)):
+            if seq.status is _FINISHED:
+                continue
+            length = len(seq.tokens) + 1
+            if length < seq.max_len and length <= seq.register_at and token not in seq.stop_ids:
+                seq.tokens.append(token)  # what `_accept` does with most tokens
+                seq.num_pending -= 1
+                events.append(Event(seq, token, False, row))
+            else:
+                self._accept(seq, token, row, events)
+        row = len(step.decodes)
         for chunk in step.prefills:
             seq = chunk.seq
             if seq.status is not _FINISHED:
                 if chunk.samples:
-                    self._accept(seq, int(tokens[row]), row, events)
+                    self._accept(seq, tokens[row], row, events)
                 elif seq.num_computed > seq.register_at:
                     self._register(seq)
             row += 1

@@ -89,6 +89,7 @@ class SlotTable:
             name: np.full(max_batch_size + 1, _NEUTRAL.get(name, 0), dtype) for name, dtype in _FIELDS.items()
         }
         self.slots: list[SlotSampling | None] = [None] * (max_batch_size + 1)
+        self._not_greedy: set[int] = set()
 
     def validate(self, params: SamplingParams, vocab_size: int) -> list[tuple[int, ...]]:
         """The bad sequences of a request. Raises SamplingParamsError when its parameters cannot be served."""
@@ -126,18 +127,19 @@ class SlotTable:
         variant = Variant.FULL if full else None if params.greedy else Variant.PLAIN
         entry = SlotSampling(seq, variant, bias, min_tokens, ends, long_bad, params.logprobs)
         self.slots[slot] = entry
+        (self._not_greedy.discard if variant is None else self._not_greedy.add)(slot)
         return entry
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether nobody who has a slot, or had it last, asks for more than greedy tokens."""
+        return not self._not_greedy
 
     def variant(self, slots: Iterable[int]) -> Variant | None:
         """The variant that covers all of these slots; None when all are plain greedy."""
-        found: Variant | None = None
-        for slot in slots:
-            entry = self.slots[slot]
-            if entry is not None and entry.variant is not None:
-                if entry.variant is Variant.FULL:
-                    return Variant.FULL
-                found = entry.variant
-        return found
+        entries = [self.slots[slot] for slot in self._not_greedy.intersection(slots)]
+        found = {entry.variant for entry in entries if entry is not None}
+        return Variant.FULL if Variant.FULL in found else Variant.PLAIN if found else None
 
     def rows(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters of each row, by its slot."""

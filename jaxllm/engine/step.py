@@ -22,12 +22,14 @@ class Step:
     """One step of the device. Result rows: one per decode, then one per chunk (ignored unless it samples).
 
     `positions[i]` is the position whose KV decode i writes; its input token is the last one sampled in its slot.
+    `grown` are the indices of the decodes that got a page for it.
     `started` are the sequences that got their slot in this step: the state of the slot has to be initialised.
     Pack a step before calling the scheduler again: page lists change when a sequence is cancelled or preempted.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    grown: list[int] = field(default_factory=list)
     prefills: list[Chunk] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
 

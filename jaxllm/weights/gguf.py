@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxllm.kernels.linear.packed import Blocks, Packing
+from jaxllm.kernels.linear.blocks import Blocks, Packing
 from jaxllm.weights.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from jaxllm.weights.source import CheckpointError, TensorInfo, bounds, prefetch, release
 

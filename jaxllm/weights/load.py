@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.kernels.linear.packed import Packing
+from jaxllm.kernels.linear.blocks import Packing
 from jaxllm.parallel.mesh import sharding
 from jaxllm.parallel.params import ParamSpec
 from jaxllm.weights.packed import choose_packings, read_packed, unpacked_ranges

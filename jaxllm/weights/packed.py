@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxllm.kernels.linear.packed import BLOCK, ROWS, Blocks, Packing, pack
+from jaxllm.kernels.linear.blocks import BLOCK, ROWS, Blocks, Packing, pack
 from jaxllm.parallel.params import ParamSpec
 from jaxllm.weights.source import Source
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxllm.kernels.linear.packed import Blocks, Packing
+from jaxllm.kernels.linear.blocks import Blocks, Packing
 
 
 class CheckpointError(ValueError):

@@ -32,7 +32,7 @@ class FullLogits:
         layout = Layout(Mapping(tp=tp), np.dtype(np.float32))
         self.functions = StepFunctions(cfg, layout, self.mesh)
         params = load_params(self.functions.specs, checkpoint_shapes(cfg), source, self.mesh)
-        self.weights = [params[path] for path in self.functions.paths]
+        self.weights = self.functions.flatten(params)
         self.kv_heads = self.functions.kv_shape(PAGE_SIZE)[0]
 
     def __call__(self, prompts: Sequence[Sequence[int]], tile: int | None) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.kernels.linear import api, cpu, packed
-from jaxllm.kernels.linear.packed import BLOCK, Blocks, Packing
+from jaxllm.kernels.linear.blocks import BLOCK, Blocks, Packing, pack
 
 pytestmark = pytest.mark.quick
 
@@ -20,8 +20,8 @@ def weight(packing: Packing, F: int, D: int) -> tuple[jax.Array, np.ndarray]:
     scale, low = rng.uniform(-0.1, 0.1, (2, F, D // BLOCK)).astype(np.float16)
     wide = lambda x: np.repeat(x.astype(np.float32), BLOCK, axis=1)  # noqa: E731
     if packing is Packing.Q8:
-        return jnp.asarray(packed.pack(packing, Blocks(q, scale))), wide(scale) * (q.astype(np.float32) - 128)
-    return jnp.asarray(packed.pack(packing, Blocks(q, scale, low))), wide(scale) * q + wide(low)
+        return jnp.asarray(pack(packing, Blocks(q, scale))), wide(scale) * (q.astype(np.float32) - 128)
+    return jnp.asarray(pack(packing, Blocks(q, scale, low))), wide(scale) * q + wide(low)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_rows(packing: Packing) -> None:
 def test_small_scales_are_kept() -> None:
     q = np.full((16, BLOCK), 3, np.uint8)
     scale = np.full((16, 1), 6e-8, np.float16)  # the smallest half there is
-    w = jnp.asarray(packed.pack(Packing.Q4, Blocks(q, scale, scale)))
+    w = jnp.asarray(pack(Packing.Q4, Blocks(q, scale, scale)))
     y = np.asarray(api.matmul(jnp.ones((1, BLOCK), jnp.float32), w))
     np.testing.assert_allclose(y, BLOCK * 4 * np.float64(scale[0, 0]), rtol=1e-6)
 

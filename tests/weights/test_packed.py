@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import random_blocks, write
 
 from jaxllm.kernels.linear import packed
+from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
@@ -61,7 +62,7 @@ def expanded(array: jax.Array) -> np.ndarray:
     if not packed.is_packed(array):
         return np.asarray(array)
     host = jnp.asarray(np.asarray(array))
-    return np.asarray(packed.take_rows(host, jnp.arange(host.shape[0] * packed.ROWS)))
+    return np.asarray(packed.take_rows(host, jnp.arange(host.shape[0] * ROWS)))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -80,7 +81,7 @@ def test_kept_blocks_equal_expanded_ones(tmp_path: Path, kind: str, tp: int) -> 
     for path, array in kept.items():
         np.testing.assert_array_equal(expanded(array), plain[path], err_msg=path)
         if packed.is_packed(array):
-            assert array.sharding.shard_shape(array.shape)[0] * packed.ROWS * tp == (
+            assert array.sharding.shard_shape(array.shape)[0] * ROWS * tp == (
                 wanted[path].shape[0] * (1 if path != "o" else tp)
             )
     checkpoint.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from jaxllm.kernels.linear import cpu, packed, reference
+from jaxllm.kernels.linear.blocks import ROWS
 
 IMPLEMENTATIONS = (packed.matmul, cpu.matmul, reference.matmul)
 
@@ -22,7 +23,7 @@ def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
 
 def num_rows(weight_FD: jax.Array) -> int:
     """F of a plain or packed weight."""
-    return weight_FD.shape[0] * (packed.ROWS if packed.is_packed(weight_FD) else 1)
+    return weight_FD.shape[0] * (ROWS if packed.is_packed(weight_FD) else 1)
 
 
 def take_rows(weight_FD: jax.Array, ids_T: jax.Array) -> jax.Array:

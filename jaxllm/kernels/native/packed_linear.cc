@@ -1,4 +1,4 @@
-// y[T, F] = x[T, D] @ weight[F, D].T in float32, for weights kept in blocks of 4 or 8 bits (kernels/linear/packed.py).
+// y[T, F] = x[T, D] @ weight[F, D].T in float32, for weights kept in blocks of 4 or 8 bits (kernels/linear/blocks.py).
 //
 // Sixteen rows of the weights lie in the lanes of a vector and inputs are broadcast, so that a block is expanded in
 // registers by a mask, a conversion and a multiply-add. Every output is summed in the order of linear.cc.
