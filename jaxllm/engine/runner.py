@@ -30,6 +30,7 @@ from jaxllm.layers.sampling import (
     reset_slots,
     sample,
 )
+from jaxllm.parallel.context import KVPages
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 
