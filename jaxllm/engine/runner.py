@@ -30,7 +30,6 @@ from jaxllm.layers.sampling import (
     reset_slots,
     sample,
 )
-from jaxllm.parallel.context import KVPages
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 
@@ -86,7 +85,7 @@ class Runner:
         self.buckets = buckets
         self.packer = Packer(
             tile=tile,
-            width=-(-max_seq_len // layout.page_span(page_size)),
+            width=-(-max_seq_len // layout.mapping.page_span(page_size)),
             max_batch_size=max_batch_size,
             layout=layout,
             page_size=page_size,

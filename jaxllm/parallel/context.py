@@ -92,7 +92,8 @@ class Kernel:
 
     def stripes(self, kv: KVPages, rank: jax.Array | int = 0) -> Stripes:
         """The stripes of the keys and values that rank number `rank` of cp keeps."""
-        return Stripes(self.layout.stripe(kv[0].shape[2]), self.layout.stripes, rank)
+        mapping = self.layout.mapping
+        return Stripes(mapping.stripe(kv[0].shape[2]), mapping.stripes, rank)
 
     def windowed(self, positions: jax.Array, stripes: Stripes) -> jax.Array | None:
         """The first of a rank's keys that is inside of the window of each query; None without a window."""

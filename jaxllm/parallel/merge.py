@@ -37,7 +37,7 @@ def merge_two(a: Partial, b: Partial) -> Partial:
 
 
 def pack(part: Partial) -> jax.Array:
-    """Result and lse, bit by bit, in one array [..., H + 1] (16 bits: [..., H + 2]), so that one message carries both."""
+    """Result and lse, bit by bit, in one array [..., H + 1] (16 bits: [..., H + 2]): one message carries both."""
     out, lse = part
     bits = lax.bitcast_convert_type(lse, out.dtype)
     return jnp.concatenate([out, bits.reshape(*lse.shape, -1)], axis=-1)
