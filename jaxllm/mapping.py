@@ -30,6 +30,10 @@ class StarConfig:
     block_size: int
     anchor_size: int
 
+    def query_start(self, num_prompt: int) -> int:
+        """First position of a prompt's last block, whose tokens see everything."""
+        return (num_prompt - 1) // self.block_size * self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
@@ -76,6 +80,27 @@ class Mapping:
         rank, ep = divmod(rank, self.ep)
         pp, cp = divmod(rank, self.cp)
         return pp, cp, ep, tp
+
+    # ---- how the tokens of a sequence are spread over cp -------------------------------------------------------------
+
+    @property
+    def prompt_parts(self) -> int:
+        """Ranks that the prompt tokens of a step are split over. With HELIX every rank of cp computes all of them."""
+        return 1 if self.cp_type is CpType.HELIX else self.cp
+
+    @property
+    def stripes(self) -> int:
+        """Ranks that keys and values of a sequence are spread over in stripes, by position: position p is on rank
+        `p // stripe % stripes`. With ULYSSES every rank has all positions, of its own heads."""
+        return 1 if self.cp_type is CpType.ULYSSES else self.cp
+
+    def stripe(self, page_size: int) -> int:
+        """Consecutive positions that one rank keeps, in tokens: a page, or with STAR a context block."""
+        return self.star.block_size if self.star is not None and self.stripes > 1 else page_size
+
+    def page_span(self, page_size: int) -> int:
+        """Tokens of one page of the scheduler: a stripe on each rank that the context is spread over."""
+        return self.stripes * self.stripe(page_size)
 
     def stage_layers(self, num_layers: int) -> list[range]:
         """The layers of each pipeline stage: `pp_partition`, or as even as possible, the first stages taking one more.

@@ -123,13 +123,13 @@ class Packer:
 
     def __init__(self, *, tile: int, width: int, max_batch_size: int, layout: Layout, page_size: int):
         # A page of the scheduler is this many on the device.
-        self._group = layout.stripe(page_size) // page_size
+        self._group = layout.mapping.stripe(page_size) // page_size
         self.tile = tile
         self.width = width * self._group
         self.layout = layout
         self.spare_slot = max_batch_size
         self._page_size = page_size
-        self._parts = layout.prompt_parts
+        self._parts = layout.mapping.prompt_parts
         self._chunk_columns = len(ChunkColumn) if layout.needs_chunks else 0
         self._table = np.zeros((max_batch_size + 1, self.width), np.int32)
         self._filled = [0] * (max_batch_size + 1)
@@ -197,7 +197,8 @@ class Packer:
             start = bucket.decodes + (row - bucket.decodes) * tile
             first.pages_RW[row : row + tiles] = self._table[chunk.seq.slot]
             if self._chunk_columns:
-                query = self.layout.query_start(chunk.seq.num_prompt)
+                star = self.layout.mapping.star
+                query = 0 if star is None else star.query_start(chunk.seq.num_prompt)
                 chunk_tile = row - bucket.decodes
                 first.chunks_RC[chunk_tile : chunk_tile + tiles] = (chunk.start, chunk_tile, query)
             row += tiles

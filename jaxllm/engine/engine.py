@@ -74,6 +74,10 @@ class Engine:
         params: Any = request.params
         bad = self._slots.validate(params, self.model_config.vocab_size)
         self._scheduler.validate(request)
+        star = self.config.cp_config.star
+        if star is not None:
+            # What a prompt token attended to depends on where its prompt's query begins.
+            request.cache_salt = f"{request.cache_salt!r} {star.query_start(len(request.prompt_token_ids))}"
         if any(len(sequence) > 1 for sequence in bad):
             for seq in request.sequences:
                 seq.wait_for_token = True

@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.engine.batch import BatchShape
-from jaxllm.layers.attention import AttentionBatch, KVPages
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Decoder, abstract, flat_variables
 from jaxllm.parallel.collectives import Axes, all_reduce, gather_rows, rank, ranks
+from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import partition
 from jaxllm.parallel.params import ParamSpec
@@ -122,7 +122,15 @@ class StepFunctions:
                 assert last_token is not None
                 x = x.at[:decodes].set(last_token[slots_R[:decodes]])
             model = self._model(weights)
-            hidden_TD, kv = model(x, kv, AttentionBatch(decodes, shape.tile, batch.positions_T, batch.pages_RW))
+            attention = AttentionBatch(
+                decodes,
+                shape.tile,
+                batch.positions_T,
+                batch.pages_RW,
+                shape.unpack(packed[0]).positions_T[:, decodes:],
+                batch.chunks_RC if shape.chunk_columns else None,
+            )
+            hidden_TD, kv = model(x, kv, attention)
             if not self.last:
                 return hidden_TD, kv
             assert last_token is not None

@@ -42,7 +42,9 @@ class Stage:
         self.weights = functions.flatten(weights)
         self.head = weights[functions.head_path] if functions.last else None
         self.tokens: NamedSharding = functions.layout.sharding(self.mesh, "tokens")
-        shape = (num_pages * functions.layout.size("pages"), *functions.kv_shape(page_size))
+        # A page of the pool is one, or with star attention several, on every rank that pages are spread over.
+        each = num_pages * functions.layout.mapping.stripe(page_size) // page_size
+        shape = (each * functions.layout.size("pages"), *functions.kv_shape(page_size))
         pages = functions.layout.sharding(self.mesh, *KV_AXES)
         zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
         self.kv: list[KVPages] = [(zeros(), zeros()) for _ in range(functions.num_layers)]

@@ -85,7 +85,7 @@ class Runner:
         self.buckets = buckets
         self.packer = Packer(
             tile=tile,
-            width=-(-max_seq_len // layout.page_span(page_size)),
+            width=-(-max_seq_len // layout.mapping.page_span(page_size)),
             max_batch_size=max_batch_size,
             layout=layout,
             page_size=page_size,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine import buckets
+from jaxllm.mapping import CpType, Mapping
 
 MEMORY_FRACTION = 0.9
 """Share of a GPU that XLA reserves; the rest is for CUDA, NCCL and what else runs there. JAX's own default is 0.75."""
@@ -52,18 +53,21 @@ def memory_fraction_variable() -> dict[str, str]:
 class Sizes:
     """Batch sizes after defaults: what the scheduler may put into a step, and the buckets that hold it.
 
+    tile: prompt tokens of a row, on each rank. scheduled_tile: as many tokens of a prompt take at most one tile of each
+    rank that prompts are split over. max_tiles: tiles of a step, on each rank.
     micro_batches: steps that the decodes take turns in, so that the stages of a pipeline all have one to work on.
     """
 
     max_batch_size: int
     max_num_tokens: int
     tile: int
+    scheduled_tile: int
     max_tiles: int
     micro_batches: int
     buckets: list[buckets.Bucket]
 
     @classmethod
-    def choose(cls, config: EngineConfig, defaults: Defaults, stages: int = 1) -> Sizes:
+    def choose(cls, config: EngineConfig, defaults: Defaults, mapping: Mapping) -> Sizes:
         batch = config.max_batch_size or defaults.max_batch_size
         tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
         if tokens < batch:
@@ -71,15 +75,22 @@ class Sizes:
                 f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs "
                 "one token per step; raise the first or lower the second"
             )
-        tile = min(defaults.tile, tokens)
-        max_tiles = -(-tokens // tile)
+        # A chunk of star attention may lie in one block, and so on one rank.
+        parts = 1 if mapping.cp_type is CpType.STAR else mapping.prompt_parts
+        tile = min(defaults.tile, -(-tokens // parts))
+        if parts > 1 and mapping.stripes > 1:
+            # Wherever a chunk of parts * tile tokens starts, no rank has more than a tile of it.
+            page = config.kv_cache_config.tokens_per_block
+            tile = -(-tile // page) * page
+        scheduled = parts * tile
+        max_tiles = -(-tokens // scheduled)
         counts = None
         if config.token_buckets:
-            counts = sorted({-(-n // tile) for n in config.token_buckets})
+            counts = sorted({-(-n // scheduled) for n in config.token_buckets})
         # The plain loop has one step in flight: there is nobody to take turns with.
-        turns = 1 if stages == 1 or config.disable_overlap_scheduler else stages * config.pp_micro_batches
+        turns = 1 if mapping.pp == 1 or config.disable_overlap_scheduler else mapping.pp * config.pp_micro_batches
         plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts, micro_batches=turns)
-        return cls(batch, tokens, tile, max_tiles, turns, plan)
+        return cls(batch, tokens, tile, scheduled, max_tiles, turns, plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,14 +88,14 @@ def start(config: EngineConfig) -> Started:
             StepFunctions(cfg, layout, stage_mesh(mesh, index), layers)
             for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))
         ]
-        sizes = Sizes.choose(config, defaults, mapping.pp)
+        sizes = Sizes.choose(config, defaults, mapping)
     with phase("weights"):
         weights = _load(config, cfg, files, stages)
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else np.dtype(_dtype(config.kv_cache_config.dtype))
-        rooms = [_page_room(functions, page_size, kv_dtype) for functions in stages]
-        span = layout.page_span(page_size)
+        rooms = [_page_room(functions, mapping.stripe(page_size), kv_dtype) for functions in stages]
+        span = mapping.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         if config.max_seq_len is None and max_seq_len < cfg.max_position:
             logger.warning("max_seq_len lowered from %d to %d by the KV cache", cfg.max_position, max_seq_len)
@@ -129,7 +129,7 @@ def start(config: EngineConfig) -> Started:
         max_batch_size=sizes.max_batch_size,
         max_num_tokens=sizes.max_num_tokens,
         max_seq_len=max_seq_len,
-        tile=sizes.tile,
+        tile=sizes.scheduled_tile,
         max_tiles=sizes.max_tiles,
         policy=policy.capacity_scheduler_policy,
         chunked_prefill=config.enable_chunked_prefill,
@@ -177,9 +177,9 @@ def _load(
         source.close()
 
 
-def _page_room(functions: StepFunctions, page_size: int, kv_dtype: np.dtype) -> Room:
-    heads, _, width = functions.kv_shape(page_size)
-    elements = heads // functions.layout.size("kv_heads") * page_size * width
+def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype) -> Room:
+    heads, _, width = functions.kv_shape(stripe)
+    elements = heads // functions.layout.size("kv_heads") * stripe * width
     return Room(_free_bytes(functions.mesh), 2 * functions.num_layers * elements * kv_dtype.itemsize, elements)
 
 

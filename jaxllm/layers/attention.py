@@ -6,41 +6,28 @@ each tile from one prompt. Projections run on all of them at once; only attentio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import rotate
+from jaxllm.mapping import CpType
+from jaxllm.parallel import helix, ring, star, ulysses
+from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
 
-KVPages = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, k_PKOH and v_PKOH. Page 0 is nobody's and absorbs the writes of padding tokens."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["positions_T", "pages_RW"], meta_fields=["decodes", "tile"])
-@dataclass(frozen=True, slots=True)
-class AttentionBatch:
-    """Where the tokens of a step stand: T = decodes + tiles * tile, R = decodes + tiles.
-
-    positions_T: int32, absolute position of each token, -1 for padding.
-    pages_RW: int32, the pages of each decoding request, then of each tile.
-    """
-
-    decodes: int
-    tile: int
-    positions_T: jax.Array
-    pages_RW: jax.Array
-
-    @property
-    def tiles(self) -> int:
-        return self.pages_RW.shape[0] - self.decodes
+METHODS = {
+    CpType.ULYSSES: ulysses.attention,
+    CpType.STAR: star.attention,
+    CpType.RING: ring.attention,
+    CpType.HELIX: helix.attention,
+}
+"""Attention by the kind of context parallelism; `attend` below without any."""
 
 
 class Attention(nnx.Module):
@@ -75,48 +62,28 @@ class Attention(nnx.Module):
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
     ) -> tuple[jax.Array, KVPages]:
         T, N, K, H = x_TD.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
-        qkv = self.qkv(x_TD).reshape(T, N + 2 * K, H)
-        q_TNH, k_TKH, v_TKH = qkv[:, :N], qkv[:, N : N + K], qkv[:, N + K :]
+        # ULYSSES: one group of heads for each rank of cp
+        groups = self.heads.ranks // self.layout.size("heads")
+        qkv = self.qkv(x_TD).reshape(T, groups, N + 2 * K, H)
+        q_TNH, k_TKH, v_TKH = (
+            part.reshape(T, -1, H) for part in (qkv[:, :, :N], qkv[:, :, N : N + K], qkv[:, :, N + K :])
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
-        with jax.named_scope("kv_write"):
-            kv = write_pages(kv, k_TKH, v_TKH, batch)
-        with jax.named_scope("paged_attention"):
-            out_TNH = self._attend(q_TNH, kv, batch)
-        return self.out(out_TNH.reshape(T, N * H)), kv
-
-    def _attend(self, q_TNH: jax.Array, kv: KVPages, batch: AttentionBatch) -> jax.Array:
-        D = batch.decodes
-        parts = []
-        for tokens, rows, length in ((slice(0, D), slice(0, D), 1), (slice(D, None), slice(D, None), batch.tile)):
-            pages_RW = batch.pages_RW[rows]
-            R = pages_RW.shape[0]
-            if R == 0:
-                continue
-            out, _ = paged_attention(
-                q_TNH[tokens].reshape(R, length, *q_TNH.shape[1:]),
-                *kv,
-                pages_RW,
-                batch.positions_T[tokens].reshape(R, length),
-                scale=self.scale,
-                window=self.window,
-                softcap=self.softcap,
-            )
-            parts.append(out.reshape(R * length, *q_TNH.shape[1:]))
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        kernel = Kernel(partial(paged_attention, scale=self.scale, softcap=self.softcap), self.window, self.layout)
+        kind = self.layout.cp_type
+        out_TNH, kv = (attend if kind is None else METHODS[kind])(q_TNH, k_TKH, v_TKH, kv, batch, kernel)
+        return self.out(out_TNH.reshape(T, -1)), kv
 
 
-def write_pages(kv: KVPages, k_TKH: jax.Array, v_TKH: jax.Array, batch: AttentionBatch) -> KVPages:
-    """Stores the keys and values of a step's tokens in their pages; padding goes to page 0."""
-    k_PKOH, v_PKOH = kv
-    page_size = k_PKOH.shape[2]
-    D = batch.decodes
-    position = jnp.maximum(batch.positions_T, 0)
-    row_T = jnp.concatenate([jnp.arange(D), D + jnp.repeat(jnp.arange(batch.tiles), batch.tile)])
-    page_T = jnp.where(batch.positions_T >= 0, batch.pages_RW[row_T, position // page_size], 0)
-    slot_T = position % page_size
-    return (
-        k_PKOH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKOH.dtype)),
-        v_PKOH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKOH.dtype)),
-    )
+def attend(
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+) -> tuple[jax.Array, KVPages]:
+    """Attention over a context that is all here, out_TNH, and the written pages."""
+    stripes = kernel.stripes(kv)
+    with jax.named_scope("kv_write"):
+        kv = write_pages(kv, k_TKH, v_TKH, batch.positions_T, batch.pages_RW, batch.row_T, stripes)
+    with jax.named_scope("paged_attention"):
+        out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+    return out_TNH, kv

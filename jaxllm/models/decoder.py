@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.layers.attention import Attention, AttentionBatch, KVPages
+from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
@@ -29,6 +29,7 @@ from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec, Segment

@@ -8,13 +8,7 @@ from jaxllm.mapping import CpType, Mapping
 from jaxllm.parallel.heads import HeadLayout
 
 # What the engine cannot run yet, as (name for the error, whether a layout asks for it).
-_NOT_SUPPORTED_YET = (
-    ("context_parallel_size", "context parallelism of type ULYSSES", lambda m: m.cp_type is CpType.ULYSSES),
-    ("context_parallel_size", "context parallelism of type RING", lambda m: m.cp_type is CpType.RING),
-    ("context_parallel_size", "context parallelism of type HELIX", lambda m: m.cp_type is CpType.HELIX),
-    ("cp_config", "Star attention", lambda m: m.cp_type is CpType.STAR),
-    ("enable_attention_dp", "attention data parallelism", lambda m: m.attention_dp),
-)
+_NOT_SUPPORTED_YET = (("enable_attention_dp", "attention data parallelism", lambda m: m.attention_dp),)
 
 
 class ModelSizes(Protocol):
@@ -47,11 +41,17 @@ def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_
         max_seq_len: the longest sequence that will run; None = the model's context.
 
     Raises:
-        ValueError: fewer layers than stages, a `pp_partition` of another model, fewer heads than the ranks they are
-            split over, or a context that leaves some ranks of context parallelism without a page.
+        ValueError: blocks of star attention that are not whole pages, fewer layers than stages, a `pp_partition` of
+            another model, fewer heads than the ranks they are split over, or a context that leaves some ranks of
+            context parallelism without a page.
     """
     mapping.stage_layers(cfg.num_layers)
     HeadLayout.plan(cfg.num_heads, cfg.num_kv_heads, head_ranks(mapping))
+    if mapping.star is not None and mapping.cp > 1 and mapping.star.block_size % page_size:
+        raise ValueError(
+            f"cp_config.block_size = {mapping.star.block_size} must be a multiple of kv_cache_config.tokens_per_block "
+            f"= {page_size}, because a rank keeps whole blocks in whole pages"
+        )
     context = min(max_seq_len or cfg.max_position, cfg.max_position)
     if mapping.cp > 1 and context < mapping.cp * page_size:
         raise ValueError(

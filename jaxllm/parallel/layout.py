@@ -33,38 +33,38 @@ class Layout:
         ffn, vocab  FFN columns, vocabulary rows          (ep, tp); HELIX: and cp, where tokens are not split
         pages       page pools with pages of their own    RING, STAR, HELIX: cp; attention DP: (ep, tp)
         requests    requests of a step                    attention DP: (ep, tp), else nothing
-        prompts     prompt tokens of a step               RING, ULYSSES, STAR: cp, else nothing
+        prompts     prompt tokens of a request            RING, ULYSSES, STAR: cp, else nothing
+        tokens      all tokens of a step                  requests and prompts
     """
 
     mapping: Mapping
     dtype: np.dtype
 
-    @cached_property
+    @property
     def cp_type(self) -> CpType | None:
         """The kind of context parallelism in force: None on one cp rank, but for STAR, which is another attention."""
         kind = self.mapping.cp_type
-        if self.mapping.cp > 1 and kind is None:
-            raise ValueError(f"cp = {self.mapping.cp} needs a cp_type: {', '.join(k.name for k in CpType)}")
         return kind if self.mapping.cp > 1 or kind is CpType.STAR else None
 
     @cached_property
     def table(self) -> dict[str, tuple[str, ...]]:
-        kind = self.cp_type if self.mapping.cp > 1 else None
+        cp: tuple[str, ...] = ("cp",)
+        kind = self.mapping.cp_type if self.mapping.cp > 1 else None
+        prompts = cp if self.mapping.prompt_parts > 1 else ()
         requests = MODEL_AXES if self.mapping.attention_dp else ()
         heads = () if self.mapping.attention_dp else MODEL_AXES
         helix, ulysses = kind is CpType.HELIX, kind is CpType.ULYSSES
-        split = kind is not None and not helix
-        wide = (*MODEL_AXES, "cp") if helix else MODEL_AXES
+        wide = (*MODEL_AXES, *cp) if helix else MODEL_AXES
         return {
             "heads": heads,
-            "kv_heads": (*heads, "cp") if ulysses else heads,
-            "head_out": (*heads, "cp") if helix else heads,
+            "kv_heads": (*heads, *cp) if ulysses else heads,
+            "head_out": (*heads, *cp) if helix else heads,
             "ffn": wide,
             "vocab": wide,
-            "pages": requests if kind is None or ulysses else (*requests, "cp"),
+            "pages": (*requests, *cp) if self.mapping.stripes > 1 else requests,
             "requests": requests,
-            "prompts": ("cp",) if split else (),
-            "tokens": (*requests, "cp") if split else requests,
+            "prompts": prompts,
+            "tokens": (*requests, *prompts),
         }
 
     def axes(self, logical: str) -> tuple[str, ...]:
@@ -92,42 +92,10 @@ class Layout:
         """The attention heads of each rank; with ULYSSES each cp rank has heads of its own."""
         return HeadLayout.plan(num_heads, num_kv_heads, self.size("kv_heads"))
 
-    # ---- where the context lies -----------------------------------------------------------------------------------
-
-    @property
-    def stripes(self) -> int:
-        """Ranks that keys and values of one sequence are spread over in stripes, by position."""
-        return self.mapping.cp if "cp" in self.axes("pages") else 1
-
-    def stripe(self, page_size: int) -> int:
-        """Consecutive positions that one rank keeps, in tokens: a page, or with STAR a context block."""
-        star = self.mapping.star
-        if self.stripes == 1 or self.cp_type is not CpType.STAR or star is None:
-            return page_size
-        if star.block_size % page_size:
-            raise ValueError(
-                f"block_size = {star.block_size} of star attention must be a multiple of tokens_per_block = {page_size}"
-            )
-        return star.block_size
-
-    def page_span(self, page_size: int) -> int:
-        """Tokens of a scheduler's page: a stripe on each rank that the context is spread over."""
-        return self.stripes * self.stripe(page_size)
-
-    @property
-    def prompt_parts(self) -> int:
-        """Ranks that the prompt tokens of a request are split over."""
-        return self.size("prompts")
-
     @property
     def needs_chunks(self) -> bool:
         """Whether attention has to know of the prompt chunk that a tile belongs to."""
         return self.cp_type in (CpType.RING, CpType.STAR)
-
-    def query_start(self, num_prompt: int) -> int:
-        """First position of a prompt's last context block, whose tokens see everything (star attention)."""
-        star = self.mapping.star
-        return 0 if star is None else (num_prompt - 1) // star.block_size * star.block_size
 
     def split_prompt(self, start: int, stop: int, tile: int, page_size: int) -> list[np.ndarray]:
         """The positions of [start, stop) that each of `prompt_parts` ranks computes, ascending.
@@ -135,9 +103,9 @@ class Layout:
         With a striped context a token is computed where its keys and values are kept; with ULYSSES, which moves them
         anyway, each rank has a run of whole tiles.
         """
-        positions, parts = np.arange(start, stop), self.prompt_parts
-        if self.stripes > 1:
-            owner = positions // self.stripe(page_size) % parts
+        positions, parts = np.arange(start, stop), self.mapping.prompt_parts
+        if self.mapping.stripes > 1:
+            owner = positions // self.mapping.stripe(page_size) % parts
             return [positions[owner == part] for part in range(parts)]
         length = -(-len(positions) // (parts * tile)) * tile
         return [positions[part * length : (part + 1) * length] for part in range(parts)]

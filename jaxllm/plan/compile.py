@@ -128,7 +128,7 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
 
         specs = [functions.specs[path] for path in functions.paths]
         weights = [spec(s.shape, s.dtype, NamedSharding(part, partition(s.axes))) for s in specs]
-        pages = plan.pages * (plan.page_tokens // layout.stripes // page_size) * layout.size("pages")
+        pages = plan.pages * (plan.page_tokens // layout.mapping.stripes // page_size) * layout.size("pages")
         pool = spec((pages, *functions.kv_shape(page_size)), DTYPES[plan.kv_dtype], layout.sharding(part, *KV_AXES))
         kv = [(pool, pool) for _ in stage.layers]
         last = spec((plan.max_batch_size + 1,), np.int32, layout.sharding(part))

@@ -115,14 +115,14 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
         layout = Layout(mapping, dtype)
-        sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping.pp)
-        span = layout.page_span(page)
+        sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping)
+        span = layout.mapping.page_span(page)
     except ValueError as error:
         return replace(plan, problems=(str(error),), notes=tuple(notes))
 
     stages = mapping.stage_layers(model.num_layers)
     weights = [sizes.bytes(sizes.stage(layers)) for layers in stages]
-    each_device = span // layout.stripes  # tokens of a page on each device
+    each_device = span // layout.mapping.stripes  # tokens of a page on each device
     page_bytes = [len(layers) * sizes.cache.elements * each_device * kv_dtype.itemsize for layers in stages]
     rooms = [
         Room(max(0, plan.usable - taken), each, max(sizes.cache.arrays) * each_device)
@@ -209,8 +209,7 @@ def _activations(model: Model, sizes: Sizes, batch: BatchSizes, layers: range, i
     The residual stream, its norm and one sum each in the width of the model; the widest intermediate with its input;
     on the last stage the logits in float32, once split over the vocabulary and once gathered for sampling.
     """
-    largest = max(bucket.tokens(batch.tile) for bucket in batch.buckets)
-    own = -(-largest // sizes.layout.prompt_parts)
+    own = max(bucket.tokens(batch.tile) for bucket in batch.buckets)
     spread = own * sizes.layout.size("requests")
     attention = own * 3 * sizes.query_width
     ffn = spread * 3 * sizes.ffn_width

@@ -71,7 +71,7 @@ class Roofline:
         read = sum(self._bytes(weight, tokens, prompt) for weight in weights)
         flops = sum(self._flops(weight, tokens, prompt) for weight in weights)
         layout, cache = self.sizes.layout, self.sizes.cache
-        lanes, stripes = layout.size("requests"), layout.stripes
+        lanes, stripes = layout.size("requests"), layout.mapping.stripes
         tokens = -(-tokens // lanes) * lanes  # the busiest lane counts
         pairs = sum(
             tokens * self._visible(window, context, prompt) for window in self.model.windows[stage.start : stage.stop]

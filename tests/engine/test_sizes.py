@@ -6,13 +6,14 @@ import pytest
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, longest_sequence, pool_size
+from jaxllm.mapping import Mapping
 
 CPU = DEFAULTS["cpu"]
 
 
 def pool(rooms: list[Room], span: int = 32, context: int = 1000, **settings) -> tuple[int, int]:
     config = EngineConfig(model="m", **{"max_batch_size": 4, **settings})
-    return pool_size(config, Sizes.choose(config, CPU), CPU, rooms, context=context, span=span)
+    return pool_size(config, Sizes.choose(config, CPU, Mapping()), CPU, rooms, context=context, span=span)
 
 
 def test_by_free_memory():

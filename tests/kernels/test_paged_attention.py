@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick
 IMPLEMENTATIONS = {"reference": reference.paged_attention, "cpu": cpu.paged_attention}
 
 
-def exact(q, k, v, pages, positions, *, scale, window=None, softcap=None):
+def exact(q, k, v, pages, positions, *, scale, window=None, softcap=None, first_RQ=None):
     R, Q, N, H = q.shape
     K = k.shape[1]
     out, lse = np.zeros(q.shape), np.zeros((R, Q, N))
@@ -23,9 +23,13 @@ def exact(q, k, v, pages, positions, *, scale, window=None, softcap=None):
         values = np.moveaxis(v[pages[r]].astype(np.float64), 1, 2).reshape(-1, K, H)
         for i in range(Q):
             at = positions[r, i]
-            if at < 0:
+            first = 0 if window is None else max(0, at - window + 1)
+            if first_RQ is not None:
+                first = max(0, first_RQ[r, i])
+            if at < first:
+                lse[r, i] = -1e30
                 continue
-            seen = slice(0 if window is None else max(0, at - window + 1), at + 1)
+            seen = slice(first, at + 1)
             for n in range(N):
                 scores = keys[seen, n * K // N] @ q[r, i, n].astype(np.float64) * scale
                 if softcap is not None:
@@ -86,6 +90,27 @@ def test_equals_float64(case: str, name: str) -> None:
     np.testing.assert_allclose(np.asarray(out)[real], wanted[real], atol=5e-6, rtol=2e-6)
     np.testing.assert_allclose(np.asarray(lse)[real], wanted_lse[real], atol=5e-6, rtol=2e-6)
     assert np.isfinite(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sizes", [(5, 1, 3, 3, 64, 32, 700), (4, 32, 2, 3, 16, 4, 90)], ids=["decode", "tile"])
+def test_first_visible_key(name: str, sizes: tuple[int, ...]) -> None:
+    """Any first key: one after the last leaves nothing to see, which merging must be able to tell by the lse."""
+    args = inputs(*sizes)
+    rng = np.random.default_rng(1)
+    first = rng.integers(-3, args[4].max(1, keepdims=True) + 4, args[4].shape).astype(np.int32)
+    first[1] = args[4][1] + 1  # a row that sees nothing
+    call = jax.jit(lambda *a: IMPLEMENTATIONS[name](*a[:5], scale=0.25, first_RQ=a[5]))
+    try:
+        out, lse = map(np.asarray, call(*args, first))
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    wanted, wanted_lse = exact(*args, scale=0.25, first_RQ=first)
+    seen = (args[4] >= 0) & (first <= args[4])
+    assert 0 < seen.sum() < (args[4] >= 0).sum()
+    np.testing.assert_allclose(out[seen], wanted[seen], atol=5e-6, rtol=2e-6)
+    np.testing.assert_allclose(lse[seen], wanted_lse[seen], atol=5e-6, rtol=2e-6)
+    assert (lse[~seen] < -1e29).all() and np.isfinite(out).all()
 
 
 def test_native_result_does_not_depend_on_the_batch() -> None:

@@ -46,11 +46,10 @@ static INLINE V vtanh(V x) {
 
 struct Problem {
   const float *q, *k, *v;
-  const int32_t *pages, *positions;
+  const int32_t *pages, *positions, *first;  // first is null when every query sees from the start
   float *out, *lse;
   int64_t R, Q, N, H, P, K, O, W, G, M, vectors;
   float scale, softcap;
-  int64_t window;
 };
 
 // Running softmax of one span: per lane its maximum and sum, and the output, [H, lanes].
@@ -60,7 +59,8 @@ struct State {
 
 template <int NV>
 static void attend(const Problem& p, const float* k, const float* v, const float* next_k, const float* next_v,
-                   int64_t key0, int64_t keys, const float* q, const int32_t* positions, int64_t stride, State s, float* scores) {
+                   int64_t key0, int64_t keys, const float* q, const int32_t* positions, const int32_t* firsts,
+                   int64_t stride, State s, float* scores) {
   constexpr int NR = NV == 1 ? (L == 16 ? 16 : 8) : (L == 16 ? 8 : 4);
   const int64_t H = p.H;
   V top[NV];
@@ -82,7 +82,7 @@ static void attend(const Problem& p, const float* k, const float* v, const float
       V x = load(scores + (i * NV + j) * L);
       if (p.softcap > 0) x = p.softcap * vtanh(x / p.softcap);
       VI seen = at >= splat_int(key);
-      if (p.window > 0) seen &= (at - splat_int(static_cast<int32_t>(p.window))) < splat_int(key);
+      if (p.first) seen &= *reinterpret_cast<const VI*>(firsts + j * L) <= splat_int(key);
       x = select(seen, x, splat(MASKED));
       store(scores + (i * NV + j) * L, x);
       top[j] = vmax(top[j], x);
@@ -136,10 +136,11 @@ static Range visible(const Problem& p, int64_t r) {
   int64_t lo = INT32_MAX, hi = -1;
   for (int64_t i = 0; i < p.Q; ++i) {
     const int64_t at = p.positions[r * p.Q + i];
-    if (at >= 0) lo = std::min(lo, at), hi = std::max(hi, at);
+    const int64_t from = p.first ? std::max(p.first[r * p.Q + i], 0) : 0;
+    if (at >= from) lo = std::min(lo, from), hi = std::max(hi, at);
   }
   hi = std::min(hi, p.W * p.O - 1);
-  return {hi < 0 || p.window <= 0 ? 0 : std::max<int64_t>(0, lo - p.window + 1), hi + 1};
+  return {hi < 0 ? 0 : std::min(lo, hi + 1), hi + 1};
 }
 
 // Where the keys (and values) of a page of a row begin, in floats.
@@ -154,11 +155,14 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
   const int64_t stride = p.vectors * L, H = p.H;
   float* q = scratch;  // [H, lanes]
   int32_t* at = reinterpret_cast<int32_t*>(q + H * stride);
-  float* scores = q + (H + 1) * stride;
+  int32_t* first = at + stride;
+  float* scores = q + (H + 2) * stride;
   float* scaled = scores + (KEYS + 16) * 2 * L;
   for (int64_t m0 = 0; m0 < p.M; m0 += L) {
     const int64_t n = std::min<int64_t>(L, p.M - m0);
     for (int64_t m = 0; m < L; ++m) at[m0 + m] = m < n ? p.positions[r * p.Q + (m0 + m) / p.G] : -1;
+    if (p.first)
+      for (int64_t m = 0; m < L; ++m) first[m0 + m] = m < n ? p.first[r * p.Q + (m0 + m) / p.G] : 0;
     for (int64_t m = 0; m < n; ++m) {
       const float* from = p.q + ((r * p.Q + (m0 + m) / p.G) * p.N + kv * p.G + (m0 + m) % p.G) * H;
       for (int64_t h = 0; h < H; ++h) scaled[m * H + h] = from[h] * p.scale;
@@ -170,7 +174,7 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
   for (int64_t i = range.first / p.O; i * p.O < range.last; ++i) {
     const int64_t page = page_at(p, r, kv, i);
     const int64_t next = (i + 1) * p.O < range.last ? page_at(p, r, kv, i + 1) : after;
-    // Blocks start at multiples of KEYS within the page, whatever the window: the same sums for every batch.
+    // Blocks start at multiples of KEYS within the page, whatever comes first: the same sums for every batch.
     for (int64_t o = 0; o < p.O && i * p.O + o < range.last; o += KEYS) {
       const int64_t key0 = i * p.O + o, keys = std::min({KEYS, p.O - o, range.last - key0});
       if (key0 + keys <= range.first) continue;
@@ -179,10 +183,10 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
       for (int64_t j = 0; j < p.vectors;) {
         const State part{s.max + j * L, s.sum + j * L, s.out + j * L};
         if (j + 2 <= p.vectors) {
-          attend<2>(p, k, v, next_k, next_v, key0, keys, q + j * L, at + j * L, stride, part, scores);
+          attend<2>(p, k, v, next_k, next_v, key0, keys, q + j * L, at + j * L, first + j * L, stride, part, scores);
           j += 2;
         } else {
-          attend<1>(p, k, v, next_k, next_v, key0, keys, q + j * L, at + j * L, stride, part, scores);
+          attend<1>(p, k, v, next_k, next_v, key0, keys, q + j * L, at + j * L, first + j * L, stride, part, scores);
           j += 1;
         }
       }
@@ -219,18 +223,19 @@ static void finish(const Problem& p, int64_t r, int64_t kv, State s, float* scra
 }
 
 static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
-                            ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions,
+                            ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> first,
                             ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse, float scale,
-                            int64_t window, float softcap) {
+                            float softcap) {
   const auto qs = q.dimensions(), ks = k.dimensions();
   Problem p{};
   p.q = q.typed_data(), p.k = k.typed_data(), p.v = v.typed_data();
   p.pages = pages.typed_data(), p.positions = positions.typed_data();
+  p.first = first.element_count() ? first.typed_data() : nullptr;
   p.out = out->typed_data(), p.lse = lse->typed_data();
   p.R = qs[0], p.Q = qs[1], p.N = qs[2], p.H = qs[3];
   p.P = ks[0], p.K = ks[1], p.O = ks[2], p.W = pages.dimensions()[1];
   p.G = p.N / p.K, p.M = p.G * p.Q, p.vectors = (p.M + L - 1) / L;
-  p.scale = scale, p.softcap = softcap, p.window = window;
+  p.scale = scale, p.softcap = softcap;
   if (p.R * p.M * p.H * p.W * p.P * p.O == 0) return ffi::Error::Success();
 
   // Spans are cut at fixed positions of the context, so that how a row is split depends on the row alone.
@@ -257,7 +262,7 @@ static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   for (const Unit& u : units) split |= !u.first;
   Scratch states(split ? count * state : 0);
   auto state_at = [&](float* base) { return State{base, base + stride, base + 2 * stride}; };
-  const int64_t scratch = (p.H + 1) * stride + (KEYS + 16) * 2 * L + L * p.H;
+  const int64_t scratch = (p.H + 2) * stride + (KEYS + 16) * 2 * L + L * p.H;
   auto run = [&](int64_t first, auto&& claim) {
     Scratch own(scratch + state);
     for (int64_t i = first, next; i < count; i = next) {
@@ -295,8 +300,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_paged_attention, attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
-                                  .Attr<int64_t>("window")
                                   .Attr<float>("softcap"));

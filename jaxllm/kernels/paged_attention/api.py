@@ -22,6 +22,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    first_RQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of R rows of Q query tokens, each row over its own pages.
 
@@ -32,9 +33,11 @@ def paged_attention(
       q_RQNH: queries, any float dtype; N is a multiple of K.
       k_PKOH, v_PKOH: the page pools of one layer.
       pages_RW: int32, the pages of each row in order of position; entries past a row's end are never attended.
-      positions_RQ: int32, absolute position of each query token, -1 for padding (whose output is undefined but finite).
+      positions_RQ: int32, the last key that each query token sees, which is its own position where a row holds the
+        whole context. -1 where it sees nothing: its output is undefined but finite, its lse about -1e30.
       scale: factor on q·k.
       window: attend only to the last `window` positions, the query's own included; None for all.
+      first_RQ: int32, in place of `window`: the first key that each query token sees; past positions_RQ, it sees none.
       softcap: scores become softcap * tanh(scores / softcap); None for none.
 
     Returns:
@@ -45,7 +48,15 @@ def paged_attention(
     for implementation in IMPLEMENTATIONS:
         try:
             return implementation(
-                q_RQNH, k_PKOH, v_PKOH, pages_RW, positions_RQ, scale=scale, window=window, softcap=softcap
+                q_RQNH,
+                k_PKOH,
+                v_PKOH,
+                pages_RW,
+                positions_RQ,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                first_RQ=first_RQ,
             )
         except NotImplementedError as reason:
             reasons.append(f"{implementation.__module__}: {reason}")

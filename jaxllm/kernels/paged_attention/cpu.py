@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    first_RQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. Raises NotImplementedError where XLA must do it."""
     if any(a.dtype != jnp.float32 for a in (q_RQNH, k_PKOH, v_PKOH)):
@@ -31,6 +33,7 @@ def paged_attention(
         raise NotImplementedError("only int32 pages and positions")
     if not build.available("paged_attention", check):
         raise NotImplementedError("no native kernel")
+    first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
     # See linear/cpu.py on why the choice is made when the program is lowered.
     return lax.platform_dependent(
         q_RQNH,
@@ -38,9 +41,14 @@ def paged_attention(
         v_PKOH,
         pages_RW,
         positions_RQ,
-        cpu=partial(_native, scale=scale, window=window, softcap=softcap),
-        default=partial(reference.paged_attention, scale=scale, window=window, softcap=softcap),
+        first_RQ,
+        cpu=partial(_native, scale=scale, softcap=softcap),
+        default=partial(_reference, scale=scale, softcap=softcap),
     )
+
+
+def _reference(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    return reference.paged_attention(*args[:-1], first_RQ=args[-1], **options)
 
 
 def _native(
@@ -49,9 +57,9 @@ def _native(
     v_PKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
+    first_RQ: jax.Array | None = None,
     *,
     scale: float,
-    window: int | None = None,
     softcap: float | None = None,
     target: str = "jaxllm_paged_attention",
 ) -> tuple[jax.Array, jax.Array]:
@@ -63,8 +71,8 @@ def _native(
         v_PKOH,
         pages_RW,
         positions_RQ,
+        np.zeros((0, 0), np.int32) if first_RQ is None else first_RQ,
         scale=np.float32(scale),
-        window=np.int64(window or 0),
         softcap=np.float32(softcap or 0.0),
     )
     return out, lse
@@ -80,10 +88,11 @@ def check(target: str) -> None:
         positions = np.full((R, Q), -1, np.int32)
         positions[:, :7] = np.arange(R)[:, None] + np.arange(min(Q, 5) + 2)[None, : min(Q, 7)] % 5
         args = tuple(jnp.asarray(a) for a in (q, k, v, pages, positions))
-        real = np.asarray(positions) >= 0
-        options = {"scale": 0.3, "window": window, "softcap": softcap}
-        found = jax.jit(partial(_native, target=target, **options))(*args)  # type: ignore[arg-type]
-        wanted = jax.jit(partial(reference.paged_attention, **options))(*args)  # type: ignore[arg-type]
+        real = positions >= 0
+        options = {"scale": 0.3, "softcap": softcap}
+        first = None if window is None else args[-1] - window + 1
+        found = jax.jit(partial(_native, target=target, **options))(*args, first)  # type: ignore[arg-type]
+        wanted = jax.jit(partial(_reference, **options))(*args, first)
         error = max(np.abs(np.asarray(a) - np.asarray(b))[real].max() for a, b in zip(found, wanted, strict=True))
         if not error < 1e-4:
             raise ArithmeticError(f"{target} is wrong by {error:.1e} at Q={Q} H={H} window={window}")

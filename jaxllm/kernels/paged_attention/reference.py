@@ -19,6 +19,11 @@ MASKED = -1e30
 """Finite, so that a block with no visible token gives no NaN; the first visible one wipes what it left."""
 
 
+def first_visible(positions_RQ: jax.Array, window: int | None, first_RQ: jax.Array | None) -> jax.Array | None:
+    """The first key that each query sees, from `window` or `first_RQ`; None when that is the start of the context."""
+    return first_RQ if window is None else positions_RQ - window + 1
+
+
 def paged_attention(
     q_RQNH: jax.Array,
     k_PKOH: jax.Array,
@@ -29,6 +34,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    first_RQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. M is the query rows of one KV head: its G query heads times Q tokens."""
     R, Q, N, H = q_RQNH.shape
@@ -41,12 +47,17 @@ def paged_attention(
     pages_RW = jnp.pad(pages_RW, ((0, 0), (0, short)))
 
     q_RKMH = q_RQNH.reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, M, H) * scale
-    positions_RM = jnp.broadcast_to(positions_RQ[:, None, :], (R, G, Q)).reshape(R, M)
+    first_RQ = first_visible(positions_RQ, window, first_RQ)
 
+    def of_rows(x_RQ: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x_RQ[:, None, :], (R, G, Q)).reshape(R, M)
+
+    positions_RM = of_rows(positions_RQ)
     first = jnp.int32(0)
-    if window is not None:
-        oldest = jnp.where(positions_RQ >= 0, positions_RQ, jnp.iinfo(jnp.int32).max).min()
-        first = jnp.maximum(oldest - window + 1, 0) // block
+    if first_RQ is not None:
+        oldest = jnp.where(positions_RQ >= first_RQ, first_RQ, jnp.iinfo(jnp.int32).max).min()
+        first = jnp.maximum(oldest, 0) // block
+        first_RM = of_rows(first_RQ)
     last = (positions_RQ.max() + block) // block
 
     def pages_of(pool: jax.Array, ids: jax.Array) -> jax.Array:
@@ -63,8 +74,8 @@ def paged_attention(
             scores = softcap * jnp.tanh(scores / softcap)
         key_S = i * block + jnp.arange(block, dtype=jnp.int32)
         visible = key_S <= positions_RM[:, :, None]
-        if window is not None:
-            visible &= key_S > positions_RM[:, :, None] - window
+        if first_RQ is not None:
+            visible &= key_S >= first_RM[:, :, None]
         scores = jnp.where(visible[:, None], scores, MASKED)
         new_max = jnp.maximum(max_RKM, scores.max(-1))
         probs = jnp.exp(scores - new_max[..., None])

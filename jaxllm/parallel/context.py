@@ -1,0 +1,167 @@
+"""The context of a step as one rank sees it: its tokens, its pages, and which of its keys each query sees.
+
+Keys and values of a sequence may be spread over ranks in stripes: `stripe` consecutive positions to a rank, then the
+next rank's, round and round. Each rank keeps its own in order of position, so that what a query may see of them under
+a causal mask is a run of them, whose ends are counts: attention over a part of the context is the same paged attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.merge import Partial
+
+KVPages = tuple[jax.Array, jax.Array]
+"""Keys and values of one layer, k_PKOH and v_PKOH. Page 0 is nobody's and absorbs the writes of padding tokens."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions_T", "pages_RW", "prompts_CT", "chunks_RC"],
+    meta_fields=["decodes", "tile"],
+)
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the tokens of a step stand: T = decodes + tiles * tile, R = decodes + tiles.
+
+    positions_T: int32, absolute position of each token, -1 for padding.
+    pages_RW: int32, the pages of each decoding request, then of each tile.
+    prompts_CT: int32 [ranks, tiles * tile], positions of the prompt tokens of every rank that they are split over.
+    chunks_RC: int32 [tiles, columns], see `engine.batch.ChunkColumn`; None where nobody needs it.
+    """
+
+    decodes: int
+    tile: int
+    positions_T: jax.Array
+    pages_RW: jax.Array
+    prompts_CT: jax.Array | None = None
+    chunks_RC: jax.Array | None = None
+
+    @property
+    def tiles(self) -> int:
+        return self.pages_RW.shape[0] - self.decodes
+
+    @property
+    def row_T(self) -> jax.Array:
+        """The row of each token."""
+        D = self.decodes
+        return jnp.concatenate([jnp.arange(D), D + jnp.repeat(jnp.arange(self.tiles), self.tile)])
+
+    def chunk_T(self, column: int) -> jax.Array:
+        """A column of `chunks_RC` for each prompt token of this rank."""
+        assert self.chunks_RC is not None
+        return jnp.repeat(self.chunks_RC[:, column], self.tile)
+
+
+@dataclass(frozen=True, slots=True)
+class Stripes:
+    """The positions that rank number `rank` of `ranks` keeps: `size` at a time."""
+
+    size: int
+    ranks: int
+    rank: jax.Array | int
+
+    def owns(self, position: jax.Array) -> jax.Array:
+        return (position >= 0) & (position // self.size % self.ranks == self.rank)
+
+    def count(self, position: jax.Array) -> jax.Array:
+        """How many of the rank's keys are at `position` or before; none for a negative one."""
+        if self.ranks == 1:
+            return jnp.maximum(position + 1, 0)
+        tokens, cycle = jnp.maximum(position + 1, 0), self.size * self.ranks
+        return tokens // cycle * self.size + jnp.clip(tokens % cycle - self.rank * self.size, 0, self.size)
+
+    def index(self, position: jax.Array) -> jax.Array:
+        """Which of the rank's keys is at a position that it owns."""
+        return position // (self.size * self.ranks) * self.size + position % self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Paged attention of one layer. attend: as `kernels.paged_attention`, with the layer's scale and softcap."""
+
+    attend: Callable[..., Partial]
+    window: int | None
+    layout: Layout
+
+    def stripes(self, kv: KVPages, rank: jax.Array | int = 0) -> Stripes:
+        """The stripes of the keys and values that rank number `rank` of cp keeps."""
+        mapping = self.layout.mapping
+        return Stripes(mapping.stripe(kv[0].shape[2]), mapping.stripes, rank)
+
+    def windowed(self, positions: jax.Array, stripes: Stripes) -> jax.Array | None:
+        """The first of a rank's keys that is inside of the window of each query; None without a window."""
+        if self.window is None:
+            return None
+        return positions - self.window + 1 if stripes.ranks == 1 else stripes.count(positions - self.window)
+
+    def visible(self, positions: jax.Array, stripes: Stripes) -> tuple[jax.Array, jax.Array | None]:
+        """The last and first of a rank's keys that queries at these positions see (-1: none)."""
+        last = positions if stripes.ranks == 1 else stripes.count(positions) - 1
+        return last, self.windowed(positions, stripes)
+
+    def rows(
+        self, q_TNH: jax.Array, kv: KVPages, pages_RW: jax.Array, last_T: jax.Array, first_T: jax.Array | None
+    ) -> Partial:
+        """Attention of T query tokens in R rows of equal length, each row over its own pages: out_TNH, lse_TN."""
+        R, (T, N, H) = pages_RW.shape[0], q_TNH.shape
+        out, lse = self.attend(
+            q_TNH.reshape(R, T // R, N, H),
+            *kv,
+            pages_RW,
+            last_T.reshape(R, -1),
+            first_RQ=None if first_T is None else first_T.reshape(R, -1),
+        )
+        return out.reshape(T, N, H), lse.reshape(T, N)
+
+    def step(
+        self,
+        q_TNH: jax.Array,
+        kv: KVPages,
+        batch: AttentionBatch,
+        last_T: jax.Array,
+        first_T: jax.Array | None,
+    ) -> Partial:
+        """Attention of the tokens of a step, decodes and tiles: out_TNH, lse_TN."""
+        D = batch.decodes
+        parts = []
+        for tokens in (slice(0, D), slice(D, None)):
+            if batch.pages_RW[tokens].shape[0]:
+                first = None if first_T is None else first_T[tokens]
+                parts.append(self.rows(q_TNH[tokens], kv, batch.pages_RW[tokens], last_T[tokens], first))
+        return parts[0] if len(parts) == 1 else join(*parts)
+
+
+def join(a: Partial, b: Partial) -> Partial:
+    """The results of some tokens, and then those of others."""
+    return jnp.concatenate([a[0], b[0]]), jnp.concatenate([a[1], b[1]])
+
+
+def write_pages(
+    kv: KVPages,
+    k_TKH: jax.Array,
+    v_TKH: jax.Array,
+    positions_T: jax.Array,
+    pages_RW: jax.Array,
+    row_T: jax.Array,
+    stripes: Stripes,
+) -> KVPages:
+    """Stores keys and values of tokens in their pages; what is padding, or another rank's, goes to page 0."""
+    k_PKOH, v_PKOH = kv
+    page_size = k_PKOH.shape[2]
+    index_T = jnp.maximum(positions_T, 0)
+    own_T = positions_T >= 0
+    if stripes.ranks > 1:
+        own_T, index_T = stripes.owns(positions_T), stripes.index(index_T)
+    page_T = jnp.where(own_T, pages_RW[row_T, index_T // page_size], 0)
+    slot_T = index_T % page_size
+    return (
+        k_PKOH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKOH.dtype)),
+        v_PKOH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKOH.dtype)),
+    )
