@@ -222,7 +222,7 @@ class Packer:
         """Packs the decodes of the step before, now one position further."""
         packed = last.data.copy()
         at = last.shape.sizes[0]
-        packed[0, 0, at : at + len(step.positions)] += 1
+        packed[0, 0, at : at + len(step.positions)] = step.positions
         if step.grown:
             pages_RW = last.shape.unpack(packed[0, 0]).pages_RW
             for row in step.grown:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.engine.batch import BatchShape
 from jaxllm.layers.embedding import greedy, vocab_logits
@@ -25,8 +25,8 @@ from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import partition
 from jaxllm.parallel.params import ParamSpec
 
-KV_AXES = ("pages", "kv_heads", None, None)
-"""Logical axes of k_PKOH and v_PKOH."""
+KV_AXES = ("pages", None, "kv_heads", None, None)
+"""Logical axes of kv_PYKOH."""
 
 
 class StepFunctions:
@@ -76,16 +76,25 @@ class StepFunctions:
         """Width of the logits over all ranks."""
         return self.specs[self.head_path].shape[0]
 
-    def kv_shape(self, page_size: int) -> tuple[int, int, int]:
-        """K, O, H of the page pools, over all ranks."""
+    def kv_shape(self, page_size: int) -> tuple[int, int, int, int]:
+        """Y, K, O, H of the page pools, over all ranks."""
         heads = self.layout.heads(self.cfg.num_heads, self.cfg.num_kv_heads)
-        return (heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
+        return (2, heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
 
     def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
         """The arrays that the programs take: norm weights of one length stacked, then all others."""
         stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=self.layout.sharding(self.mesh))
         stacks = [stack(*(weights[path] for path in paths)) for paths in self._together.values()]
         return stacks + [weights[path] for path in self._alone]
+
+    def abstract_weights(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes of what `flatten` makes."""
+        stacks = [((len(paths), size), np.dtype(np.float32)) for size, paths in self._together.items()]
+        alone = [(self.specs[path].shape, self.specs[path].dtype) for path in self._alone]
+        return [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, axes))
+            for (shape, dtype), axes in zip(stacks + alone, self._weight_specs, strict=True)
+        ]
 
     def _model(self, weights: list[jax.Array]) -> Decoder:
         stacks, alone = weights[: len(self._together)], weights[len(self._together) :]
@@ -142,7 +151,7 @@ class StepFunctions:
             return token_R, logits_RV, hidden_TD, last_token.at[slots_R].set(token_R), kv
 
         pages, tokens = layout.partition(*KV_AXES), layout.partition("tokens")
-        kv_specs = [(pages, pages)] * self.num_layers
+        kv_specs = [pages] * self.num_layers
         none = PartitionSpec()
         args = [self._weight_specs, kv_specs, none if self.first or self.last else None, layout.partition("requests")]
         return jax.shard_map(

@@ -47,7 +47,7 @@ class Stage:
         shape = (each * functions.layout.size("pages"), *functions.kv_shape(page_size))
         pages = functions.layout.sharding(self.mesh, *KV_AXES)
         zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
-        self.kv: list[KVPages] = [(zeros(), zeros()) for _ in range(functions.num_layers)]
+        self.kv: list[KVPages] = [zeros() for _ in range(functions.num_layers)]
         self.programs: dict[Any, Any] = {}
 
     def compile_step(self, shape: BatchShape, num_slots: int) -> Callable[..., Any]:

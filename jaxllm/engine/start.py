@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -178,9 +179,8 @@ def _load(
 
 
 def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype) -> Room:
-    heads, _, width = functions.kv_shape(stripe)
-    elements = heads // functions.layout.size("kv_heads") * stripe * width
-    return Room(_free_bytes(functions.mesh), 2 * functions.num_layers * elements * kv_dtype.itemsize, elements)
+    elements = math.prod(functions.kv_shape(stripe)) // functions.layout.size("kv_heads")
+    return Room(_free_bytes(functions.mesh), functions.num_layers * elements * kv_dtype.itemsize, elements)
 
 
 def _free_bytes(mesh: Mesh) -> int | None:

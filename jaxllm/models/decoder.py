@@ -5,7 +5,7 @@ Array names carry one letter per axis:
     B requests        T tokens of a step    S tokens of context   R rows: decodes, then tiles   Q query tokens of a row
     D model width     N query heads         K KV heads            G = N / K                     M = G * Q
     H head width      F feed-forward width  V vocabulary          E experts                     X chosen experts
-    P pages           O slots in a page     W pages of a row
+    P pages           O slots in a page     W pages of a row      Y keys, values
 
 The modules run inside `shard_map`: N, K, F and V are one rank's share there, and every collective stands at the line
 that needs it (`RowLinear`, `VocabTable`). Parameters are declared with global, padded shapes; `Layout` says over which

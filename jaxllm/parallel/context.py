@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.merge import Partial
 
-KVPages = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, k_PKOH and v_PKOH. Page 0 is nobody's and absorbs the writes of padding tokens."""
+KVPages = jax.Array
+"""Keys and values of one layer, kv_PYKOH. Page 0 is nobody's and absorbs the writes of padding tokens.
+
+One array and not two: each array that a program takes and gives back costs the host, and a page is one piece of memory.
+"""
 
 
 @partial(
@@ -93,7 +96,7 @@ class Kernel:
     def stripes(self, kv: KVPages, rank: jax.Array | int = 0) -> Stripes:
         """The stripes of the keys and values that rank number `rank` of cp keeps."""
         mapping = self.layout.mapping
-        return Stripes(mapping.stripe(kv[0].shape[2]), mapping.stripes, rank)
+        return Stripes(mapping.stripe(kv.shape[3]), mapping.stripes, rank)
 
     def windowed(self, positions: jax.Array, stripes: Stripes) -> jax.Array | None:
         """The first of a rank's keys that is inside of the window of each query; None without a window."""
@@ -113,7 +116,7 @@ class Kernel:
         R, (T, N, H) = pages_RW.shape[0], q_TNH.shape
         out, lse = self.attend(
             q_TNH.reshape(R, T // R, N, H),
-            *kv,
+            kv,
             pages_RW,
             last_T.reshape(R, -1),
             first_RQ=None if first_T is None else first_T.reshape(R, -1),
@@ -153,15 +156,11 @@ def write_pages(
     stripes: Stripes,
 ) -> KVPages:
     """Stores keys and values of tokens in their pages; what is padding, or another rank's, goes to page 0."""
-    k_PKOH, v_PKOH = kv
-    page_size = k_PKOH.shape[2]
+    page_size = kv.shape[3]
     index_T = jnp.maximum(positions_T, 0)
     own_T = positions_T >= 0
     if stripes.ranks > 1:
         own_T, index_T = stripes.owns(positions_T), stripes.index(index_T)
     page_T = jnp.where(own_T, pages_RW[row_T, index_T // page_size], 0)
     slot_T = index_T % page_size
-    return (
-        k_PKOH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKOH.dtype)),
-        v_PKOH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKOH.dtype)),
-    )
+    return kv.at[page_T, :, :, slot_T].set(jnp.stack([k_TKH, v_TKH], axis=1).astype(kv.dtype))

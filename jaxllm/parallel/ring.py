@@ -62,8 +62,8 @@ def ring(
     positions_T = batch.positions_T[batch.decodes :]
     before_T = batch.chunk_T(START) - 1
     tiles_RW = jnp.minimum(batch.chunks_RC[:, TILE, None] + jnp.arange(batch.tiles), batch.tiles - 1)
-    tiles = [x.astype(kv[0].dtype).reshape(batch.tiles, batch.tile, *x.shape[1:]) for x in (k_TKH, v_TKH)]
-    block = jnp.stack(tiles).swapaxes(2, 3)  # keys and values as pages, [2, R, K, tile, H]
+    tiles = [x.astype(kv.dtype).reshape(batch.tiles, batch.tile, *x.shape[1:]) for x in (k_TKH, v_TKH)]
+    block = jnp.stack(tiles, axis=1).swapaxes(2, 3)  # keys and values as pages, [R, 2, K, tile, H]
     found: Partial | None = None
     for step in range(size):
         with jax.named_scope(f"ring_{step}"):
@@ -73,7 +73,7 @@ def ring(
             last_T, first_T = kernel.visible(positions_T, stripes)
             last_T = jnp.where(positions_T >= 0, last_T - earlier_T, -1)
             first_T = None if first_T is None else jnp.maximum(first_T - earlier_T, 0)
-            part = kernel.rows(q_TNH, (block[0], block[1]), tiles_RW, last_T, first_T)
+            part = kernel.rows(q_TNH, block, tiles_RW, last_T, first_T)
             found = part if found is None else merge_two(found, part)
             block = following
     assert found is not None

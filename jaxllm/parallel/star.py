@@ -88,7 +88,7 @@ def anchor(
     assert batch.chunks_RC is not None and batch.prompts_CT is not None
     tile_T, query_T = batch.chunk_T(TILE), batch.chunk_T(QUERY)
     pages_RW = batch.pages_RW[batch.decodes :]
-    page_size = kv[0].shape[2]
+    page_size = kv.shape[3]
     width = -(-star.anchor_size // page_size)
     position_T = batch.positions_T[batch.decodes :]
     first_T = None if kernel.window is None else jnp.maximum(position_T - kernel.window + 1, 0)
@@ -100,15 +100,12 @@ def anchor(
     def step(carry: tuple[jax.Array, Partial]) -> tuple[jax.Array, Partial]:
         i, found = carry
         tile = chunks[i]
-        pages = [pool[pages_RW[tile, :width]] for pool in kv]
+        pages = kv[pages_RW[tile, :width]]
         if ranks(CP) > 1:
-            mine = lax.axis_index("cp") == 0
-            k_POKH, v_POKH = all_reduce(jnp.where(mine, jnp.stack(pages), 0), CP)
-        else:
-            k_POKH, v_POKH = pages
+            pages = all_reduce(jnp.where(lax.axis_index("cp") == 0, pages, 0), CP)
         table_RW = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch.tiles, width))
         last_T = jnp.where(sees_T & (tile_T == tile), star.anchor_size - 1, -1)
-        return i + 1, merge_two(found, kernel.rows(q_TNH, (k_POKH, v_POKH), table_RW, last_T, first_T))
+        return i + 1, merge_two(found, kernel.rows(q_TNH, pages, table_RW, last_T, first_T))
 
     with jax.named_scope("star_anchor"):
         return lax.while_loop(lambda carry: carry[0] < chunk_R.sum(), step, (jnp.int32(0), unseen(q_TNH)))[1]

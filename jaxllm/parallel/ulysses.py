@@ -7,7 +7,7 @@ parallelism where heads do not divide. Decodes are on every rank: each attends w
 puts the heads together.
 
     q, k, v of own tokens [T, cp, N + 2K, H] -> all_to_all -> all tokens [cp * T, N + 2K, H]
-    -> attention over pages [P, K, O, H] -> [cp, T, N, H] -> all_to_all -> own tokens [T, cp * N, H]
+    -> attention over pages [P, 2, K, O, H] -> [cp, T, N, H] -> all_to_all -> own tokens [T, cp * N, H]
 """
 
 from __future__ import annotations

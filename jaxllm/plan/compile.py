@@ -101,7 +101,7 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
     from jaxllm.engine.batch import Packer
     from jaxllm.engine.forward import KV_AXES, StepFunctions
     from jaxllm.parallel.layout import Layout
-    from jaxllm.parallel.mesh import make_mesh, partition, stage_mesh
+    from jaxllm.parallel.mesh import make_mesh, stage_mesh
     from jaxllm.plan.plan import DTYPES
 
     cfg = plan.model.config
@@ -126,13 +126,14 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
         def spec(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        specs = [functions.specs[path] for path in functions.paths]
-        weights = [spec(s.shape, s.dtype, NamedSharding(part, partition(s.axes))) for s in specs]
         pages = plan.pages * (plan.page_tokens // layout.mapping.stripes // page_size) * layout.size("pages")
         pool = spec((pages, *functions.kv_shape(page_size)), DTYPES[plan.kv_dtype], layout.sharding(part, *KV_AXES))
-        kv = [(pool, pool) for _ in stage.layers]
         last = spec((plan.max_batch_size + 1,), np.int32, layout.sharding(part))
-        args = [weights, kv, last if functions.first or functions.last else None]
+        args: list[Any] = [
+            functions.abstract_weights(),
+            [pool] * len(stage.layers),
+            last if functions.first or functions.last else None,
+        ]
         args.append(spec(shape.shape, np.int32, layout.sharding(part, "requests")))
         rows = plan.decode_bucket.decodes
         if not functions.first:

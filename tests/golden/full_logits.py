@@ -33,7 +33,7 @@ class FullLogits:
         self.functions = StepFunctions(cfg, layout, self.mesh)
         params = load_params(self.functions.specs, checkpoint_shapes(cfg), source, self.mesh)
         self.weights = self.functions.flatten(params)
-        self.kv_heads = self.functions.kv_shape(PAGE_SIZE)[0]
+        self.kv_shape = self.functions.kv_shape(PAGE_SIZE)
 
     def __call__(self, prompts: Sequence[Sequence[int]], tile: int | None) -> list[np.ndarray]:
         """Float32 logits [len(prompt), vocab] of each prompt.
@@ -62,12 +62,9 @@ class FullLogits:
             last[out_row : out_row + n] = np.arange(start, start + n)
             tile_row += tiles
             out_row += n
-        page_shape = (sum(widths) + 1, self.kv_heads, PAGE_SIZE, self.cfg.head_dim)
+        page_shape = (sum(widths) + 1, *self.kv_shape)
         place = self.functions.layout.sharding(self.mesh, *KV_AXES)
-        kv = [
-            tuple(jax.device_put(jnp.zeros(page_shape, jnp.float32), place) for _ in "kv")
-            for _ in range(self.cfg.num_layers)
-        ]
+        kv = [jax.device_put(jnp.zeros(page_shape, jnp.float32), place) for _ in range(self.cfg.num_layers)]
         everywhere = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
         step = jax.jit(self.functions.forward(shape))
         with jax.default_matmul_precision("highest"):

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.quick
 IMPLEMENTATIONS = {"reference": reference.paged_attention, "cpu": cpu.paged_attention}
 
 
-def exact(q, k, v, pages, positions, *, scale, window=None, softcap=None, first_RQ=None):
+def exact(q, kv, pages, positions, *, scale, window=None, softcap=None, first_RQ=None):
     R, Q, N, H = q.shape
+    k, v = kv[:, 0], kv[:, 1]
     K = k.shape[1]
     out, lse = np.zeros(q.shape), np.zeros((R, Q, N))
     for r in range(R):
@@ -45,7 +46,7 @@ def inputs(R, Q, K, G, H, O, longest, seed=0):
     rng = np.random.default_rng(seed)
     W = -(-longest // O)
     q = rng.standard_normal((R, Q, K * G, H), np.float32)
-    k, v = rng.standard_normal((2, R * W + 1, K, O, H), np.float32)
+    kv = rng.standard_normal((R * W + 1, 2, K, O, H), np.float32)
     pages = (rng.permutation(R * W) + 1).reshape(R, W).astype(np.int32)
     positions = np.full((R, Q), -1, np.int32)
     for r in range(R):
@@ -54,7 +55,7 @@ def inputs(R, Q, K, G, H, O, longest, seed=0):
         positions[r, :length] = start + np.arange(length)
     if R > 2:
         positions[-1] = -1  # a row of padding only
-    return q, k, v, pages, positions
+    return q, kv, pages, positions
 
 
 CASES = {
@@ -86,7 +87,7 @@ def test_equals_float64(case: str, name: str) -> None:
     except NotImplementedError as reason:
         pytest.skip(str(reason))
     wanted, wanted_lse = exact(*args, **options)
-    real = args[4] >= 0
+    real = args[3] >= 0
     np.testing.assert_allclose(np.asarray(out)[real], wanted[real], atol=5e-6, rtol=2e-6)
     np.testing.assert_allclose(np.asarray(lse)[real], wanted_lse[real], atol=5e-6, rtol=2e-6)
     assert np.isfinite(np.asarray(out)).all()
@@ -98,16 +99,16 @@ def test_first_visible_key(name: str, sizes: tuple[int, ...]) -> None:
     """Any first key: one after the last leaves nothing to see, which merging must be able to tell by the lse."""
     args = inputs(*sizes)
     rng = np.random.default_rng(1)
-    first = rng.integers(-3, args[4].max(1, keepdims=True) + 4, args[4].shape).astype(np.int32)
-    first[1] = args[4][1] + 1  # a row that sees nothing
-    call = jax.jit(lambda *a: IMPLEMENTATIONS[name](*a[:5], scale=0.25, first_RQ=a[5]))
+    first = rng.integers(-3, args[3].max(1, keepdims=True) + 4, args[3].shape).astype(np.int32)
+    first[1] = args[3][1] + 1  # a row that sees nothing
+    call = jax.jit(lambda *a: IMPLEMENTATIONS[name](*a[:4], scale=0.25, first_RQ=a[4]))
     try:
         out, lse = map(np.asarray, call(*args, first))
     except NotImplementedError as reason:
         pytest.skip(str(reason))
     wanted, wanted_lse = exact(*args, scale=0.25, first_RQ=first)
-    seen = (args[4] >= 0) & (first <= args[4])
-    assert 0 < seen.sum() < (args[4] >= 0).sum()
+    seen = (args[3] >= 0) & (first <= args[3])
+    assert 0 < seen.sum() < (args[3] >= 0).sum()
     np.testing.assert_allclose(out[seen], wanted[seen], atol=5e-6, rtol=2e-6)
     np.testing.assert_allclose(lse[seen], wanted_lse[seen], atol=5e-6, rtol=2e-6)
     assert (lse[~seen] < -1e29).all() and np.isfinite(out).all()
@@ -115,15 +116,15 @@ def test_first_visible_key(name: str, sizes: tuple[int, ...]) -> None:
 
 def test_native_result_does_not_depend_on_the_batch() -> None:
     """A token gets the same bits decoded alone, decoded with others, and as part of a prompt tile."""
-    q, k, v, pages, positions = inputs(4, 32, 3, 3, 64, 32, 1100)
+    q, kv, pages, positions = inputs(4, 32, 3, 3, 64, 32, 1100)
     for window in (None, 300):
         call = jax.jit(lambda *a, w=window: cpu.paged_attention(*a, scale=0.125, window=w))
         try:
-            tile, tile_lse = call(q, k, v, pages, positions)
+            tile, tile_lse = call(q, kv, pages, positions)
         except NotImplementedError as reason:
             pytest.skip(str(reason))
         for r, i in ((0, 3), (1, 0), (1, 31), (2, 17)):
-            one, one_lse = call(q[r : r + 1, i : i + 1], k, v, pages[r : r + 1], positions[r : r + 1, i : i + 1])
+            one, one_lse = call(q[r : r + 1, i : i + 1], kv, pages[r : r + 1], positions[r : r + 1, i : i + 1])
             np.testing.assert_array_equal(one[0, 0], tile[r, i])
             np.testing.assert_array_equal(one_lse[0, 0], tile_lse[r, i])
 
@@ -133,22 +134,20 @@ def test_eight_devices_at_once() -> None:
     mesh = jax.sharding.Mesh(np.asarray(devices), ("x",))
     spec = jax.sharding.PartitionSpec("x")
     sizes = (2 * len(devices), 1, 2, 3, 64, 16, 90)
-    q, k, v, pages, positions = inputs(*sizes)
+    q, kv, pages, positions = inputs(*sizes)
 
-    def local(q, positions, k, v, pages):
+    def local(q, positions, kv, pages):
         for _ in range(20):
-            q = cpu.paged_attention(q, k, v, pages, positions, scale=0.125)[0]
+            q = cpu.paged_attention(q, kv, pages, positions, scale=0.125)[0]
         return q
 
     none = jax.sharding.PartitionSpec()
-    step = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, none, none, spec), out_specs=spec, check_vma=False)
-    )
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, none, spec), out_specs=spec, check_vma=False))
     try:
-        out = step(q, positions, k, v, pages)
+        out = step(q, positions, kv, pages)
     except NotImplementedError as reason:
         pytest.skip(str(reason))
     wanted = jnp.asarray(q)
     for _ in range(20):
-        wanted = cpu.paged_attention(wanted, k, v, pages, positions, scale=0.125)[0]
+        wanted = cpu.paged_attention(wanted, kv, pages, positions, scale=0.125)[0]
     np.testing.assert_array_equal(np.asarray(out)[:-1], np.asarray(wanted)[:-1])

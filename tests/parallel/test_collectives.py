@@ -17,7 +17,7 @@ from jaxllm.mapping import Mapping
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.registry import config_from_hf
 from jaxllm.parallel.layout import Layout
-from jaxllm.parallel.mesh import make_mesh, sharding
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.weights.resolve import resolve_model
 from tests.tiny_llm import MODEL
 
@@ -39,10 +39,6 @@ def compiled(tp: int, bucket: Bucket) -> tuple[str, tuple[int, ...], int]:
     """HLO text of the compiled step, the shape of one rank's share of a page pool, and the number of pools."""
     cfg, mesh = config(), make_mesh(Mapping(tp=tp))
     functions = StepFunctions(cfg, Layout(Mapping(tp=tp), np.dtype(np.float32)), mesh)
-    weights = [
-        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding(mesh, spec.axes))
-        for spec in (functions.specs[path] for path in functions.paths)
-    ]
     layout = functions.layout
     shape = (PAGES * layout.size("pages"), *functions.kv_shape(PAGE))
     pool = jax.ShapeDtypeStruct(shape, np.float32, sharding=layout.sharding(mesh, *KV_AXES))
@@ -51,8 +47,8 @@ def compiled(tp: int, bucket: Bucket) -> tuple[str, tuple[int, ...], int]:
     last_token = jax.ShapeDtypeStruct((5,), np.int32, sharding=everywhere)
     packed = jax.ShapeDtypeStruct(batch.shape, np.int32, sharding=everywhere)
     step = jax.jit(functions.forward(batch), donate_argnums=(1, 2))
-    program = step.lower(weights, [(pool, pool)] * cfg.num_layers, last_token, packed).compile()
-    return program.as_text(), (PAGES, shape[1] // tp, *shape[2:]), 2 * cfg.num_layers
+    program = step.lower(functions.abstract_weights(), [pool] * cfg.num_layers, last_token, packed).compile()
+    return program.as_text(), (PAGES, 2, shape[2] // tp, *shape[3:]), cfg.num_layers
 
 
 def operations(text: str, names: str) -> list[str]:

@@ -53,9 +53,8 @@ class Context:
         self.packer = Packer(tile=TILE, width=WIDTH, max_batch_size=SLOTS, layout=self.layout, page_size=PAGE)
         span = self.mapping.page_span(PAGE)
         each = self.mapping.stripe(PAGE) // PAGE
-        shape = (POOL * each * self.layout.size("pages"), self.K, PAGE, H)
-        place = self.layout.sharding(self.mesh, "pages", "kv_heads", None, None)
-        self.kv = tuple(jax.device_put(jnp.zeros(shape), place) for _ in "kv")
+        shape = (POOL * each * self.layout.size("pages"), 2, self.K, PAGE, H)
+        self.kv = jax.device_put(jnp.zeros(shape), self.layout.sharding(self.mesh, "pages", None, "kv_heads"))
         self.programs: dict[Bucket, Callable[..., tuple]] = {}
         self.sequences: list[Sequence] = []
         first, free = 1, rng.permutation(np.arange(1, POOL)).tolist()
@@ -109,15 +108,15 @@ class Context:
             rows = (table[batch.tokens_T] for table in (q, k, v))
             return METHODS[self.mapping.cp_type](*rows, kv, attention, kernel)
 
-        pages = self.layout.partition("pages", "kv_heads")
+        pages = self.layout.partition("pages", None, "kv_heads")
         cp = self.layout.partition("tokens") if self.mapping.prompt_parts > 1 else PartitionSpec(None, "cp")
         none = PartitionSpec()
         return jax.jit(
             jax.shard_map(
                 step,
                 mesh=self.mesh,
-                in_specs=((pages, pages), none, none, none, none),
-                out_specs=(cp, (pages, pages)),
+                in_specs=(pages, none, none, none, none),
+                out_specs=(cp, pages),
                 check_vma=False,
             )
         )

@@ -98,7 +98,7 @@ def test_a_context_longer_than_the_pool_of_one_device(kind: str) -> None:
             settings = {"context_parallel_size": size, "cp_config": cp_config(kind)}
             with make_llm(kv_tokens=tokens, max_batch_size=1, batch_buckets=[1], **settings) as llm:
                 results.append(tokens_of(llm.generate(prompt, params, use_tqdm=False)))
-                pool = llm._engine._runner.stages[0].kv[0][0]
+                pool = llm._engine._runner.stages[0].kv[0]
                 sizes.append(max(shard.data.nbytes for shard in pool.addressable_shards))
     finally:
         tiny_llm.MODEL = before

@@ -128,6 +128,85 @@ static void attend(const Problem& p, const float* k, const float* v, const float
   }
 }
 
+// The same for M query rows, few enough to leave most lanes of `attend` empty, and a width that fills vectors: keys lie
+// in the lanes for the scores, and the width for the output. Every sum runs in the order that `attend` has, so the bits
+// are the same. out is [M, H].
+template <int M>
+static void attend_few(const Problem& p, const float* k, const float* v, const float* next_k, const float* next_v,
+                       int64_t key0, int64_t keys, const float* q, const int32_t* positions, const int32_t* firsts,
+                       float* max, float* sum, float* out, float* scores) {
+  const int64_t H = p.H;
+  V top[M];
+  UNROLL for (int m = 0; m < M; ++m) top[m] = splat(MASKED);
+  VI lane;
+  UNROLL for (int i = 0; i < L; ++i) lane[i] = i;
+  for (int64_t i = 0; i < keys; i += L) {
+    const float* rows[L];
+    UNROLL for (int r = 0; r < L; ++r) rows[r] = k + std::min(i + r, keys - 1) * H;
+    V acc[M] = {};
+    for (int64_t h = 0; h < H; h += L) {
+      V part[L];
+      UNROLL for (int r = 0; r < L; ++r) {
+        part[r] = load(rows[r] + h);
+        __builtin_prefetch(next_k + (i + r) * H + h, 0, 2);
+      }
+      transpose(part);
+      UNROLL for (int r = 0; r < L; ++r) UNROLL for (int m = 0; m < M; ++m) acc[m] += part[r] * splat(q[m * H + h + r]);
+    }
+    const VI key = lane + splat_int(static_cast<int32_t>(key0 + i));
+    UNROLL for (int m = 0; m < M; ++m) {
+      V x = acc[m];
+      if (p.softcap > 0) x = p.softcap * vtanh(x / p.softcap);
+      VI seen = (key <= splat_int(positions[m])) & (key < splat_int(static_cast<int32_t>(key0 + keys)));
+      if (p.first) seen &= splat_int(firsts[m]) <= key;
+      x = select(seen, x, splat(MASKED));
+      store(scores + m * KEYS + i, x);
+      top[m] = vmax(top[m], x);
+    }
+  }
+  float keep[M];
+  UNROLL for (int m = 0; m < M; ++m) {
+    float best = max[m];
+    UNROLL for (int i = 0; i < L; ++i) best = std::max(best, top[m][i]);
+    keep[m] = vexp(splat(max[m]) - splat(best))[0];
+    max[m] = best;
+    const bool any = best > MASKED;
+    for (int64_t i = 0; i < keys; i += L)
+      store(scores + m * KEYS + i, any ? vexp(load(scores + m * KEYS + i) - splat(best)) : V{});
+    sum[m] *= keep[m];
+  }
+  for (int64_t i = 0; i < keys; ++i)
+    UNROLL for (int m = 0; m < M; ++m) sum[m] += scores[m * KEYS + i];
+  constexpr int NV = M <= 4 ? 4 : 2;  // vectors of the output at a time
+  int64_t h = 0;
+  auto columns = [&](auto width) {
+    constexpr int N = decltype(width)::value;
+    for (; h + N * L <= H; h += N * L) {
+      V acc[M][N];
+      UNROLL for (int m = 0; m < M; ++m) UNROLL for (int n = 0; n < N; ++n) acc[m][n] = load(out + m * H + h + n * L) * splat(keep[m]);
+      for (int64_t i = 0; i < keys; ++i) {
+        V row[N];
+        UNROLL for (int n = 0; n < N; ++n) {
+          row[n] = load(v + i * H + h + n * L);
+          __builtin_prefetch(next_v + i * H + h + n * L, 0, 2);
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          const V e = splat(scores[m * KEYS + i]);
+          UNROLL for (int n = 0; n < N; ++n) acc[m][n] += e * row[n];
+        }
+      }
+      UNROLL for (int m = 0; m < M; ++m) UNROLL for (int n = 0; n < N; ++n) store(out + m * H + h + n * L, acc[m][n]);
+    }
+  };
+  columns(std::integral_constant<int, NV>{});
+  columns(std::integral_constant<int, 1>{});
+}
+
+typedef decltype(&attend_few<1>) AttendFew;
+constexpr AttendFew FEW[] = {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>,
+                             attend_few<5>, attend_few<6>, attend_few<7>, attend_few<8>};
+constexpr int64_t FEW_ROWS = L == 16 ? 8 : L / 2;
+
 struct Range {
   int64_t first, last;  // the positions that some query of a row sees: [first, last)
 };
@@ -146,14 +225,15 @@ static Range visible(const Problem& p, int64_t r) {
 // Where the keys (and values) of a page of a row begin, in floats.
 static int64_t page_at(const Problem& p, int64_t r, int64_t kv, int64_t i) {
   const int64_t id = p.pages[r * p.W + std::min(i, p.W - 1)];
-  return (std::min(std::max<int64_t>(id, 0), p.P - 1) * p.K + kv) * p.O * p.H;
+  return (std::min(std::max<int64_t>(id, 0), p.P - 1) * 2 * p.K + kv) * p.O * p.H;
 }
 
 // One row and KV head over the positions of one span. Each page is fetched while the one before it is worked on; after
 // the last comes the page at `after`, which the next unit starts with.
 static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t after, State s, float* scratch) {
   const int64_t stride = p.vectors * L, H = p.H;
-  float* q = scratch;  // [H, lanes]
+  const AttendFew few = p.M <= FEW_ROWS && H % L == 0 ? FEW[p.M - 1] : nullptr;
+  float* q = scratch;  // [H, lanes]; with few rows their output, [M, H]
   int32_t* at = reinterpret_cast<int32_t*>(q + H * stride);
   int32_t* first = at + stride;
   float* scores = q + (H + 2) * stride;
@@ -167,10 +247,10 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
       const float* from = p.q + ((r * p.Q + (m0 + m) / p.G) * p.N + kv * p.G + (m0 + m) % p.G) * H;
       for (int64_t h = 0; h < H; ++h) scaled[m * H + h] = from[h] * p.scale;
     }
-    pack_lanes(scaled, H, n, H, q + m0, stride);
+    if (!few) pack_lanes(scaled, H, n, H, q + m0, stride);
   }
   for (int64_t m = 0; m < stride; ++m) s.max[m] = MASKED, s.sum[m] = 0;
-  std::memset(s.out, 0, H * stride * sizeof(float));
+  std::memset(few ? q : s.out, 0, H * stride * sizeof(float));
   for (int64_t i = range.first / p.O; i * p.O < range.last; ++i) {
     const int64_t page = page_at(p, r, kv, i);
     const int64_t next = (i + 1) * p.O < range.last ? page_at(p, r, kv, i + 1) : after;
@@ -180,7 +260,8 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
       if (key0 + keys <= range.first) continue;
       const int64_t here = page + o * H, ahead = next + o * H;
       const float *k = p.k + here, *v = p.v + here, *next_k = p.k + ahead, *next_v = p.v + ahead;
-      for (int64_t j = 0; j < p.vectors;) {
+      if (few) few(p, k, v, next_k, next_v, key0, keys, scaled, at, first, s.max, s.sum, q, scores);
+      for (int64_t j = few ? p.vectors : 0; j < p.vectors;) {
         const State part{s.max + j * L, s.sum + j * L, s.out + j * L};
         if (j + 2 <= p.vectors) {
           attend<2>(p, k, v, next_k, next_v, key0, keys, q + j * L, at + j * L, first + j * L, stride, part, scores);
@@ -192,6 +273,9 @@ static void unit(const Problem& p, int64_t r, int64_t kv, Range range, int64_t a
       }
     }
   }
+  if (few)
+    for (int64_t m = 0; m < p.M; ++m)
+      for (int64_t h = 0; h < H; ++h) s.out[h * stride + m] = q[m * H + h];
 }
 
 // Adds the state of a later span to that of the ones before it.
@@ -222,18 +306,19 @@ static void finish(const Problem& p, int64_t r, int64_t kv, State s, float* scra
   }
 }
 
-static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
-                            ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> first,
+static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> kv,
+                            ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> first,
                             ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse, float scale,
                             float softcap) {
-  const auto qs = q.dimensions(), ks = k.dimensions();
+  const auto qs = q.dimensions(), ks = kv.dimensions();
   Problem p{};
-  p.q = q.typed_data(), p.k = k.typed_data(), p.v = v.typed_data();
+  p.q = q.typed_data(), p.k = kv.typed_data();
   p.pages = pages.typed_data(), p.positions = positions.typed_data();
   p.first = first.element_count() ? first.typed_data() : nullptr;
   p.out = out->typed_data(), p.lse = lse->typed_data();
   p.R = qs[0], p.Q = qs[1], p.N = qs[2], p.H = qs[3];
-  p.P = ks[0], p.K = ks[1], p.O = ks[2], p.W = pages.dimensions()[1];
+  p.P = ks[0], p.K = ks[2], p.O = ks[3], p.W = pages.dimensions()[1];
+  p.v = p.k + p.K * p.O * p.H;
   p.G = p.N / p.K, p.M = p.G * p.Q, p.vectors = (p.M + L - 1) / L;
   p.scale = scale, p.softcap = softcap;
   if (p.R * p.M * p.H * p.W * p.P * p.O == 0) return ffi::Error::Success();
@@ -295,7 +380,6 @@ static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_paged_attention, attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -14,8 +14,7 @@ IMPLEMENTATIONS = (
 
 def paged_attention(
     q_RQNH: jax.Array,
-    k_PKOH: jax.Array,
-    v_PKOH: jax.Array,
+    kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     *,
@@ -31,7 +30,7 @@ def paged_attention(
 
     Args:
       q_RQNH: queries, any float dtype; N is a multiple of K.
-      k_PKOH, v_PKOH: the page pools of one layer.
+      kv_PYKOH: the page pool of one layer; Y is keys, then values.
       pages_RW: int32, the pages of each row in order of position; entries past a row's end are never attended.
       positions_RQ: int32, the last key that each query token sees, which is its own position where a row holds the
         whole context. -1 where it sees nothing: its output is undefined but finite, its lse about -1e30.
@@ -49,8 +48,7 @@ def paged_attention(
         try:
             return implementation(
                 q_RQNH,
-                k_PKOH,
-                v_PKOH,
+                kv_PYKOH,
                 pages_RW,
                 positions_RQ,
                 scale=scale,

@@ -16,8 +16,7 @@ from jaxllm.kernels.paged_attention import reference
 
 def paged_attention(
     q_RQNH: jax.Array,
-    k_PKOH: jax.Array,
-    v_PKOH: jax.Array,
+    kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     *,
@@ -27,7 +26,7 @@ def paged_attention(
     first_RQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. Raises NotImplementedError where XLA must do it."""
-    if any(a.dtype != jnp.float32 for a in (q_RQNH, k_PKOH, v_PKOH)):
+    if any(a.dtype != jnp.float32 for a in (q_RQNH, kv_PYKOH)):
         raise NotImplementedError("only float32")
     if pages_RW.dtype != jnp.int32 or positions_RQ.dtype != jnp.int32:
         raise NotImplementedError("only int32 pages and positions")
@@ -37,8 +36,7 @@ def paged_attention(
     # See linear/cpu.py on why the choice is made when the program is lowered.
     return lax.platform_dependent(
         q_RQNH,
-        k_PKOH,
-        v_PKOH,
+        kv_PYKOH,
         pages_RW,
         positions_RQ,
         first_RQ,
@@ -53,8 +51,7 @@ def _reference(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
 
 def _native(
     q_RQNH: jax.Array,
-    k_PKOH: jax.Array,
-    v_PKOH: jax.Array,
+    kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     first_RQ: jax.Array | None = None,
@@ -67,8 +64,7 @@ def _native(
     results = (jax.ShapeDtypeStruct((R, Q, N, H), jnp.float32), jax.ShapeDtypeStruct((R, Q, N), jnp.float32))
     out, lse = jax.ffi.ffi_call(target, results)(
         q_RQNH,
-        k_PKOH,
-        v_PKOH,
+        kv_PYKOH,
         pages_RW,
         positions_RQ,
         np.zeros((0, 0), np.int32) if first_RQ is None else first_RQ,
@@ -83,11 +79,11 @@ def check(target: str) -> None:
     rng = np.random.default_rng(0)
     for R, Q, N, K, H, window, softcap in ((3, 1, 6, 2, 20, None, None), (2, 9, 3, 1, 16, 5, 3.0)):
         q = rng.standard_normal((R, Q, N, H), np.float32)
-        k, v = rng.standard_normal((2, 8, K, 4, H), np.float32)
+        kv = rng.standard_normal((8, 2, K, 4, H), np.float32)
         pages = np.arange(1, 1 + 2 * R, dtype=np.int32).reshape(R, 2)
         positions = np.full((R, Q), -1, np.int32)
         positions[:, :7] = np.arange(R)[:, None] + np.arange(min(Q, 5) + 2)[None, : min(Q, 7)] % 5
-        args = tuple(jnp.asarray(a) for a in (q, k, v, pages, positions))
+        args = tuple(jnp.asarray(a) for a in (q, kv, pages, positions))
         real = positions >= 0
         options = {"scale": 0.3, "softcap": softcap}
         first = None if window is None else args[-1] - window + 1

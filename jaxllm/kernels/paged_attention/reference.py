@@ -26,8 +26,7 @@ def first_visible(positions_RQ: jax.Array, window: int | None, first_RQ: jax.Arr
 
 def paged_attention(
     q_RQNH: jax.Array,
-    k_PKOH: jax.Array,
-    v_PKOH: jax.Array,
+    kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     *,
@@ -38,7 +37,7 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. M is the query rows of one KV head: its G query heads times Q tokens."""
     R, Q, N, H = q_RQNH.shape
-    _, K, O, _ = k_PKOH.shape
+    _, _, K, O, _ = kv_PYKOH.shape
     G = N // K
     M = G * Q
     per_block = max(1, min(BLOCK_TOKENS // O, pages_RW.shape[1]))
@@ -60,13 +59,13 @@ def paged_attention(
         first_RM = of_rows(first_RQ)
     last = (positions_RQ.max() + block) // block
 
-    def pages_of(pool: jax.Array, ids: jax.Array) -> jax.Array:
-        return jnp.moveaxis(pool[ids], 2, 1).reshape(R, K, block, H)
+    def pages_of(ids: jax.Array) -> jax.Array:
+        return kv_PYKOH[ids].transpose(2, 0, 3, 1, 4, 5).reshape(2, R, K, block, H)
 
     def step(carry: Carry) -> Carry:
         i, max_RKM, sum_RKM, out_RKMH = carry
         ids = lax.dynamic_slice_in_dim(pages_RW, i * per_block, per_block, axis=1)
-        k_RKSH, v_RKSH = pages_of(k_PKOH, ids), pages_of(v_PKOH, ids)
+        k_RKSH, v_RKSH = pages_of(ids)
         scores = lax.dot_general(
             q_RKMH, k_RKSH, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )  # R K M S
