@@ -249,7 +249,8 @@ class EngineConfig(_Strict):
         pp_micro_batches: decode steps in flight for each stage; more hide the host, and make each step smaller.
         enable_attention_dp: split the requests, not the heads, over the devices of tensor parallelism.
         attention_dp_config: how; without effect unless enable_attention_dp is set.
-        max_batch_size: sequences decoded in one step; None = chosen for the device.
+        max_batch_size: sequences that run at the same time, with attention data parallelism on each rank; None = chosen
+            for the device.
         max_num_tokens: tokens computed in one step (decodes + prompt chunks); None = chosen for the device.
         max_seq_len: prompt + output tokens of one sequence; None = the model's context, or what fits the KV cache.
         enable_chunked_prefill: split long prompts over several steps.

@@ -9,7 +9,7 @@ import pytest
 
 from jaxllm.mapping import CpType, Mapping, StarConfig, nearest_layouts
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.fit import check_mapping, check_supported, head_ranks
+from jaxllm.models.fit import check_mapping, head_ranks
 
 pytestmark = pytest.mark.quick
 
@@ -153,7 +153,3 @@ def test_layouts_that_fit_the_model():
     with pytest.raises(ValueError, match="the longest sequence has 128; use at most 4"):
         check_mapping(fits[-1], MODEL, page_size=32, max_seq_len=128)
     assert head_ranks(Mapping(tp=4, cp=2, cp_type=CpType.ULYSSES)) == 8
-
-
-def test_kinds_that_the_engine_runs():
-    check_supported(Mapping(tp=2, ep=2))

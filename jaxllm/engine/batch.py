@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.request import Sequence
-from jaxllm.engine.step import Chunk, Step
+from jaxllm.engine.step import Chunk, LaneSteps, Step
 from jaxllm.parallel.layout import Layout
 
 
@@ -98,7 +98,8 @@ class BatchShape:
 class PackedStep:
     """A packed step, with where its results will be.
 
-    rows: the sampled row of each result row of the Step. starts: where the tokens of each chunk start in T.
+    rows: the sampled row of each result row of the step, counted through the lanes. starts: where the tokens of each
+    chunk start in the hidden states of all lanes and parts.
     """
 
     shape: BatchShape
@@ -145,8 +146,12 @@ class Packer:
             self._shapes[bucket] = shape
         return shape
 
-    def tiles(self, step: Step) -> int:
-        """Tiles that the prompt chunks of a step take, on the rank that needs most."""
+    def needs(self, step: Step | LaneSteps) -> tuple[int, int]:
+        """Decodes and tiles that the fullest rank has in a step."""
+        lanes = step.lanes
+        return max(len(lane.decodes) for lane in lanes), max(map(self._tiles, lanes))
+
+    def _tiles(self, step: Step) -> int:
         return sum(-(-max(map(len, self._split(c))) // self.tile) for c in step.prefills)
 
     def _split(self, chunk: Chunk) -> list[np.ndarray]:
@@ -155,18 +160,27 @@ class Packer:
             return [np.arange(chunk.start, chunk.stop)]
         return self.layout.split_prompt(chunk.start, chunk.stop, self.tile, self._page_size)
 
-    def pack(self, step: Step, bucket: Bucket) -> PackedStep:
+    def pack(self, step: Step | LaneSteps, bucket: Bucket) -> PackedStep:
         shape = self.shape(bucket)
         last, self._last = self._last, None
         decodes_alone = shape.lanes == shape.parts == 1 and not step.prefills
         if decodes_alone and last is not None and last[1].shape is shape and last[0] == step.decodes:
-            packed = self._pack_again(step, last[1])
+            packed = self._pack_again(step.lanes[0], last[1])
         else:
-            data = np.zeros((1, *shape.shape[1:]), np.int32)
-            packed = PackedStep(shape, data, *self._pack_lane(step, shape, data[0]))
+            packed = self._pack_lanes(step.lanes, shape)
         if decodes_alone:
             self._last = (step.decodes, packed)
         return packed
+
+    def _pack_lanes(self, lanes: list[Step], shape: BatchShape) -> PackedStep:
+        data = np.zeros(shape.shape, np.int32)
+        rows, starts = [], []
+        for index, lane in enumerate(lanes):
+            lane_rows, lane_starts = self._pack_lane(lane, shape, data[index])
+            rows.append(lane_rows + index * shape.bucket.rows)
+            first = index * shape.parts * shape.bucket.tokens(self.tile)
+            starts += [first + start for start in lane_starts]
+        return PackedStep(shape, data, np.concatenate(rows), starts)
 
     def _pack_lane(self, step: Step, shape: BatchShape, packed: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Fills `packed`, [parts, length], and returns `rows` and `starts` of PackedStep."""
@@ -241,9 +255,8 @@ class Packer:
                 found = len(own) > 0 and own[-1] == chunk.stop - 1
                 part.last_R[sampled] = start + len(own) - 1 if found else -1
 
-    def token_index(self, packed: PackedStep, step: Step, i: int) -> np.ndarray:
-        """Where the tokens of chunk i are in the hidden states of all parts, in order of position."""
-        chunk, start = step.prefills[i], packed.starts[i]
+    def token_index(self, packed: PackedStep, chunk: Chunk, start: int) -> np.ndarray:
+        """Where the tokens of a chunk that starts at `start` are in the hidden states, in order of position."""
         index = np.empty(chunk.stop - chunk.start, np.int32)
         for part, own in enumerate(self._split(chunk)):
             first = part * packed.shape.bucket.tokens(self.tile) + start

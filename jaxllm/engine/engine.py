@@ -24,7 +24,7 @@ from jaxllm.engine.request import FinishReason, Request, Sequence, Update
 from jaxllm.engine.results import ResultMaker
 from jaxllm.engine.runner import InFlight
 from jaxllm.engine.start import Started, start
-from jaxllm.engine.step import Event, Step
+from jaxllm.engine.step import Event, LaneSteps, Step
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; `host_ms` is the mean host time per step by phase."""
-        pool, steps = self._scheduler.pool, max(self._counts["steps"], 1)
+        pools, steps = self._scheduler.pools, max(self._counts["steps"], 1)
         seconds = {**self._seconds, **self._runner.seconds}
         host = {name: 1e3 * seconds[name] / steps for name in ("schedule", "pack", "dispatch", "update")}
         return {
@@ -108,12 +108,12 @@ class Engine:
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
             "preemptions": self._scheduler.num_preemptions,
-            "pages": pool.capacity,
-            "pages_free": pool.num_free,
-            "pages_cached": pool.num_cached,
-            "cache_hits": pool.stats.hits,
-            "cache_misses": pool.stats.misses,
-            "evictions": pool.stats.evictions,
+            "pages": sum(pool.capacity for pool in pools),
+            "pages_free": sum(pool.num_free for pool in pools),
+            "pages_cached": sum(pool.num_cached for pool in pools),
+            "cache_hits": sum(pool.stats.hits for pool in pools),
+            "cache_misses": sum(pool.stats.misses for pool in pools),
+            "evictions": sum(pool.stats.evictions for pool in pools),
             "host_ms": {**host, "steps": self._counts["steps"]},
             "wait_ms": 1e3 * seconds["wait"] / steps,
         }
@@ -189,13 +189,13 @@ class Engine:
             self._results.open(request)
             self._counts["requests"] += 1
 
-    def _schedule(self) -> Step | None:
+    def _schedule(self) -> Step | LaneSteps | None:
         started = time.perf_counter()
         step = self._scheduler.schedule()
         self._seconds["schedule"] += time.perf_counter() - started
         return step
 
-    def _launch(self, step: Step) -> InFlight:
+    def _launch(self, step: Step | LaneSteps) -> InFlight:
         for seq in step.started:
             self._start(seq)
         self._counts["steps"] += 1

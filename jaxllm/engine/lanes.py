@@ -169,7 +169,7 @@ class Lanes:
 
     # ---- results --------------------------------------------------------------------------------------------------
 
-    def update(self, step: LaneSteps, tokens: Rows[int]) -> list[Event]:
+    def update(self, step: Step | LaneSteps, tokens: Rows[int]) -> list[Event]:
         """Takes the sampled tokens of a step, in the order of its rows; call it once per step, in order."""
         events: list[Event] = []
         first = 0

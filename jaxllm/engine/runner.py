@@ -7,7 +7,7 @@ thread; the devices run them in that order, which is what makes it safe to reuse
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from jaxllm.engine.buckets import Bucket, Picker
 from jaxllm.engine.pipeline import ReturnedTokens, Stage
 from jaxllm.engine.request import Sequence
 from jaxllm.engine.slots import SlotTable, Variant
-from jaxllm.engine.step import Step
+from jaxllm.engine.step import Chunk, LaneSteps, Step
 from jaxllm.layers.sampling import (
     PenaltyState,
     SampleOutput,
@@ -47,7 +47,7 @@ class PromptLogprobs:
 class InFlight:
     """A launched step. `read` waits for it."""
 
-    step: Step
+    step: Step | LaneSteps
     packed: PackedStep
     token_R: jax.Array
     sampled: SampleOutput | None
@@ -152,9 +152,9 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs every step program once on padding rows: first calls allocate and, on a GPU, load kernels."""
+        nothing = LaneSteps([Step()] * self.functions.layout.size("requests"))
         for bucket in self.buckets:
-            packed = self.packer.pack(Step(), bucket)
-            self._forward(packed)
+            self._forward(self.packer.pack(nothing, bucket))
         jax.block_until_ready(self._last_token)
 
     def _abstract(self, value: Any) -> Any:
@@ -218,10 +218,10 @@ class Runner:
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
-    def launch(self, step: Step) -> InFlight:
+    def launch(self, step: Step | LaneSteps) -> InFlight:
         """Launches a step and returns at once; nothing here waits for the device."""
         started = time.perf_counter()
-        packed = self.packer.pack(step, self._picker.pick(len(step.decodes), self.packer.tiles(step)))
+        packed = self.packer.pack(step, self._picker.pick(*self.packer.needs(step)))
         packed_at = time.perf_counter()
         token_R, logits_RV, hidden_TD = self._forward(packed)
         sampled = None
@@ -229,11 +229,15 @@ class Runner:
             sampling = [seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples]
             variant = self.slots.variant(sampling)
             if variant is not None:
-                sampled = self._sample(step, packed, variant, logits_RV)
+                sampled = self._sample(packed, variant, logits_RV)
                 token_R = sampled.token_R
         if self._returned is not None:
             self._returned.after(packed.sampled()[0], self._last_token, self.packer.spare_slot)
-        prompt_logprobs = [self._prompt_logprobs(step, packed, i, hidden_TD) for i in self._wanted_prompts(step)]
+        prompt_logprobs = [
+            self._prompt_logprobs(chunk, packed, start, hidden_TD)
+            for chunk, start in zip(step.prefills, packed.starts, strict=True)
+            if _wants_prompt_logprobs(chunk)
+        ]
         if self._copies_to_host:
             token_R.copy_to_host_async()
         self.seconds["pack"] += packed_at - started
@@ -270,7 +274,7 @@ class Runner:
         )
         return token_R, logits_RV, hidden_TD
 
-    def _sample(self, step: Step, packed: PackedStep, variant: Variant, logits_RV: jax.Array) -> SampleOutput:
+    def _sample(self, packed: PackedStep, variant: Variant, logits_RV: jax.Array) -> SampleOutput:
         slots_R, positions_R = packed.sampled()
         bias: list[tuple[int, int, float]] = []
         if variant is Variant.FULL:
@@ -313,19 +317,10 @@ class Runner:
             cached = self._last_bias[key] = (bias, tuple(jax.device_put(columns, self._replicated)))
         return cached[1]
 
-    def _wanted_prompts(self, step: Step) -> Iterable[int]:
-        """The chunks whose prompt logprobs somebody wants."""
-        for i, chunk in enumerate(step.prefills):
-            seq = chunk.seq
-            wanted = getattr(seq.request.params, "prompt_logprobs", None) is not None and seq.index == 0
-            if wanted and chunk.start < seq.num_prompt - 1:
-                yield i
-
-    def _prompt_logprobs(self, step: Step, packed: PackedStep, i: int, hidden_TD: jax.Array) -> PromptLogprobs:
+    def _prompt_logprobs(self, chunk: Chunk, packed: PackedStep, first: int, hidden_TD: jax.Array) -> PromptLogprobs:
         """Hidden state i of a prompt says what token i + 1 should be."""
-        chunk = step.prefills[i]
         seq = chunk.seq
-        index_T = self.packer.token_index(packed, step, i)
+        index_T = self.packer.token_index(packed, chunk, first)
         stop = min(chunk.stop, seq.num_prompt - 1)
         take = self._programs["hidden_of", hidden_TD.shape[0]]
         parts = []
@@ -337,3 +332,9 @@ class Runner:
             targets[: len(following)] = following
             parts.append(self._programs["prompt_logprobs"](self._head, take(hidden_TD, index), targets))
         return PromptLogprobs(seq, chunk.start + 1, stop - chunk.start, parts)
+
+
+def _wants_prompt_logprobs(chunk: Chunk) -> bool:
+    seq = chunk.seq
+    wanted = getattr(seq.request.params, "prompt_logprobs", None) is not None and seq.index == 0
+    return wanted and chunk.start < seq.num_prompt - 1

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.request import FinishReason, Request, Sequence, SequenceStatus
 from jaxllm.engine.siblings import SharedPrompts
-from jaxllm.engine.step import Chunk, Event, Step
+from jaxllm.engine.step import Chunk, Event, LaneSteps, Step
 from jaxllm.engine.waiting import WaitingQueue
 
 __all__ = ["CapacityPolicy", "Chunk", "Event", "Scheduler", "Step"]
@@ -425,7 +425,7 @@ class Scheduler:
 
     # ---- results --------------------------------------------------------------------------------------------------
 
-    def update(self, step: Step, tokens: Rows[int]) -> list[Event]:
+    def update(self, step: Step | LaneSteps, tokens: Rows[int]) -> list[Event]:
         """Take the sampled tokens of a step, in the order of its rows; call it once per step, in order.
 
         Tokens of sequences that have finished meanwhile are dropped: the step was on its way already.

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
+from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
@@ -28,7 +29,7 @@ from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
-from jaxllm.models.fit import check_mapping, check_supported
+from jaxllm.models.fit import check_mapping
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh
@@ -47,7 +48,7 @@ class Started:
     model_config: ModelConfig
     runner: Runner
     slots: SlotTable
-    scheduler: Scheduler
+    scheduler: Scheduler | Lanes
     seconds: dict[str, float]
 
 
@@ -69,7 +70,6 @@ def start(config: EngineConfig) -> Started:
     # Read when the first device is looked for; no effect on a CPU, or after that.
     os.environ.update(memory_fraction_variable())
     mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
-    check_supported(mapping)
     with phase("files"):
         files = resolve_model(config.model, need_weights=config.load_format != "dummy")
         cfg = model_config(files)
@@ -100,8 +100,9 @@ def start(config: EngineConfig) -> Started:
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         if config.max_seq_len is None and max_seq_len < cfg.max_position:
             logger.warning("max_seq_len lowered from %d to %d by the KV cache", cfg.max_position, max_seq_len)
+        lanes = layout.size("requests")
         slots = SlotTable(
-            sizes.max_batch_size,
+            lanes * sizes.max_batch_size,
             config.seed,
             None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
             len(_end_tokens(cfg, tokenizer)),
@@ -112,7 +113,7 @@ def start(config: EngineConfig) -> Started:
             buckets=sizes.buckets,
             tile=sizes.tile,
             page_size=page_size,
-            max_batch_size=sizes.max_batch_size,
+            max_batch_size=lanes * sizes.max_batch_size,
             max_seq_len=max_seq_len,
             slots=slots,
             micro_batches=sizes.micro_batches,
@@ -124,20 +125,7 @@ def start(config: EngineConfig) -> Started:
         if platform != "cpu":
             _check_scratch(runner, mesh)
             runner.warm_up()
-    policy = config.scheduler_config
-    scheduler = Scheduler(
-        PagePool(num_pages, span, config.kv_cache_config.enable_block_reuse),
-        max_batch_size=sizes.max_batch_size,
-        max_num_tokens=sizes.max_num_tokens,
-        max_seq_len=max_seq_len,
-        tile=sizes.scheduled_tile,
-        max_tiles=sizes.max_tiles,
-        policy=policy.capacity_scheduler_policy,
-        chunked_prefill=config.enable_chunked_prefill,
-        eos_token_ids=_end_tokens(cfg, tokenizer),
-        priority_queue=policy.waiting_queue_policy == "priority",
-        micro_batches=sizes.micro_batches,
-    )
+    scheduler = _make_scheduler(config, sizes, lanes, num_pages, span, max_seq_len, _end_tokens(cfg, tokenizer))
     logger.info("ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
     return Started(tokenizer, cfg, runner, slots, scheduler, seconds)
 
@@ -153,6 +141,45 @@ def model_config(files: ModelFiles) -> ModelConfig:
         tensors = set(source.tensors)
         source.close()
     return config_from_gguf(files.metadata, tensors, files.rope_factors)
+
+
+def _make_scheduler(
+    config: EngineConfig,
+    sizes: Sizes,
+    lanes: int,
+    num_pages: int,
+    page_size: int,
+    max_seq_len: int,
+    eos_token_ids: tuple[int, ...],
+) -> Scheduler | Lanes:
+    policy, balance = config.scheduler_config, config.attention_dp_config
+    by_priority = policy.waiting_queue_policy == "priority"
+    schedulers = [
+        Scheduler(
+            PagePool(num_pages, page_size, config.kv_cache_config.enable_block_reuse),
+            max_batch_size=sizes.max_batch_size,
+            max_num_tokens=sizes.max_num_tokens,
+            max_seq_len=max_seq_len,
+            tile=sizes.scheduled_tile,
+            max_tiles=sizes.max_tiles,
+            first_slot=lane * sizes.max_batch_size,
+            policy=policy.capacity_scheduler_policy,
+            chunked_prefill=config.enable_chunked_prefill,
+            eos_token_ids=eos_token_ids,
+            priority_queue=by_priority,
+            micro_batches=sizes.micro_batches,
+        )
+        for lane in range(lanes)
+    ]
+    if lanes == 1:
+        return schedulers[0]
+    return Lanes(
+        schedulers,
+        balance=balance.enable_balance,
+        timeout_iters=balance.timeout_iters,
+        batching_wait_iters=balance.batching_wait_iters,
+        priority_queue=by_priority,
+    )
 
 
 def _load(

@@ -7,9 +7,6 @@ from typing import Protocol
 from jaxllm.mapping import CpType, Mapping
 from jaxllm.parallel.heads import HeadLayout
 
-# What the engine cannot run yet, as (name for the error, whether a layout asks for it).
-_NOT_SUPPORTED_YET = (("enable_attention_dp", "attention data parallelism", lambda m: m.attention_dp),)
-
 
 class ModelSizes(Protocol):
     """The sizes that decide whether a layout fits: those of a ModelConfig, or of a model that is only planned for."""
@@ -22,15 +19,6 @@ class ModelSizes(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def max_position(self) -> int: ...
-
-
-def check_supported(mapping: Mapping) -> None:
-    """ValueError when the engine cannot run this kind of layout yet."""
-    for name, what, asks in _NOT_SUPPORTED_YET:
-        if asks(mapping):
-            raise ValueError(
-                f"{name}: {what} is not supported yet (layout {mapping}); use tensor_parallel_size instead"
-            )
 
 
 def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_len: int | None = None) -> None:

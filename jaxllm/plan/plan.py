@@ -14,7 +14,7 @@ from jaxllm.engine.sizes import DEFAULTS, Room, longest_sequence, memory_fractio
 from jaxllm.engine.sizes import Sizes as BatchSizes
 from jaxllm.engine.slots import Variant
 from jaxllm.mapping import AXES, CpType, Mapping
-from jaxllm.models.fit import check_mapping, check_supported
+from jaxllm.models.fit import check_mapping
 from jaxllm.parallel.layout import Layout
 from jaxllm.plan.collectives import Collective, collectives
 from jaxllm.plan.gpus import Gpu
@@ -107,10 +107,6 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     defaults = DEFAULTS["gpu"]
     plan = Plan(model, config, mapping, gpu, usable_memory(gpu), str(dtype), str(kv_dtype))
     notes = [model.refusal] if model.refusal else []
-    try:
-        check_supported(mapping)
-    except ValueError as error:
-        notes.append(str(error))
     try:
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)

@@ -77,7 +77,7 @@ def test_steps_of_a_real_scheduler(num_pages: int, overlap: bool) -> None:
 
 
 def check(packer: Packer, picker: Picker, step: Step) -> None:
-    bucket = picker.pick(len(step.decodes), packer.tiles(step))
+    bucket = picker.pick(*packer.needs(step))
     packed = packer.pack(step, bucket)
     tokens, positions, slots, last, pages, _ = packed.shape.unpack(packed.data[0, 0])
     assert packed.data.dtype == np.int32 and len(packed.rows) == step.num_rows
