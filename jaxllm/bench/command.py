@@ -30,6 +30,14 @@ examples:
   jaxllm bench host smollm2-135m --batch-size 64
 """
 
+_PIPELINE_EXAMPLES = """\
+Idle share of the stages of a pipeline (--pp), for decodes of a full batch and for one prompt of as many chunks as
+micro-batches are in flight; beside it what the stages' own times and the textbook formula say.
+
+examples:
+  jaxllm bench pipeline smollm2-135m --pp 2 --batch-size 16 --micro-batches 1,2,4
+"""
+
 
 def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compare: bool) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m", help=MODEL_HELP)
@@ -81,6 +89,15 @@ def fill_parser(parser: Parser) -> None:
     _add_bench_options(host, input_len="16", output_len="128", compare=False)
     host.set_defaults(run=_run_bench_host)
 
+    pipeline = commands.add_parser("pipeline", help="idle time of pipeline stages", description=_PIPELINE_EXAMPLES)
+    pipeline.usage = "%(prog)s [MODEL] [options]"
+    pipeline.add_argument("-b", "--batch-size", type=positive, default=16, metavar="N", help="(default: %(default)s)")
+    pipeline.add_argument(
+        "--micro-batches", default="1,2,4", metavar="LIST", help="in flight for each stage (default: %(default)s)"
+    )
+    _add_bench_options(pipeline, input_len="64", output_len="64", compare=False)
+    pipeline.set_defaults(run=_run_bench_pipeline)
+
 
 def _run_bench_latency(args: argparse.Namespace) -> int:
     from jaxllm.bench.latency import run_latency
@@ -130,6 +147,32 @@ def _run_bench_host(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     report.emit(args.json)
+    return 0
+
+
+def _run_bench_pipeline(args: argparse.Namespace) -> int:
+    from jaxllm.bench.load import Lengths
+    from jaxllm.bench.pipeline import emit, run_pipeline
+    from jaxllm.config import ConfigError
+
+    try:
+        micro_batches = [int(m) for m in _names(args.micro_batches)]
+    except ValueError:
+        micro_batches = []
+    if not micro_batches or min(micro_batches) < 1:
+        raise ConfigError(f"--micro-batches = {args.micro_batches!r} must be numbers above 0, for example 1,2,4")
+    config = engine_config(args)
+    found = run_pipeline(
+        config,
+        batch_size=args.batch_size,
+        chunk=Lengths.parse(args.input_len, "--input-len").high,
+        output_len=Lengths.parse(args.output_len, "--output-len").high,
+        micro_batches=micro_batches,
+        repeat=args.repeat,
+        seed=args.seed,
+    )
+    title = f"pipeline of {config.model}, {config.pipeline_parallel_size} stages, batch {args.batch_size}"
+    emit(found, title, args.json)
     return 0
 
 

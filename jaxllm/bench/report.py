@@ -73,7 +73,7 @@ class Report:
                 theirs = row.median.get("output_tok_s")
                 ratio = f"{ours / theirs:.2f}x" if row is not self.rows[0] and ours and theirs else ""
                 cells.append([row.name, *figures, ratio, f"{100 * row.spread:.0f} %"])
-            lines += _aligned(cells)
+            lines += aligned(cells)
         for row in self.rows:
             start = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.start_seconds.items())
             lines.append(
@@ -81,7 +81,7 @@ class Report:
             )
         if self.host:
             lines += ["", "host cost of one decode step, ms (median of the repetitions)"]
-            lines += _aligned([[name, f"{value:.3f}"] for name, value in self.host.items()])
+            lines += aligned([[name, f"{value:.3f}"] for name, value in self.host.items()])
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +167,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
+def aligned(cells: list[list[str]]) -> list[str]:
+    """Rows of text as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  "

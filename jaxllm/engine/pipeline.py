@@ -80,29 +80,30 @@ class ReturnedTokens:
     leave the pipeline, and so would the stages after it.
 
     keep: steps whose arrays are kept at most; a token that was sampled earlier comes with the oldest one.
+    number: steps so far. step_here: which of them, from 1 on, the first stage's array is from; 0 for none.
     """
 
     def __init__(self, num_slots: int, first: NamedSharding, keep: int):
         self._first = first
         self._here = jax.device_put(np.zeros(num_slots, np.int32), first)
         self._step_of = np.zeros(num_slots, np.int64)  # number of the step that sampled each slot's last token
-        self._returned = 0
-        self._number = 0
+        self.step_here = 0
+        self.number = 0
         self._arrays: deque[tuple[int, jax.Array]] = deque(maxlen=keep)
 
     def before(self, slots: np.ndarray) -> jax.Array:
         """The array for the first stage of a step that decodes these slots (the spare slot may be among them)."""
         needed = int(self._step_of[slots].max(initial=0))
-        if needed > self._returned:
+        if needed > self.step_here:
             while self._arrays[0][0] < needed:
                 self._arrays.popleft()
-            self._returned, array = self._arrays.popleft()
+            self.step_here, array = self._arrays.popleft()
             self._here = jax.device_put(array, self._first)
         return self._here
 
     def after(self, slots: np.ndarray, array: jax.Array, spare: int) -> None:
         """Takes note of the last stage's array after a step that wrote these slots; nobody reads the spare one."""
-        self._number += 1
-        self._step_of[slots] = self._number
+        self.number += 1
+        self._step_of[slots] = self.number
         self._step_of[spare] = 0
-        self._arrays.append((self._number, array))
+        self._arrays.append((self.number, array))

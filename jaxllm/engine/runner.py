@@ -97,6 +97,8 @@ class Runner:
         assert stages[-1].head is not None
         self._head = stages[-1].head
         self._last_token = jax.device_put(np.zeros(max_batch_size + 1, np.int32), self._replicated)
+        # For measurements: told when each stage was launched, and its output.
+        self.watch: Callable[[list[float], list[jax.Array], ReturnedTokens], None] | None = None
         self._returned = None
         if len(stages) > 1:
             first = layout.sharding(stages[0].mesh)
@@ -264,14 +266,21 @@ class Runner:
         """Launches the step on every stage, one after the other; each waits on its devices for the one before."""
         bucket, (first, *between, last) = packed.shape.bucket, self.stages
         decoded = packed.shape.unpack(packed.data).slots_R[:, 0, : bucket.decodes]
+        times = [time.perf_counter()]
         x_TD, first.kv = first.programs[bucket](first.weights, first.kv, returned.before(decoded), packed.data)
+        outputs = [x_TD]
         for stage in between:
+            times.append(time.perf_counter())
             x_TD = jax.device_put(x_TD, stage.tokens)
             x_TD, stage.kv = stage.programs[bucket](stage.weights, stage.kv, None, packed.data, x_TD)
+            outputs.append(x_TD)
+        times.append(time.perf_counter())
         x_TD = jax.device_put(x_TD, last.tokens)
         token_R, logits_RV, hidden_TD, self._last_token, last.kv = last.programs[bucket](
             last.weights, last.kv, self._last_token, packed.data, x_TD
         )
+        if self.watch is not None:
+            self.watch(times, [*outputs, token_R], returned)
         return token_R, logits_RV, hidden_TD
 
     def _sample(self, packed: PackedStep, variant: Variant, logits_RV: jax.Array) -> SampleOutput:
