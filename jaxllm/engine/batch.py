@@ -149,9 +149,10 @@ class Packer:
     def needs(self, step: Step | LaneSteps) -> tuple[int, int]:
         """Decodes and tiles that the fullest rank has in a step."""
         lanes = step.lanes
-        return max(len(lane.decodes) for lane in lanes), max(map(self._tiles, lanes))
+        return max(len(lane.decodes) for lane in lanes), max(map(self.tiles, lanes))
 
-    def _tiles(self, step: Step) -> int:
+    def tiles(self, step: Step) -> int:
+        """Tiles that the prompt chunks of one lane take, on the rank that needs most."""
         return sum(-(-max(map(len, self._split(c))) // self.tile) for c in step.prefills)
 
     def _split(self, chunk: Chunk) -> list[np.ndarray]:

@@ -39,7 +39,7 @@ def test_an_empty_pipeline_is_what_the_formula_says(stages: int, steps: int) -> 
 
 def test_the_command_reports_every_number_of_micro_batches(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "out.json"
-    options = "--pp 2 -b 4 --micro-batches 1,2 --repeat 1 --input-len 8 --output-len 40".split()
+    options = ["--pp=2", "-b=4", "--micro-batches=1,2", "--repeat=1", "--input-len=8", "--output-len=40"]
     assert main(["bench", "pipeline", str(MODEL), *options, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(row["load"], row["in_flight"]) for row in rows] == [
