@@ -31,8 +31,8 @@ examples:
 """
 
 _PIPELINE_EXAMPLES = """\
-Idle share of the stages of a pipeline (--pp), for decodes of a full batch and for one prompt of as many chunks as
-micro-batches are in flight; beside it what the stages' own times and the textbook formula say.
+Idle share of the stages of a pipeline (--pp), for decodes of a full batch and for one prompt that has --input-len
+tokens for each micro-batch in flight; beside it what the stages' own times and the textbook formula say.
 
 examples:
   jaxllm bench pipeline smollm2-135m --pp 2 --batch-size 16 --micro-batches 1,2,4

@@ -142,7 +142,7 @@ def run_pipeline(
     repeat: int,
     seed: int,
 ) -> list[Bubble]:
-    """Measures decodes of a full batch, and prompts of as many chunks as there are micro-batches.
+    """Measures decodes of a full batch, and a prompt of `chunk` tokens for each micro-batch in flight.
 
     Raises ConfigError when there is no pipeline, or nothing to measure.
     """
@@ -223,11 +223,22 @@ def _ms(seconds: list[float]) -> list[float]:
 
 def table(found: list[Bubble]) -> str:
     """The measurements as text."""
-    cells = [["load", "micro-batches a stage", "in flight", "ms a step and stage", "idle", "by stage times", "formula"]]
+    cells = [
+        [
+            "load",
+            "micro-batches a stage",
+            "in flight",
+            "steps",
+            "ms a step and stage",
+            "idle",
+            "by stage times",
+            "formula",
+        ]
+    ]
     for b in found:
         times = " ".join(f"{ms:.2f}" for ms in b.stage_ms)
         shares = [f"{100 * share:.1f} %" for share in (b.idle, b.expected, b.formula)]
-        cells.append([b.load, str(b.micro_batches), str(b.in_flight), times, *shares])
+        cells.append([b.load, str(b.micro_batches), str(b.in_flight), str(b.steps), times, *shares])
     return "\n".join(
         [
             "share of stage time idle: measured; at best with these times of the stages; with equal stages: 0 for a",

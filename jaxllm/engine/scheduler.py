@@ -12,6 +12,7 @@ computed again later.
 A pipeline needs several steps in flight that do not depend on each other. With `micro_batches` = G the decoding
 sequences take turns: each is decoded in every G-th step, and G consecutive steps differ by at most one in the number
 of their decodes. Prompt chunks go into consecutive steps whatever G is, because each stage runs its steps in order.
+The prompts that are there are spread over 2 G steps, or the last stage would wait for the first to do all of them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 
 _WAITING, _RUNNING, _FINISHED = SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED
 _NEVER = sys.maxsize
+_LEAST_TILES = 4  # prompt tiles of a micro-batch: with fewer, a step costs more than it saves in waiting
 
 
 class Scheduler:
@@ -92,6 +94,7 @@ class Scheduler:
         self.micro_batches = micro_batches
         self.num_preemptions = 0
         self._num_steps = 0  # scheduled so far
+        self._share = 0  # prompt tokens of a micro-batch
         self._guaranteed = policy == "GUARANTEED_NO_EVICT"
         self._requests: dict[int, Request] = {}  # unfinished ones
         self._arrivals = 0
@@ -247,6 +250,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
         tokens = self.max_num_tokens - len(step.decodes)
+        if self.micro_batches > 1 and self.chunked_prefill:
+            tokens = min(tokens, self._prompt_share())
         tiles = self.max_tiles
         for seq in self._prefilling:
             if tokens == 0 or tiles == 0 or not prompts:
@@ -335,6 +340,15 @@ class Scheduler:
         if len(ready) > quota:
             ready = sorted(sorted(ready, key=_last_step)[:quota], key=_rank)
         return ready
+
+    def _prompt_share(self) -> int:
+        """Prompt tokens of one micro-batch. It does not shrink while a prompt is computed, or its end would crumble."""
+        rounds = 2 * self.micro_batches
+        known = sum(len(seq.tokens) - seq.num_computed for seq in self._prefilling)
+        known += self._waiting.num_tokens(rounds * self.max_num_tokens)
+        before = self._share if self._prefilling else 0
+        self._share = max(before, -(-known // rounds), _LEAST_TILES * self.tile)
+        return self._share
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
         start = seq.num_computed

@@ -34,6 +34,16 @@ class WaitingQueue:
             self._stale -= 1
         return self._heap[0][1] if self._heap else None
 
+    def num_tokens(self, enough: int) -> int:
+        """Known tokens of the waiting sequences; counts no further than `enough`."""
+        total = 0
+        for _, seq in self._heap:
+            if not seq.finished:
+                total += len(seq.tokens)
+                if total >= enough:
+                    break
+        return total
+
     def pop(self) -> None:
         """Remove the sequence that `peek` returned."""
         heappop(self._heap)

@@ -512,7 +512,7 @@ def test_the_scheduler_needs_no_jax() -> None:
 
 
 def test_micro_batches_take_turns_without_reading_results() -> None:
-    scheduler = make(max_batch_size=8, micro_batches=2)
+    scheduler = make(max_batch_size=8, micro_batches=2, tile=4)
     for _ in range(5):
         add(scheduler, prompt(2), max_tokens=20)
     steps = [scheduler.schedule() for _ in range(6)]
@@ -539,6 +539,18 @@ def test_a_prompt_flows_through_the_pipeline_in_consecutive_steps() -> None:
     assert [chunks(step) for step in steps if step] == [[(0, 0, 4, False)], [(0, 4, 8, False)], [(0, 8, 10, True)]]
 
 
+def test_a_prompt_that_fits_one_step_is_spread_over_the_stages() -> None:
+    scheduler = make(micro_batches=2, max_num_tokens=32, tile=2)
+    add(scheduler, prompt(40), max_tokens=2)
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [chunks(step) for step in steps if step] == [
+        [(0, 0, 10, False)], [(0, 10, 20, False)], [(0, 20, 30, False)], [(0, 30, 40, True)]
+    ]  # fmt: skip
+    add(scheduler, prompt(9, 300), max_tokens=2)
+    step = scheduler.schedule()
+    assert step is not None and chunks(step) == [(1, 0, 8, False)], "short prompts are not cut into crumbs"
+
+
 def test_whoever_is_preempted_in_a_micro_batch_is_not_in_it() -> None:
     scheduler = make(pages=1 + 14, page_size=1, micro_batches=2)
     for _ in range(4):
@@ -549,7 +561,7 @@ def test_whoever_is_preempted_in_a_micro_batch_is_not_in_it() -> None:
 
 
 def test_who_waited_longest_is_decoded_first() -> None:
-    scheduler = make(max_batch_size=8, micro_batches=2)
+    scheduler = make(max_batch_size=8, micro_batches=2, tile=4)
     for _ in range(4):
         add(scheduler, prompt(2), max_tokens=20)
     turn(scheduler)
