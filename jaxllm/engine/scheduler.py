@@ -347,7 +347,8 @@ class Scheduler:
         known = sum(len(seq.tokens) - seq.num_computed for seq in self._prefilling)
         known += self._waiting.num_tokens(rounds * self.max_num_tokens)
         before = self._share if self._prefilling else 0
-        self._share = max(before, -(-known // rounds), _LEAST_TILES * self.tile)
+        tiles = max(-(-known // (rounds * self.tile)), _LEAST_TILES)
+        self._share = max(before, tiles * self.tile)
         return self._share
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
