@@ -47,22 +47,24 @@ def plan(
     batch_sizes: Iterable[int] | None = None,
     tile_counts: Iterable[int] | None = None,
     micro_batches: int = 1,
+    fine: bool = False,
 ) -> list[Bucket]:
     """Buckets that between them cover every step the scheduler can make.
 
     `max_batch_size` sequences run at the same time, and the decodes among them take turns in `micro_batches` steps.
 
     Decodes alone get a bucket for each power of two of the batch size and, from 16 on, one halfway between: a batch
-    that shrinks pays for its padding all the way down. Prompts alone get one for each power of two of the tile count.
-    Steps that mix both are rarer: they get the powers of eight and of four.
+    that shrinks pays for its padding all the way down. With `fine`, where a row of padding costs as much as any other
+    (a CPU), two more lie between from 32 on. Prompts alone get one for each power of two of the tile count. Steps that
+    mix both are rarer: they get the powers of eight and of four.
     """
     most = -(-max_batch_size // micro_batches)  # decodes of a step
     sizes = sorted({n for n in batch_sizes if n <= most} | {most}) if batch_sizes else None
     counts = sorted({n for n in tile_counts if n <= max_tiles} | {max_tiles}) if tile_counts else None
     alone, mixed = counts or powers_of_two(max_tiles), counts or powers_of_two(max_tiles, 2)
     chunks = min(max_tiles, max_batch_size)
-    halfway = [3 * n for n in powers_of_two(most) if n >= 8 and 3 * n < most]
-    buckets = {Bucket(n, 0, 0) for n in sizes or powers_of_two(most) + halfway}
+    between = [m * n for n in powers_of_two(most) if n >= 8 for m in ((3, 5, 7) if fine else (3,)) if m * n < most]
+    buckets = {Bucket(n, 0, 0) for n in sizes or powers_of_two(most) + between}
     if max_batch_size == 1:  # nothing to mix
         return sorted(buckets | {Bucket(0, n, chunks) for n in alone})
     mixed_sizes = sizes or [n for n in powers_of_two(most, 3) if n >= min(8, most)]

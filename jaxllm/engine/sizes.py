@@ -24,20 +24,22 @@ MAX_ELEMENTS = 2**31 - 1
 class Defaults:
     """Sizes for what the user left open, by platform.
 
-    kv_tokens: page pool where the device cannot tell its memory. tile: query tokens of a prompt tile.
+    max_prompt_tokens: of a step, beside the decodes. kv_tokens: page pool where the device cannot tell its memory.
+    tile: query tokens of a prompt tile. fine_buckets: see `buckets.plan`.
     """
 
     max_batch_size: int
-    max_num_tokens: int
+    max_prompt_tokens: int
     kv_tokens: int
     tile: int
+    fine_buckets: bool
     dtype: str | None
 
 
 DEFAULTS = {
     # bfloat16 products of one row are twelve times slower than float32 ones in XLA:CPU.
-    "cpu": Defaults(max_batch_size=64, max_num_tokens=512, kv_tokens=32_768, tile=32, dtype="float32"),
-    "gpu": Defaults(max_batch_size=256, max_num_tokens=8192, kv_tokens=65_536, tile=128, dtype=None),
+    "cpu": Defaults(64, max_prompt_tokens=512, kv_tokens=32_768, tile=32, fine_buckets=True, dtype="float32"),
+    "gpu": Defaults(256, max_prompt_tokens=8192, kv_tokens=65_536, tile=128, fine_buckets=False, dtype=None),
 }
 
 
@@ -69,7 +71,9 @@ class Sizes:
     @classmethod
     def choose(cls, config: EngineConfig, defaults: Defaults, mapping: Mapping) -> Sizes:
         batch = config.max_batch_size or defaults.max_batch_size
-        tokens = config.max_num_tokens or max(defaults.max_num_tokens, batch)
+        # Left open, the budget is for prompts, and decodes take nothing from it: tiles stay full.
+        prompts = config.max_num_tokens or defaults.max_prompt_tokens
+        tokens = config.max_num_tokens or prompts + batch
         if tokens < batch:
             raise ConfigError(
                 f"max_num_tokens = {tokens} is less than max_batch_size = {batch}, but every running sequence needs "
@@ -77,19 +81,26 @@ class Sizes:
             )
         # A chunk of star attention may lie in one block, and so on one rank.
         parts = 1 if mapping.cp_type is CpType.STAR else mapping.prompt_parts
-        tile = min(defaults.tile, -(-tokens // parts))
+        tile = min(defaults.tile, -(-prompts // parts))
         if parts > 1 and mapping.stripes > 1:
             # Wherever a chunk of parts * tile tokens starts, no rank has more than a tile of it.
             page = config.kv_cache_config.tokens_per_block
             tile = -(-tile // page) * page
         scheduled = parts * tile
-        max_tiles = -(-tokens // scheduled)
+        max_tiles = -(-prompts // scheduled)
         counts = None
         if config.token_buckets:
             counts = sorted({-(-n // scheduled) for n in config.token_buckets})
         # The plain loop has one step in flight: there is nobody to take turns with.
         turns = 1 if mapping.pp == 1 or config.disable_overlap_scheduler else mapping.pp * config.pp_micro_batches
-        plan = buckets.plan(batch, max_tiles, batch_sizes=config.batch_buckets, tile_counts=counts, micro_batches=turns)
+        plan = buckets.plan(
+            batch,
+            max_tiles,
+            batch_sizes=config.batch_buckets,
+            tile_counts=counts,
+            micro_batches=turns,
+            fine=defaults.fine_buckets,
+        )
         return cls(batch, tokens, tile, scheduled, max_tiles, turns, plan)
 
 
