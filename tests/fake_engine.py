@@ -92,7 +92,8 @@ class FakeEngine:
         self.aborted.add(request_id)
 
     def stats(self) -> dict[str, Any]:
-        return {"host_ms": {"schedule": 0.1, "pack": 0.2, "dispatch": 0.3, "update": 0.4, "steps": self.steps}}
+        phases = {"schedule": 0.1, "pack": 0.2, "dispatch": 0.3, "update": 0.4}
+        return {"host_ms": {**phases, "steps": self.steps}, "host_cpu_ms": phases}
 
     def shutdown(self) -> None:
         self.stopped = True

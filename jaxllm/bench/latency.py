@@ -118,18 +118,21 @@ def _one_profile(
     after, seconds = _host_totals(runner), time.perf_counter() - started
     for result in results:
         result.result()
-    steps = after["steps"] - before["steps"]
+    steps = after["steps", ""] - before["steps", ""]
     if steps < 1:
         raise ConfigError(f"--output-len {osl} is too short: no step ran with the whole batch; raise it")
-    figures = {name: (after[name] - before[name]) / steps for name in HOST_PHASES}
+    figures = {name: (after[name, "cpu"] - before[name, "cpu"]) / steps for name in HOST_PHASES}
     figures["host total"] = sum(figures.values())
+    figures["host total, wall"] = sum(after[name, "wall"] - before[name, "wall"] for name in HOST_PHASES) / steps
     figures["step, wall"] = 1e3 * seconds / steps
     figures["steps"] = steps
     return figures
 
 
-def _host_totals(runner: JaxllmRunner) -> dict[str, float]:
-    """Milliseconds of each phase since the start, and "steps"; the engine reports means over all steps."""
-    host = runner.llm.get_stats()["host_ms"]
-    steps = host["steps"]
-    return {name: host[name] * steps for name in HOST_PHASES} | {"steps": steps}
+def _host_totals(runner: JaxllmRunner) -> dict[tuple[str, str], float]:
+    """Milliseconds of each phase since the start, and ("steps", ""); the engine reports means over all steps."""
+    stats = runner.llm.get_stats()
+    wall, cpu = stats["host_ms"], stats["host_cpu_ms"]
+    steps = wall["steps"]
+    totals = {(name, kind): ms[name] * steps for name in HOST_PHASES for kind, ms in (("wall", wall), ("cpu", cpu))}
+    return totals | {("steps", ""): steps}

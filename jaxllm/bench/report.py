@@ -80,7 +80,10 @@ class Report:
                 f"  {row.name}: {row.note}; start, s: {start}" + (f"; {row.same_tokens}" if row.same_tokens else "")
             )
         if self.host:
-            lines += ["", "host cost of one decode step, ms (median of the repetitions)"]
+            lines += [
+                "",
+                "host cost of one decode step, ms of CPU time of the engine's thread (median of the repetitions)",
+            ]
             lines += aligned([[name, f"{value:.3f}"] for name, value in self.host.items()])
         return "\n".join(lines)
 

@@ -135,6 +135,7 @@ class Packer:
         self._table = np.zeros((max_batch_size + 1, self.width), np.int32)
         self._filled = [0] * (max_batch_size + 1)
         self._shapes: dict[Bucket, BatchShape] = {}
+        self._spare: np.ndarray | None = None
         self._last: tuple[list[Sequence], PackedStep] | None = None  # the step before, if it was nothing but decodes
 
     def shape(self, bucket: Bucket) -> BatchShape:
@@ -235,7 +236,11 @@ class Packer:
 
     def _pack_again(self, step: Step, last: PackedStep) -> PackedStep:
         """Packs the decodes of the step before, now one position further."""
-        packed = last.data.copy()
+        packed, self._spare = self._spare, None
+        if packed is None or packed.shape != last.data.shape:
+            packed = last.data.copy()
+        elif packed is not last.data:
+            np.copyto(packed, last.data)
         at = last.shape.sizes[0]
         packed[0, 0, at : at + len(step.positions)] = step.positions
         if step.grown:
@@ -244,6 +249,10 @@ class Packer:
                 self._extend(step.decodes[row])
                 pages_RW[row] = self._table[step.decodes[row].slot]
         return PackedStep(last.shape, packed, last.rows, last.starts)
+
+    def recycle(self, packed: PackedStep) -> None:
+        """Takes back the memory of a step that the devices are done with."""
+        self._spare = packed.data
 
     def _split_chunks(self, step: Step, parts: list[Parts], rows: np.ndarray, starts: list[int]) -> None:
         """Gives each part its tokens of the prompt chunks."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections import deque
 from typing import Any
 
@@ -57,7 +56,7 @@ class Engine:
         self._bad: dict[int, list[tuple[int, ...]]] = {}
         self._death: Exception | None = None
         self._lock = threading.Lock()
-        self._seconds = {"schedule": 0.0, "update": 0.0, "wait": 0.0}
+        self._clock = self._runner.clock
         self._counts = {"steps": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0, "requests": 0}
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
@@ -99,10 +98,12 @@ class Engine:
             self._thread.join(timeout)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start; `host_ms` is the mean host time per step by phase."""
+        """Counters since the start.
+
+        host_ms and host_cpu_ms: mean milliseconds per step by phase, on the wall and of the engine thread's CPU time.
+        """
         pools, steps = self._scheduler.pools, max(self._counts["steps"], 1)
-        seconds = {**self._seconds, **self._runner.seconds}
-        host = {name: 1e3 * seconds[name] / steps for name in ("schedule", "pack", "dispatch", "update")}
+        phases, clock = ("schedule", "pack", "dispatch", "update"), self._clock
         return {
             **self._counts,
             "running": self._scheduler.num_running,
@@ -114,14 +115,15 @@ class Engine:
             "cache_hits": sum(pool.stats.hits for pool in pools),
             "cache_misses": sum(pool.stats.misses for pool in pools),
             "evictions": sum(pool.stats.evictions for pool in pools),
-            "host_ms": {**host, "steps": self._counts["steps"]},
-            "wait_ms": 1e3 * seconds["wait"] / steps,
+            "host_ms": {**{name: 1e3 * clock.wall[name] / steps for name in phases}, "steps": self._counts["steps"]},
+            "host_cpu_ms": {name: 1e3 * clock.cpu[name] / steps for name in phases},
+            "wait_ms": 1e3 * clock.wall["wait"] / steps,
         }
 
     def reset_stats(self) -> None:
         """Starts the counters and times of `stats` anew."""
-        for counters in (self._counts, self._seconds, self._runner.seconds):
-            counters.update(dict.fromkeys(counters, 0))
+        self._counts.update(dict.fromkeys(self._counts, 0))
+        self._clock.reset()
 
     # ---- the engine's thread --------------------------------------------------------------------------------------
 
@@ -190,9 +192,9 @@ class Engine:
             self._counts["requests"] += 1
 
     def _schedule(self) -> Step | LaneSteps | None:
-        started = time.perf_counter()
+        started = self._clock.now()
         step = self._scheduler.schedule()
-        self._seconds["schedule"] += time.perf_counter() - started
+        self._clock.add("schedule", started)
         return step
 
     def _launch(self, step: Step | LaneSteps) -> InFlight:
@@ -212,10 +214,9 @@ class Engine:
 
     def _finish(self, flight: InFlight) -> None:
         """Reads a step's tokens, moves its sequences on and tells their owners."""
-        before = time.perf_counter()
+        before = self._clock.now()
         tokens = flight.read()
-        arrived = time.perf_counter()
-        self._seconds["wait"] += arrived - before
+        arrived = self._clock.add("wait", before)
         self._results.add_prompt_logprobs(flight)
         events = self._scheduler.update(flight.step, tokens)
         self._counts["output_tokens"] += len(events)
@@ -235,7 +236,8 @@ class Engine:
         # Not before all events: sequences of one request may end in the same step.
         for request in ended:
             self._forget(request)
-        self._seconds["update"] += time.perf_counter() - arrived
+        self._runner.packer.recycle(flight.packed)
+        self._clock.add("update", arrived)
 
     def _deliver(self, event: Event, flight: InFlight) -> None:
         """Tells the owner of a sequence about a token. What goes wrong with one request ends that request only."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxllm.engine.batch import PackedStep, Packer
 from jaxllm.engine.buckets import Bucket, Picker
+from jaxllm.engine.clock import HostClock
 from jaxllm.engine.pipeline import ReturnedTokens, Stage
 from jaxllm.engine.request import Sequence
 from jaxllm.engine.slots import SlotTable, Variant
@@ -108,7 +109,7 @@ class Runner:
         )
         self._programs: dict[Any, Any] = {}
         self._last_bias: dict[Any, tuple[tuple[tuple[int, int, float], ...], tuple[jax.Array, ...]]] = {}
-        self.seconds = {"pack": 0.0, "dispatch": 0.0}
+        self.clock = HostClock("schedule", "pack", "dispatch", "wait", "update")
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
@@ -222,9 +223,9 @@ class Runner:
 
     def launch(self, step: Step | LaneSteps) -> InFlight:
         """Launches a step and returns at once; nothing here waits for the device."""
-        started = time.perf_counter()
+        started = self.clock.now()
         packed = self.packer.pack(step, self._picker.pick(*self.packer.needs(step)))
-        packed_at = time.perf_counter()
+        packed_at = self.clock.add("pack", started)
         token_R, logits_RV, hidden_TD = self._forward(packed)
         sampled = None
         if not self.slots.all_greedy:
@@ -242,8 +243,7 @@ class Runner:
         ]
         if self._copies_to_host:
             token_R.copy_to_host_async()
-        self.seconds["pack"] += packed_at - started
-        self.seconds["dispatch"] += time.perf_counter() - packed_at
+        self.clock.add("dispatch", packed_at)
         return InFlight(step, packed, token_R, sampled, prompt_logprobs)
 
     def reset_penalties(self, seq: Sequence) -> None:
