@@ -11,10 +11,15 @@ from jaxllm.mapping import CpType
 from jaxllm.plan.gpus import Gpu
 from jaxllm.plan.sizes import Model, Sizes
 
+CP = ("cp",)
+
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """`count` alike collectives a step over `ranks` devices along `axes`; `bytes` is the result of one on a device."""
+    """`count` alike collectives a step over `ranks` devices along `axes`; `bytes` is the result of one on a device.
+
+    conditional: skipped at run time in steps that do not need it.
+    """
 
     kind: str
     where: str
@@ -22,6 +27,7 @@ class Collective:
     ranks: int
     count: int
     bytes: int
+    conditional: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -46,11 +52,11 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
     own = -(-tokens // (sizes.shards(set(layout.axes("tokens"))) if prompt else sizes.shards(set(lanes))))
     out: list[Collective] = []
 
-    def add(kind: str, where: str, axes: Sequence[str], count: int, size: float) -> None:
+    def add(kind: str, where: str, axes: Sequence[str], count: int, size: float, conditional: bool = False) -> None:
         ranks = sizes.shards(set(axes))
         if ranks > 1 and count:
             wide = tuple(axis for axis in axes if sizes.shards({axis}) > 1)
-            out.append(Collective(kind, where, wide, ranks, count, round(size)))
+            out.append(Collective(kind, where, wide, ranks, count, round(size), conditional))
 
     row = D * element
     ffn, vocab = layout.axes("ffn"), layout.axes("vocab")
@@ -61,20 +67,26 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
         else:
             add("all_reduce", "embedding", vocab, 1, own * row)
     heads = sizes.query_width * element
-    if layout.cp_type is CpType.ULYSSES:
-        if prompt:
-            kept = sum(cache.arrays) * np.dtype(layout.dtype).itemsize
-            add("all_to_all", "tokens to heads", ("cp",), n, own * cp * (heads + kept))
-            add("all_to_all", "heads to tokens", ("cp",), n, own * cp * heads)
+    kept = sum(cache.arrays) * element
+    partial = heads + 4 * sizes.query_heads  # with a float32 lse for each head
+    kind = layout.cp_type if cp > 1 else None
+    if kind is CpType.ULYSSES and prompt:
+        add("all_to_all", "tokens to heads", CP, n, own * cp * (heads + kept))
+        add("all_to_all", "heads to tokens", CP, n, own * cp * heads)
+    elif kind is CpType.ULYSSES:
+        add("all_gather", "heads of decodes", CP, n, own * cp * heads)
+    elif kind is CpType.HELIX:
+        add("all_to_all", "partial attention", CP, n, own * partial)
+    elif kind is not None and not prompt:
+        add("all_gather", "partial attention", CP, n, own * cp * partial)
+    elif kind is not None:
+        if kind is CpType.RING:
+            add("permute", "keys and values round the ring", CP, n * (cp - 1), own * kept)
         else:
-            add("all_gather", "heads of decodes", ("cp",), n, own * cp * heads)
-    elif layout.cp_type is CpType.RING and prompt:
-        kept = sum(cache.arrays) * np.dtype(layout.dtype).itemsize
-        add("permute", "K and V round the ring", ("cp",), n * (cp - 1), own * kept)
-    elif layout.cp_type is CpType.HELIX:
-        add("all_to_all", "partial attention", ("cp",), n, own * heads)
-    elif layout.cp_type is not None and not prompt:
-        add("all_gather", "partial attention", ("cp",), n, own * cp * heads)
+            anchor = layout.mapping.star.anchor_size if layout.mapping.star else 0
+            add("all_reduce", "anchor of each prompt", CP, n, anchor * kept, conditional=True)
+        add("all_gather", "queries to what other ranks have of the context", CP, n, own * cp * heads, conditional=True)
+        add("all_to_all", "their partial attention", CP, n, own * cp * partial, conditional=True)
     add("all_reduce", "attention output", layout.axes("head_out"), n, own * row)
     if lanes:
         add("all_gather", "tokens before the FFN", lanes, n, own * row * sizes.shards(set(lanes)))
@@ -83,10 +95,10 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
         add("all_reduce", "FFN output", ffn, n, own * row)
     if layers.stop == model.num_layers:
         rows = 1 if prompt else own
-        if prompt:
-            add("all_reduce", "last tokens", layout.axes("prompts"), 1, rows * row)
+        add("all_reduce", "last tokens", layout.axes("prompts"), 1, rows * row)
         if lanes:
             add("all_gather", "rows to sample", lanes, 1, rows * row * sizes.shards(set(lanes)))
+            add("all_gather", "their slots", lanes, 1, rows * 4 * sizes.shards(set(lanes)))
         sampled = rows * sizes.shards(set(lanes))
         add("all_gather", "greedy", vocab, 2, sampled * 4 * sizes.shards(set(vocab)))
     else:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(model, config, mapping, gpu, load)
     compiled = []
     if args.compile and plan.ok:
-        compiled = compiler.compile_decode(plan, compiler.described_devices(gpu.name, mapping.world_size))
+        compiled = compiler.compile_step(plan, compiler.described_devices(gpu.name, mapping.world_size))
     print(json.dumps(as_json(plan, compiled), indent=2) if args.json else text(plan, compiled))
     agree = all(stage.difference <= compiler.TOLERANCE for stage in compiled)
     return 0 if plan.ok and agree else NOT_FITTING

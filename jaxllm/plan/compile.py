@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config import ConfigError
 
 if TYPE_CHECKING:
+    from jaxllm.engine.buckets import Bucket
     from jaxllm.plan.plan import Plan
 
 TOLERANCE = 0.03
@@ -88,8 +89,8 @@ def described_devices(gpu: str, count: int) -> Sequence[Any]:
     return topology.devices
 
 
-def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
-    """Compiles the largest decode step of each pipeline stage.
+def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = None) -> list[CompiledStage]:
+    """Compiles a step of each pipeline stage; None: the largest of decodes alone.
 
     Raises:
         ConfigError: the engine does not run the model.
@@ -110,14 +111,16 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
     layout = Layout(plan.mapping, DTYPES[plan.dtype])
     mesh = make_mesh(plan.mapping, devices)
     page_size = plan.config.kv_cache_config.tokens_per_block
+    num_slots = layout.size("requests") * plan.max_batch_size + 1
     packer = Packer(
         tile=plan.tile,
         width=-(-plan.max_seq_len // plan.page_tokens),
-        max_batch_size=plan.max_batch_size,
+        max_batch_size=num_slots - 1,
         layout=layout,
         page_size=page_size,
     )
-    shape = packer.shape(plan.decode_bucket)
+    bucket = plan.decode_bucket if bucket is None else bucket
+    shape = packer.shape(bucket)
     out = []
     for index, stage in enumerate(plan.stages):
         part = stage_mesh(mesh, index)
@@ -128,14 +131,14 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
 
         pages = plan.pages * (plan.page_tokens // layout.mapping.stripes // page_size) * layout.size("pages")
         pool = spec((pages, *functions.kv_shape(page_size)), DTYPES[plan.kv_dtype], layout.sharding(part, *KV_AXES))
-        last = spec((plan.max_batch_size + 1,), np.int32, layout.sharding(part))
+        last = spec((num_slots,), np.int32, layout.sharding(part))
         args: list[Any] = [
             functions.abstract_weights(),
             [pool] * len(stage.layers),
             last if functions.first or functions.last else None,
         ]
         args.append(spec(shape.shape, np.int32, layout.sharding(part, "requests")))
-        rows = plan.decode_bucket.decodes
+        rows = bucket.tokens(plan.tile)
         if not functions.first:
             tokens = rows * layout.size("tokens")
             args.append(spec((tokens, cfg.hidden_size), layout.dtype, layout.sharding(part, "tokens", None)))
@@ -143,7 +146,7 @@ def compile_decode(plan: Plan, devices: Sequence[Any]) -> list[CompiledStage]:
         program = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args).compile()
         memory, hlo = program.memory_analysis(), program.as_text()
         assert memory is not None and hlo is not None
-        inputs = 4 * (plan.max_batch_size + 1) * (functions.first or functions.last)
+        inputs = 4 * num_slots * (functions.first or functions.last)
         inputs += 4 * int(np.prod(shape.shape)) // layout.size("requests")
         inputs += 0 if functions.first else rows * cfg.hidden_size * layout.dtype.itemsize
         out.append(

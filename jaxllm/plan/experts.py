@@ -84,7 +84,7 @@ def _mixtral(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
     cache = Cache((heads.kv_heads * H,) * 2, flops, flops)
     layers = (attention + experts,) * fields.integer("num_hidden_layers")
     ffn = 2 * F // layout.mapping.tp
-    return w.model(fields, layers, cache, query_width=heads.q_heads * H, ffn_width=ffn)
+    return w.model(fields, layers, cache, heads.q_heads, heads.q_heads * H, ffn)
 
 
 def _deepseek(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
@@ -129,7 +129,7 @@ def _deepseek(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
     # Decoding works on the latents themselves (the projections of keys and values absorbed into the queries).
     cache = Cache((latent + rope,), 2 * mine * (2 * latent + rope), 2 * mine * (nope + rope + value))
     widest = max(2 * F // layout.size("ffn"), 2 * narrow * fields.integer("num_experts_per_tok") // layout.mapping.tp)
-    return w.model(fields, layers, cache, query_width=mine * (nope + rope), ffn_width=widest)
+    return w.model(fields, layers, cache, mine, mine * (nope + rope), widest)
 
 
 class _Weights:
@@ -160,7 +160,13 @@ class _Weights:
         )
 
     def model(
-        self, fields: Fields, layers: tuple[tuple[Weight, ...], ...], cache: Cache, query_width: int, ffn_width: int
+        self,
+        fields: Fields,
+        layers: tuple[tuple[Weight, ...], ...],
+        cache: Cache,
+        query_heads: int,
+        query_width: int,
+        ffn_width: int,
     ) -> Sizes:
         D, vocab, ranks = fields.integer("hidden_size"), fields.integer("vocab_size"), self.layout.size("vocab")
         padded = -(-vocab // ranks) * ranks
@@ -174,6 +180,7 @@ class _Weights:
             tied=fields.flag("tie_word_embeddings", False),
             cache=cache,
             padded_vocab=padded,
+            query_heads=query_heads,
             query_width=query_width,
             ffn_width=ffn_width,
         )

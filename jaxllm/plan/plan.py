@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,8 @@ class Stage:
 class Plan:
     """See the module. Sizes are bytes a device unless said otherwise; without `problems` the layout fits.
 
-    tile: prompt tokens of a row. decode_bucket: the largest step of decodes alone, of one pipeline stage.
+    max_batch_size, max_num_tokens: of each lane of attention data parallelism. tile: prompt tokens of a row.
+    decode_bucket: the largest step of decodes alone, of one pipeline stage.
     usable: of a device's memory. pool_tokens: that all page pools hold together; pages: of one pool.
     nearest: layouts that fit, if this one does not.
     """
@@ -121,7 +123,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     each_device = span // layout.mapping.stripes  # tokens of a page on each device
     page_bytes = [len(layers) * sizes.cache.elements * each_device * kv_dtype.itemsize for layers in stages]
     rooms = [
-        Room(max(0, plan.usable - taken), each, max(sizes.cache.arrays) * each_device)
+        Room(max(0, plan.usable - taken), each, sizes.cache.elements * each_device)
         for taken, each in zip(weights, page_bytes, strict=True)
     ]
     buffers = [_buffers(sizes, batch, layers) for layers in stages]
@@ -156,9 +158,9 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     speeds: list[Speed] = []
     if not problems:
         roof = Roofline(model, sizes, stages, gpu, kv_dtype.itemsize, batch.max_num_tokens)
-        most = max(1, min(batch.max_batch_size, tokens // (load.input + load.output)))
+        most = max(1, min(batch.max_batch_size * lanes, tokens // (load.input + load.output)))
         speeds = [roof.speed(n, load) for n in sorted({n for n in (1, 8, 64) if n < most} | {most})]
-    micro = -(-batch.max_batch_size // len(stages))
+    micro = -(-batch.max_batch_size * lanes // len(stages))
     return replace(
         plan,
         max_batch_size=batch.max_batch_size,
@@ -173,7 +175,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
         speeds=tuple(speeds),
         load=load,
         decode_collectives=_step(model, sizes, stages, micro, prompt=False),
-        prompt_collectives=_step(model, sizes, stages, batch.max_num_tokens, prompt=True),
+        prompt_collectives=_step(model, sizes, stages, batch.max_num_tokens * lanes, prompt=True),
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -192,7 +194,7 @@ def _step(model: Model, sizes: Sizes, stages: list[range], tokens: int, *, promp
 def _buffers(sizes: Sizes, batch: BatchSizes, layers: range) -> int:
     """Arrays of the runner besides weights and pages: the last token of each slot; where tokens are sampled, what each
     sequence has said and, for each number of rows, the last changes to its logits (row, token and value)."""
-    slots = batch.max_batch_size + 1
+    slots = sizes.layout.size("requests") * batch.max_batch_size + 1
     if layers.stop < len(sizes.layers):
         return 4 * slots
     rows = {bucket.rows * sizes.layout.size("requests") for bucket in batch.buckets}
@@ -224,19 +226,25 @@ def _gib(size: int) -> str:
 def _nearest(model: Model, config: EngineConfig, asked: Mapping, gpu: Gpu, count: int = 3) -> list[Mapping]:
     """Layouts that fit: of the same kind and number of devices if there are any, else with the fewest more."""
     axes = [axis for axis, size in zip(AXES, asked.shape, strict=True) if size > 1 or axis in ("pp", "tp")]
-    distance = {}
+    smallest = 1 if model.config is None else DTYPES[config.dtype if config.dtype != "auto" else model.dtype].itemsize
+
+    def distance(mapping: Mapping) -> tuple[float, int]:
+        return sum(abs(math.log2(a / b)) for a, b in zip(mapping.shape, asked.shape, strict=True)), -mapping.tp
+
     for factor in (1, 2, 4, 8, 16):
         devices = asked.world_size * factor
+        if model.parameters * smallest / devices > usable_memory(gpu):
+            continue
         divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+        candidates = []
         for shape in product(*(divisors if axis in axes else [1] for axis in AXES)):
-            if int(np.prod(shape)) != devices:
-                continue
             pp, cp, ep, tp = shape
+            if math.prod(shape) != devices or shape == asked.shape:
+                continue
             cp_type = asked.cp_type if cp > 1 or asked.cp_type is CpType.STAR else None
             partition = asked.pp_partition if pp == asked.pp else None
-            mapping = replace(asked, pp=pp, cp=cp, ep=ep, tp=tp, cp_type=cp_type, pp_partition=partition)
-            if mapping != asked and _plan(model, config, mapping, gpu).ok:
-                distance[mapping] = sum(abs(np.log2(a / b)) for a, b in zip(shape, asked.shape, strict=True))
-        if distance:
-            break
-    return sorted(distance, key=lambda mapping: (distance[mapping], -mapping.tp))[:count]
+            candidates.append(replace(asked, pp=pp, cp=cp, ep=ep, tp=tp, cp_type=cp_type, pp_partition=partition))
+        fits = (mapping for mapping in sorted(candidates, key=distance) if _plan(model, config, mapping, gpu).ok)
+        if found := list(islice(fits, count)):
+            return found
+    return []

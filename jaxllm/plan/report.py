@@ -17,14 +17,15 @@ SCHEMA = 1
 
 def text(plan: Plan, compiled: Sequence[CompiledStage] = ()) -> str:
     """The plan as it is printed, with what compiling it showed."""
+    lanes = _lanes(plan)
     blocks = [_head(plan), _mesh(plan.mapping, plan.model.num_layers)]
     if plan.stages:
         blocks += [_memory(plan), _pool(plan)]
     if plan.speeds:
         blocks.append(_speeds(plan))
     for what, rows in (
-        (f"decode step of {plan.max_batch_size} requests", plan.decode_collectives),
-        (f"prompt step of {plan.max_num_tokens} tokens", plan.prompt_collectives),
+        (f"decode step of {lanes * plan.max_batch_size} requests", plan.decode_collectives),
+        (f"prompt step of {lanes * plan.max_num_tokens} tokens", plan.prompt_collectives),
     ):
         if rows:
             blocks.append(_collectives(what, rows))
@@ -85,7 +86,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _pool(plan: Plan) -> str:
-    pools = plan.mapping.ep * plan.mapping.tp if plan.mapping.attention_dp else 1
+    pools = _lanes(plan)
     many = f"{pools} pools of " if pools > 1 else ""
     pages = max(0, plan.pages - 1)
     return (
@@ -110,7 +111,8 @@ def _collectives(what: str, rows: tuple[Collective, ...]) -> str:
     total = sum(c.count for c in rows)
     lines = [f"collectives of a {what}: {total}"]
     for c in rows:
-        lines.append(f"  {c.count:>5} x {c.kind:<15}{_bytes(c.bytes):>10}  over {'+'.join(c.axes):<9} {c.where}")
+        where = c.where + ", if needed" * c.conditional
+        lines.append(f"  {c.count:>5} x {c.kind:<15}{_bytes(c.bytes):>10}  over {'+'.join(c.axes):<9} {where}")
     return "\n".join(lines)
 
 
@@ -222,7 +224,13 @@ def _collective(c: Collective) -> dict[str, Any]:
         "ranks": c.ranks,
         "count": c.count,
         "bytes": c.bytes,
+        "conditional": c.conditional,
     }
+
+
+def _lanes(plan: Plan) -> int:
+    """Ranks of attention data parallelism, each with requests and a page pool of its own."""
+    return plan.mapping.ep * plan.mapping.tp if plan.mapping.attention_dp else 1
 
 
 def _gib(size: int) -> str:

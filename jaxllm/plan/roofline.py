@@ -8,7 +8,8 @@
 
 Lanes are the ranks of attention data parallelism, which compute a prompt each at a time; else there is one.
 
-What is not counted makes it slower: launches, norms, sampling, the host, imbalance. An honest engine gets 50-90 %.
+What is not counted makes it slower: conditional collectives, launches, norms, sampling, the host, imbalance. An honest
+engine gets 50-90 %.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Roofline:
         # The queries of a chunk share one reading of its context.
         read += share / (tokens / lanes if prompt else 1) * cache.elements * self.kv_itemsize
         exchange = collectives(self.model, self.sizes, stage, tokens, prompt=prompt)
-        return max(read / self.gpu.bandwidth, flops / self.gpu.flops) + sum(c.seconds(self.gpu) for c in exchange)
+        return max(read / self.gpu.bandwidth, flops / self.gpu.flops) + sum(
+            c.seconds(self.gpu) for c in exchange if not c.conditional
+        )
 
     def _visible(self, window: int | None, context: int, prompt: bool) -> int:
         star = self.sizes.layout.mapping.star

@@ -66,7 +66,7 @@ class Sizes:
     """A model as laid out by one Layout.
 
     embed, layers, norm, head: its parameters; tied: embed and head are one table.
-    padded_vocab: over all ranks. query_width, ffn_width: of the widest activations of a token on one device.
+    padded_vocab: over all ranks. query_heads, query_width, ffn_width: of a device, the last of its widest activations.
     """
 
     layout: Layout
@@ -77,6 +77,7 @@ class Sizes:
     tied: bool
     cache: Cache
     padded_vocab: int
+    query_heads: int
     query_width: int
     ffn_width: int
 
@@ -167,6 +168,7 @@ def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
         tied=cfg.tie_embeddings,
         cache=Cache((heads.kv_heads * cfg.head_dim,) * 2, flops, flops),
         padded_vocab=embed.shape[0],
+        query_heads=heads.q_heads,
         query_width=heads.q_heads * cfg.head_dim,
         ffn_width=-(-cfg.intermediate_size // layout.size("ffn")),
     )

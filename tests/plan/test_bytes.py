@@ -68,6 +68,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
     {"pipeline_parallel_size": 2},
     {"tensor_parallel_size": 3, "pipeline_parallel_size": 2},
+    {"tensor_parallel_size": 4, "enable_attention_dp": True},
+    *(
+        {"tensor_parallel_size": 2, "context_parallel_size": 2, "cp_config": {"cp_type": kind, **keys}}
+        for kind, keys in (("RING", {}), ("ULYSSES", {}), ("HELIX", {}), ("STAR", {"block_size": 16}))
+    ),
 ]
 
 

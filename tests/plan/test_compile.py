@@ -14,7 +14,8 @@ import jax
 import pytest
 
 from jaxllm.config import ConfigError, EngineConfig
-from jaxllm.plan.compile import HLO_NAMES, CompiledStage, compile_decode, count_collectives, described_devices
+from jaxllm.engine.buckets import Bucket
+from jaxllm.plan.compile import HLO_NAMES, compile_step, count_collectives, described_devices
 from jaxllm.plan.find import find_model
 from jaxllm.plan.gpus import find_gpu
 from jaxllm.plan.plan import Plan, make_plan
@@ -23,13 +24,16 @@ from tests.tiny_llm import MODEL
 pytestmark = pytest.mark.timeout(300)
 
 
-def compiled(**settings: Any) -> tuple[Plan, list[CompiledStage]]:
-    """For the CPU, whose programs have the same arguments and collectives."""
+def plan_of(**settings: Any) -> Plan:
     config = EngineConfig(
-        model=str(MODEL), dtype="float32", max_batch_size=8, kv_cache_config={"max_tokens": 1024}, **settings
+        model=str(MODEL),
+        dtype="float32",
+        max_batch_size=8,
+        max_num_tokens=256,
+        kv_cache_config={"max_tokens": 1024},
+        **settings,
     )
-    plan = make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
-    return plan, compile_decode(plan, jax.devices())
+    return make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
 
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -38,19 +42,29 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor_parallel_size": 5},
     {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
     {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    *(
+        {"tensor_parallel_size": 2, "context_parallel_size": 2, "cp_config": {"cp_type": kind, **keys}}
+        for kind, keys in (("RING", {}), ("ULYSSES", {}), ("HELIX", {}), ("STAR", {"block_size": 32}))
+    ),
+    {"context_parallel_size": 4, "cp_config": {"cp_type": "RING"}},
+    {"tensor_parallel_size": 4, "enable_attention_dp": True},
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_arguments_and_collectives(layout: dict[str, Any]) -> None:
-    plan, stages = compiled(**layout)
+@pytest.mark.parametrize("kind", ["decode", "prompt"])
+def test_arguments_and_collectives(kind: str, layout: dict[str, Any]) -> None:
+    """Compiled for the CPU, whose programs have the same arguments and collectives."""
+    plan = plan_of(**layout)
+    bucket = plan.decode_bucket if kind == "decode" else Bucket(0, 2)
+    stages = compile_step(plan, jax.devices(), bucket)
     assert len(stages) == len(plan.stages)
     found: Counter[str] = Counter()
     for stage in stages:
         assert stage.difference < 0.001, stage
         found.update(stage.collectives)
     planned: Counter[str] = Counter()
-    for c in plan.decode_collectives:
+    for c in plan.decode_collectives if kind == "decode" else plan.prompt_collectives:
         if c.kind != "send":
             planned[HLO_NAMES[c.kind]] += c.count
     assert found == planned
@@ -72,7 +86,7 @@ def test_what_cannot_be_compiled() -> None:
     config = EngineConfig(model="Mixtral-8x7B")
     plan = make_plan(find_model("Mixtral-8x7B"), config, config.resolve_mapping(None), find_gpu("h200"))
     with pytest.raises(ConfigError, match="cannot compile Mixtral-8x7B: the engine does not run mixtral"):
-        compile_decode(plan, jax.devices())
+        compile_step(plan, jax.devices())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the CUDA plugin, not a GPU")

@@ -182,7 +182,10 @@ def schema(value: Any) -> Any:
 
 def test_the_json_keeps_its_keys():
     """A change here is a change for whoever reads the JSON: raise `report.SCHEMA` unless keys were only added."""
-    collective = {"kind": "str", "where": "str", "axes": ["str"], "ranks": "int", "count": "int", "bytes": "int"}
+    collective = {
+        "kind": "str", "where": "str", "axes": ["str"], "ranks": "int", "count": "int", "bytes": "int",
+        "conditional": "bool",
+    }  # fmt: skip
     mapping = {
         "tp": "int", "pp": "int", "cp": "int", "ep": "int", "cp_type": "NoneType", "attention_dp": "bool",
         "devices": "int",
