@@ -57,7 +57,8 @@ def check(model: Any, **settings: Any) -> Plan:
             stage = plan.stages[rank // size]
             planned = stage.weights + stage.kv + stage.buffers
         assert abs(found - planned) <= TOLERANCE * planned, (rank, found, planned)
-    assert stats["pages"] == plan.pages - 1
+    pools = plan.mapping.ep * plan.mapping.tp if plan.mapping.attention_dp else 1
+    assert stats["pages"] == pools * (plan.pages - 1)
     return plan
 
 
