@@ -37,6 +37,15 @@ tokens for each micro-batch in flight; beside it what the stages' own times and 
 examples:
   jaxllm bench pipeline smollm2-135m --pp 2 --batch-size 16 --micro-batches 1,2,4
 """
+_LAYOUTS_EXAMPLES = """\
+The same model on several layouts, one after the other: largest and mean difference of the log probabilities of a
+prompt's tokens from those of the first layout; TPOT by batch size, TTFT by prompt length. Layouts are 1, tp2, pp2, dp2
+(attention data parallelism), cp2:RING, or several joined by +.
+
+examples:
+  jaxllm bench layouts smollm2-135m --layouts 1,tp2,cp2:RING,tp2+pp2 --prompt-lens 512
+  jaxllm bench layouts DIR_WITH_CONFIG_JSON --load_format dummy --layouts 1,tp2,pp2,dp2 --batch-sizes 1,64
+"""
 
 
 def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compare: bool) -> None:
@@ -98,6 +107,19 @@ def fill_parser(parser: Parser) -> None:
     _add_bench_options(pipeline, input_len="64", output_len="64", compare=False)
     pipeline.set_defaults(run=_run_bench_pipeline)
 
+    layouts = commands.add_parser("layouts", help="several layouts of one model", description=_LAYOUTS_EXAMPLES)
+    layouts.usage = "%(prog)s [MODEL] --layouts LIST [options]"
+    layouts.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m", help=MODEL_HELP)
+    layouts.add_argument("--layouts", required=True, metavar="LIST", help="the first is what others are compared with")
+    layouts.add_argument("--batch-sizes", default="1,64", metavar="LIST", help="(default: %(default)s)")
+    layouts.add_argument("--prompt-lens", default="2048", metavar="LIST", help="(default: %(default)s)")
+    layouts.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: %(default)s)")
+    layouts.add_argument(
+        "--json", metavar="PATH", help="also write the report as JSON (- = stdout, instead of a table)"
+    )
+    add_engine_options(layouts)
+    layouts.set_defaults(run=_run_bench_layouts)
+
 
 def _run_bench_latency(args: argparse.Namespace) -> int:
     from jaxllm.bench.latency import run_latency
@@ -153,27 +175,38 @@ def _run_bench_host(args: argparse.Namespace) -> int:
 def _run_bench_pipeline(args: argparse.Namespace) -> int:
     from jaxllm.bench.load import Lengths
     from jaxllm.bench.pipeline import emit, run_pipeline
-    from jaxllm.config import ConfigError
 
-    try:
-        micro_batches = [int(m) for m in _names(args.micro_batches)]
-    except ValueError:
-        micro_batches = []
-    if not micro_batches or min(micro_batches) < 1:
-        raise ConfigError(f"--micro-batches = {args.micro_batches!r} must be numbers above 0, for example 1,2,4")
     config = engine_config(args)
     found = run_pipeline(
         config,
         batch_size=args.batch_size,
         chunk=Lengths.parse(args.input_len, "--input-len").high,
         output_len=Lengths.parse(args.output_len, "--output-len").high,
-        micro_batches=micro_batches,
+        micro_batches=_numbers(args.micro_batches, "--micro-batches"),
         repeat=args.repeat,
         seed=args.seed,
     )
     title = f"pipeline of {config.model}, {config.pipeline_parallel_size} stages, batch {args.batch_size}"
     emit(found, title, args.json)
     return 0
+
+
+def _run_bench_layouts(args: argparse.Namespace) -> int:
+    from jaxllm.bench.layouts import emit, run_layouts
+
+    config = engine_config(args)
+    batch_sizes, prompt_lens = _numbers(args.batch_sizes, "--batch-sizes"), _numbers(args.prompt_lens, "--prompt-lens")
+    emit(config, run_layouts(config, _names(args.layouts), batch_sizes, prompt_lens, args.repeat), args.json)
+    return 0
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    from jaxllm.config import ConfigError
+
+    names = _names(text)
+    if not names or not all(name.isdigit() and int(name) > 0 for name in names):
+        raise ConfigError(f"{option} = {text!r} must be numbers above 0, for example 1,64")
+    return [int(name) for name in names]
 
 
 def _names(text: str) -> list[str]:

@@ -1,0 +1,168 @@
+"""`jaxllm bench layouts`: the same model on several layouts, one after the other: right, and how fast.
+
+Right means the log probabilities of the tokens of one prompt, against those of the first layout: random weights have
+near ties everywhere, so that greedy tokens part ways for reasons that say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.mapping import CpType
+
+PROMPT = 256
+"""Tokens of the prompt whose log probabilities are compared."""
+
+OUTPUT = 64
+"""Tokens that each request decodes when TPOT is measured."""
+
+_SETTINGS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "cp": "context_parallel_size"}
+
+
+@dataclass(slots=True)
+class LayoutRow:
+    """One layout. Differences are of log probabilities (natural); times in milliseconds.
+
+    tpot: by batch size. ttft: by prompt length. start: seconds.
+    """
+
+    layout: str
+    largest_difference: float
+    mean_difference: float
+    tpot_ms: dict[int, float] = field(default_factory=dict)
+    ttft_ms: dict[int, float] = field(default_factory=dict)
+    start: float = 0.0
+
+
+def parse_layout(text: str) -> dict[str, Any]:
+    """Settings of a layout such as `1`, `tp2`, `pp2`, `cp2:RING`, `dp2` or `tp2+cp2:HELIX`. Raises ConfigError."""
+    settings: dict[str, Any] = {}
+    for part in text.split("+"):
+        match = re.fullmatch(r"(tp|pp|cp|dp)(\d+)(?::(\w+))?", part)
+        if part == "1":
+            continue
+        if match is None or (match[3] is not None) != (match[1] == "cp"):
+            raise ConfigError(f"layout {text!r} is not understood; write 1, tp2, pp2, dp2, cp2:RING or tp2+pp2")
+        size = int(match[2])
+        if match[1] == "dp":
+            settings |= {"tensor_parallel_size": size, "enable_attention_dp": True}
+        else:
+            settings[_SETTINGS[match[1]]] = size
+        if match[3]:
+            if match[3].upper() not in CpType.__members__:
+                raise ConfigError(f"layout {text!r}: cp_type must be one of {', '.join(CpType.__members__)}")
+            settings["cp_config"] = {"cp_type": match[3].upper()}
+    return settings
+
+
+def run_layouts(
+    config: EngineConfig, layouts: Sequence[str], batch_sizes: Sequence[int], prompt_lens: Sequence[int], repeat: int
+) -> list[LayoutRow]:
+    """Measures every layout; the first one is what the others are compared with."""
+    parsed = [(text, parse_layout(text)) for text in layouts]
+    rows: list[LayoutRow] = []
+    reference: list[float] | None = None
+    for text, settings in parsed:
+        row, logprobs = _measure(config, text, settings, batch_sizes, prompt_lens, repeat)
+        reference = logprobs if reference is None else reference
+        differences = [abs(a - b) for a, b in zip(logprobs, reference, strict=True)]
+        row.largest_difference, row.mean_difference = max(differences), statistics.fmean(differences)
+        rows.append(row)
+        print("\n".join(render(rows).splitlines()[-1:]), file=sys.stderr, flush=True)
+    return rows
+
+
+def _measure(
+    config: EngineConfig,
+    text: str,
+    settings: dict[str, Any],
+    batch_sizes: Sequence[int],
+    prompt_lens: Sequence[int],
+    repeat: int,
+) -> tuple[LayoutRow, list[float]]:
+    from jaxllm.llm import LLM
+    from jaxllm.sampling_params import SamplingParams
+
+    longest = max(*prompt_lens, 2 * PROMPT) + OUTPUT + 1
+    values = config.model_dump(exclude_unset=True) | settings | {"skip_tokenizer_init": True, "max_seq_len": longest}
+    values |= {"max_batch_size": max(batch_sizes), "batch_buckets": sorted(batch_sizes)}
+    with LLM.from_config(EngineConfig(**values)) as llm:
+        vocab = llm._engine.model_config.vocab_size
+        numbers = random.Random(0)
+
+        def prompt(length: int) -> list[int]:
+            return [numbers.randrange(vocab) for _ in range(length)]
+
+        (output,) = llm.generate([prompt(PROMPT)], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        found = output.outputs[0].prompt_logprobs
+        assert found is not None
+        logprobs = [entry[token].logprob for entry, token in zip(found, output.prompt_token_ids, strict=True) if entry]
+        row = LayoutRow(text, 0.0, 0.0, start=sum(llm.start_report.values()))
+        for batch in batch_sizes:
+            tpots = []
+            for _ in range(1 + repeat):
+                params = SamplingParams(max_tokens=OUTPUT, ignore_eos=True)
+                outputs = llm.generate([prompt(128) for _ in range(batch)], params, use_tqdm=False)
+                # From the last first token on, all of them decode.
+                last = max(o.timing.first_token for o in outputs)
+                done = max(o.timing.finished for o in outputs)
+                steps = OUTPUT - 1
+                tpots.append(1e3 * (done - last) / steps)
+            row.tpot_ms[batch] = statistics.median(tpots[1:])
+        for length in prompt_lens:
+            ttfts = []
+            for _ in range(1 + repeat):
+                (output,) = llm.generate([prompt(length)], SamplingParams(max_tokens=1), use_tqdm=False)
+                ttfts.append(1e3 * (output.timing.first_token - output.timing.submitted))
+            row.ttft_ms[length] = statistics.median(ttfts[1:])
+    return row, logprobs
+
+
+def render(rows: Sequence[LayoutRow]) -> str:
+    """The table."""
+    from jaxllm.bench.report import aligned
+
+    batches, lengths = rows[0].tpot_ms, rows[0].ttft_ms
+    head = [
+        "layout",
+        "max |dlogp|",
+        "mean",
+        *(f"TPOT b{b}" for b in batches),
+        *(f"TTFT {n}" for n in lengths),
+        "start s",
+    ]
+    body = [
+        [
+            row.layout,
+            f"{row.largest_difference:.2e}",
+            f"{row.mean_difference:.2e}",
+            *(f"{ms:.2f}" for ms in [*row.tpot_ms.values(), *row.ttft_ms.values()]),
+            f"{row.start:.0f}",
+        ]
+        for row in rows
+    ]
+    return "\n".join(aligned([head, *body]))
+
+
+def emit(config: EngineConfig, rows: Sequence[LayoutRow], json_path: str | None) -> None:
+    """Prints the table; writes it with the machine and the settings to `json_path` ("-": to stdout)."""
+    from jaxllm.bench.report import machine
+
+    if json_path != "-":
+        print(render(rows))
+    if json_path:
+        settings = config.model_dump(exclude_unset=True, mode="json")
+        text = json.dumps({"machine": machine(), "settings": settings, "rows": [asdict(r) for r in rows]}, indent=2)
+        if json_path == "-":
+            print(text)
+        else:
+            Path(json_path).write_text(text + "\n", encoding="utf-8")
