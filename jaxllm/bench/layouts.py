@@ -7,6 +7,7 @@ near ties everywhere, so that greedy tokens part ways for reasons that say nothi
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import statistics
@@ -32,7 +33,7 @@ _SETTINGS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "cp":
 class LayoutRow:
     """One layout. Differences are of log probabilities (natural); times in milliseconds.
 
-    tpot: by batch size. ttft: by prompt length. start: seconds.
+    tpot: by batch size. ttft: by prompt length. start: seconds. error: why there are no figures.
     """
 
     layout: str
@@ -41,6 +42,7 @@ class LayoutRow:
     tpot_ms: dict[int, float] = field(default_factory=dict)
     ttft_ms: dict[int, float] = field(default_factory=dict)
     start: float = 0.0
+    error: str = ""
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -72,10 +74,16 @@ def run_layouts(
     rows: list[LayoutRow] = []
     reference: list[float] | None = None
     for text, settings in parsed:
-        row, logprobs = _measure(config, text, settings, batch_sizes, prompt_lens, repeat)
-        reference = logprobs if reference is None else reference
-        differences = [abs(a - b) for a, b in zip(logprobs, reference, strict=True)]
-        row.largest_difference, row.mean_difference = max(differences), statistics.fmean(differences)
+        try:
+            row, logprobs = _measure(config, text, settings, batch_sizes, prompt_lens, repeat)
+        except Exception as error:  # a layout that cannot run is a result, too
+            if reference is None:
+                raise
+            row = LayoutRow(text, math.nan, math.nan, error=" ".join(str(error).split()) or type(error).__name__)
+        else:
+            reference = logprobs if reference is None else reference
+            differences = [abs(a - b) for a, b in zip(logprobs, reference, strict=True)]
+            row.largest_difference, row.mean_difference = max(differences), statistics.fmean(differences)
         rows.append(row)
         print("\n".join(render(rows).splitlines()[-1:]), file=sys.stderr, flush=True)
     return rows
@@ -131,26 +139,15 @@ def render(rows: Sequence[LayoutRow]) -> str:
     """The table."""
     from jaxllm.bench.report import aligned
 
-    batches, lengths = rows[0].tpot_ms, rows[0].ttft_ms
-    head = [
-        "layout",
-        "max |dlogp|",
-        "mean",
-        *(f"TPOT b{b}" for b in batches),
-        *(f"TTFT {n}" for n in lengths),
-        "start s",
-    ]
-    body = [
-        [
-            row.layout,
-            f"{row.largest_difference:.2e}",
-            f"{row.mean_difference:.2e}",
-            *(f"{ms:.2f}" for ms in [*row.tpot_ms.values(), *row.ttft_ms.values()]),
-            f"{row.start:.0f}",
-        ]
-        for row in rows
-    ]
-    return "\n".join(aligned([head, *body]))
+    batches, lengths = list(rows[0].tpot_ms), list(rows[0].ttft_ms)
+    times = [*(f"TPOT b{batch}" for batch in batches), *(f"TTFT {length}" for length in lengths)]
+    table = [["layout", "max |dlogp|", "mean", *times, "start s", ""]]
+    for row in rows:
+        measured = [row.tpot_ms.get(batch) for batch in batches] + [row.ttft_ms.get(length) for length in lengths]
+        cells = ["-" if ms is None else f"{ms:.2f}" for ms in measured]
+        differences = [f"{row.largest_difference:.2e}", f"{row.mean_difference:.2e}"]
+        table.append([row.layout, *differences, *cells, f"{row.start:.0f}", row.error[:120]])
+    return "\n".join(aligned(table))
 
 
 def emit(config: EngineConfig, rows: Sequence[LayoutRow], json_path: str | None) -> None:
