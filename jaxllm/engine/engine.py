@@ -57,6 +57,7 @@ class Engine:
         self._death: Exception | None = None
         self._lock = threading.Lock()
         self._clock = self._runner.clock
+        self._quiet_tokens = 0
         self._counts = {"steps": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0, "requests": 0}
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
@@ -219,18 +220,17 @@ class Engine:
         arrived = self._clock.add("wait", before)
         self._results.add_prompt_logprobs(flight)
         events = self._scheduler.update(flight.step, tokens)
-        self._counts["output_tokens"] += len(events)
+        quiet, self._quiet_tokens = self._quiet_tokens, self._scheduler.num_quiet_tokens
+        self._counts["output_tokens"] += len(events) + self._quiet_tokens - quiet
         ended: list[Request] = []
         recorded = self._results.recorded
         for event in events:
             seq = event.seq
             request = seq.request
-            # Most tokens interest nobody yet.
-            if not event.finished and seq.num_sent and not request.stream and request.request_id not in recorded:
-                continue
             if request.request_id not in self._requests:
                 continue  # dropped because of a sibling's event
             self._deliver(event, flight)
+            seq.quiet = not request.stream and request.request_id not in recorded
             if request.finished:
                 ended.append(request)
         # Not before all events: sequences of one request may end in the same step.

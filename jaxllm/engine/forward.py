@@ -108,8 +108,9 @@ class StepFunctions:
         """The step for one bucket, as a function of (weights, kv, last_token, packed).
 
         It returns token_R, the most likely token of each row; logits_RV, float32 and split over the vocabulary;
-        hidden_TD, the final hidden states of all tokens, those of each rank after those of the one before; last_token
-        with token_R written; and the written pages. With attention data parallelism R is the rows of all ranks.
+        hidden_TD, the final hidden states of all tokens, those of each rank after those of the one before (None where
+        no token is a prompt's: nobody wants them); last_token with token_R written; and the written pages. With
+        attention data parallelism R is the rows of all ranks.
 
         The stages of a pipeline differ in what they have: all but the first take the stage before's x_TD as a last
         argument, and all but the last return only (x_TD, kv). Those between have no last_token: it is None.
@@ -129,7 +130,8 @@ class StepFunctions:
             (x,) = x_TD or (batch.tokens_T,)
             if decodes and self.first:
                 assert last_token is not None
-                x = x.at[:decodes].set(last_token[slots_R[:decodes]])
+                # Not x.at[:decodes].set(): a scatter over all of x, which crashes Shardy in jax 0.11.2.
+                x = jnp.concatenate([last_token[slots_R[:decodes]], x[decodes:]])
             model = self._model(weights)
             attention = AttentionBatch(
                 decodes,
@@ -148,7 +150,8 @@ class StepFunctions:
             logits_RV = model.logits(rows_RD)
             with jax.named_scope("greedy"):
                 token_R = greedy(logits_RV, layout.axes("vocab"))
-            return token_R, logits_RV, hidden_TD, last_token.at[slots_R].set(token_R), kv
+            hidden = hidden_TD if shape.bucket.tiles else None
+            return token_R, logits_RV, hidden, last_token.at[slots_R].set(token_R), kv
 
         pages, tokens = layout.partition(*KV_AXES), layout.partition("tokens")
         kv_specs = [pages] * self.num_layers
@@ -158,7 +161,7 @@ class StepFunctions:
             step,
             mesh=self.mesh,
             in_specs=tuple(args if self.first else [*args, tokens]),
-            out_specs=(none, layout.partition(None, "vocab"), tokens, none, kv_specs)
+            out_specs=(none, layout.partition(None, "vocab"), tokens if shape.bucket.tiles else None, none, kv_specs)
             if self.last
             else (tokens, kv_specs),
             check_vma=False,

@@ -65,6 +65,10 @@ class Lanes:
         return sum(lane.num_preemptions for lane in self.lanes)
 
     @property
+    def num_quiet_tokens(self) -> int:
+        return sum(lane.num_quiet_tokens for lane in self.lanes)
+
+    @property
     def pools(self) -> list[PagePool]:
         return [lane.pool for lane in self.lanes]
 

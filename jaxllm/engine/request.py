@@ -89,6 +89,7 @@ class Sequence:
     num_computed  tokens whose KV has been dispatched to the device (always from the start, without holes)
     num_pending   tokens sampled on the device that the host has not read back yet
     num_sent      output tokens that the request's owner was told about
+    quiet         nobody wants to hear of its tokens before the end
     pages         page numbers, in order; page k holds positions [k * page_size, (k + 1) * page_size)
     slot          row of the per-sequence state on the device, -1 while it has none
     """
@@ -106,6 +107,7 @@ class Sequence:
         "num_sent",
         "pages",
         "prompt_ready",
+        "quiet",
         "rank",
         "register_at",
         "request",
@@ -125,6 +127,7 @@ class Sequence:
         self.num_computed = 0
         self.num_pending = 0
         self.num_sent = 0
+        self.quiet = False
         self.pages: list[int] = []
         self.slot = -1
         self.status = SequenceStatus.WAITING

@@ -253,7 +253,7 @@ class Runner:
         slot, prompt = np.array([seq.slot], np.int32), np.array([seq.num_prompt], np.int32)
         self._penalties = self._programs["reset"](self._penalties, slot, tokens, prompt)
 
-    def _forward(self, packed: PackedStep) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _forward(self, packed: PackedStep) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if self._returned is not None:
             return self._forward_stages(packed, self._returned)
         (stage,) = self.stages
@@ -262,7 +262,9 @@ class Runner:
         )
         return token_R, logits_RV, hidden_TD
 
-    def _forward_stages(self, packed: PackedStep, returned: ReturnedTokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _forward_stages(
+        self, packed: PackedStep, returned: ReturnedTokens
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Launches the step on every stage, one after the other; each waits on its devices for the one before."""
         bucket, (first, *between, last) = packed.shape.bucket, self.stages
         decoded = packed.shape.unpack(packed.data).slots_R[:, 0, : bucket.decodes]
@@ -326,11 +328,14 @@ class Runner:
             cached = self._last_bias[key] = (bias, tuple(jax.device_put(columns, self._replicated)))
         return cached[1]
 
-    def _prompt_logprobs(self, chunk: Chunk, packed: PackedStep, first: int, hidden_TD: jax.Array) -> PromptLogprobs:
+    def _prompt_logprobs(
+        self, chunk: Chunk, packed: PackedStep, first: int, hidden_TD: jax.Array | None
+    ) -> PromptLogprobs:
         """Hidden state i of a prompt says what token i + 1 should be."""
         seq = chunk.seq
         index_T = self.packer.token_index(packed, chunk, first)
         stop = min(chunk.stop, seq.num_prompt - 1)
+        assert hidden_TD is not None  # there is a chunk
         take = self._programs["hidden_of", hidden_TD.shape[0]]
         parts = []
         for start in range(chunk.start, chunk.stop, self.tile):

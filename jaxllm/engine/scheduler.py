@@ -93,6 +93,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.micro_batches = micro_batches
         self.num_preemptions = 0
+        self.num_quiet_tokens = 0  # those that `update` returned no event for
         self._num_steps = 0  # scheduled so far
         self._share = 0  # prompt tokens of a micro-batch
         self._guaranteed = policy == "GUARANTEED_NO_EVICT"
@@ -443,7 +444,8 @@ class Scheduler:
     def update(self, step: Step | LaneSteps, tokens: Rows[int]) -> list[Event]:
         """Take the sampled tokens of a step, in the order of its rows; call it once per step, in order.
 
-        Tokens of sequences that have finished meanwhile are dropped: the step was on its way already.
+        Tokens of sequences that have finished meanwhile are dropped: the step was on its way already. Quiet sequences
+        have an event only where something happens, such as their end.
         """
         if len(tokens) < step.num_rows:
             raise ValueError(f"{len(tokens)} tokens for a step of {step.num_rows} rows")
@@ -455,7 +457,10 @@ class Scheduler:
             if length < seq.max_len and length <= seq.register_at and token not in seq.stop_ids:
                 seq.tokens.append(token)  # what `_accept` does with most tokens
                 seq.num_pending -= 1
-                events.append(Event(seq, token, False, row))
+                if seq.quiet:
+                    self.num_quiet_tokens += 1
+                else:
+                    events.append(Event(seq, token, False, row))
             else:
                 self._accept(seq, token, row, events)
         row = len(step.decodes)
