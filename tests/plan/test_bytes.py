@@ -44,19 +44,22 @@ def check(model: Any, **settings: Any) -> Plan:
     config = EngineConfig(model=str(model), **settings)
     plan = make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
     assert plan.ok, plan.problems
-    before = allocated()
-    with LLM(model, skip_tokenizer_init=True, progress=False, **settings) as llm:
-        stats = llm.get_stats()
-        engine = allocated()
-        engine.subtract(before)
-    devices = [engine[device.id] for device in jax.devices()]
     size = plan.mapping.world_size // plan.mapping.pp
-    for rank, found in enumerate(devices):
-        planned = 0
-        if rank < plan.mapping.world_size:
-            stage = plan.stages[rank // size]
-            planned = stage.weights + stage.kv + stage.buffers
-        assert abs(found - planned) <= TOLERANCE * planned, (rank, found, planned)
+    stages = [plan.stages[rank // size] for rank in range(plan.mapping.world_size)]
+    planned = [stage.weights + stage.kv + stage.buffers for stage in stages]
+    planned += [0] * (len(jax.devices()) - len(planned))
+    # In a process that ran other tests before, arrays of theirs may turn up between the two counts: once, not twice.
+    for _ in range(2):
+        before = allocated()
+        with LLM(model, skip_tokenizer_init=True, progress=False, **settings) as llm:
+            stats = llm.get_stats()
+            engine = allocated()
+            engine.subtract(before)
+        found = [engine[device.id] for device in jax.devices()]
+        if all(abs(a - b) <= TOLERANCE * b for a, b in zip(found, planned, strict=True)):
+            break
+    else:
+        pytest.fail(f"allocated {found}, planned {planned}")
     pools = plan.mapping.ep * plan.mapping.tp if plan.mapping.attention_dp else 1
     assert stats["pages"] == pools * (plan.pages - 1)
     return plan
