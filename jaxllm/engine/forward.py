@@ -115,8 +115,8 @@ class StepFunctions:
         The stages of a pipeline differ in what they have: all but the first take the stage before's x_TD as a last
         argument, and all but the last return only (x_TD, kv). Those between have no last_token: it is None.
         """
-        layout = self.layout
-        prompts, requests = layout.axes("prompts"), layout.axes("requests")
+        layout, T, D = self.layout, shape.bucket.tokens(shape.tile), self.cfg.hidden_size
+        prompts, requests, spread = layout.axes("prompts"), layout.axes("requests"), layout.spread(T, D)
 
         def step(
             weights: list[jax.Array],
@@ -145,7 +145,7 @@ class StepFunctions:
             if not self.last:
                 return hidden_TD, kv
             assert last_token is not None
-            rows_RD = gather_rows(_last_rows(hidden_TD, batch.last_R, prompts), requests)
+            rows_RD = gather_rows(_last_rows(hidden_TD, batch.last_R, prompts, spread), requests)
             slots_R = gather_rows(slots_R, requests)
             logits_RV = model.logits(rows_RD)
             with jax.named_scope("greedy"):
@@ -153,17 +153,17 @@ class StepFunctions:
             hidden = hidden_TD if shape.bucket.tiles else None
             return token_R, logits_RV, hidden, last_token.at[slots_R].set(token_R), kv
 
-        pages, tokens = layout.partition(*KV_AXES), layout.partition("tokens")
+        pages, stream = layout.partition(*KV_AXES), layout.stream(T, D)
         kv_specs = [pages] * self.num_layers
         none = PartitionSpec()
         args = [self._weight_specs, kv_specs, none if self.first or self.last else None, layout.partition("requests")]
         return jax.shard_map(
             step,
             mesh=self.mesh,
-            in_specs=tuple(args if self.first else [*args, tokens]),
-            out_specs=(none, layout.partition(None, "vocab"), tokens if shape.bucket.tiles else None, none, kv_specs)
+            in_specs=tuple(args if self.first else [*args, stream]),
+            out_specs=(none, layout.partition(None, "vocab"), stream if shape.bucket.tiles else None, none, kv_specs)
             if self.last
-            else (tokens, kv_specs),
+            else (stream, kv_specs),
             check_vma=False,
         )
 
@@ -193,8 +193,15 @@ def _own_part(packed: jax.Array, prompts: Axes) -> jax.Array:
     return packed.reshape(-1) if ranks(prompts) == 1 else packed[0, rank(prompts)]
 
 
-def _last_rows(hidden_TD: jax.Array, last_R: jax.Array, prompts: Axes) -> jax.Array:
-    """The hidden state that each row samples from, [R, D]; the one rank that has it (last_R >= 0) gives it to all."""
-    if ranks(prompts) == 1:
+def _last_rows(hidden_TD: jax.Array, last_R: jax.Array, prompts: Axes, spread: Axes) -> jax.Array:
+    """The hidden state that each row samples from, [R, D]; the one rank that has it gives it to all.
+
+    last_R: its token, among those of all ranks of `spread`, over which rows are split; -1 on other ranks of `prompts`.
+    """
+    parts = (*prompts, *spread)
+    if ranks(parts) == 1:
         return hidden_TD[last_R]
-    return all_reduce(jnp.where(last_R[:, None] >= 0, hidden_TD[jnp.maximum(last_R, 0)], 0), prompts)
+    rows = hidden_TD.shape[0]
+    own_R = last_R - rank(spread) * rows
+    here_R = (own_R >= 0) & (own_R < rows)
+    return all_reduce(jnp.where(here_R[:, None], hidden_TD[jnp.clip(own_R, 0, rows - 1)], 0), parts)

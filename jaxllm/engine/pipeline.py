@@ -41,7 +41,6 @@ class Stage:
         self.mesh: Mesh = functions.mesh
         self.weights = functions.flatten(weights)
         self.head = weights[functions.head_path] if functions.last else None
-        self.tokens: NamedSharding = functions.layout.sharding(self.mesh, "tokens")
         # A page of the pool is one, or with star attention several, on every rank that pages are spread over.
         each = num_pages * functions.layout.mapping.stripe(page_size) // page_size
         shape = (each * functions.layout.size("pages"), *functions.kv_shape(page_size))
@@ -49,6 +48,13 @@ class Stage:
         zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
         self.kv: list[KVPages] = [zeros() for _ in range(functions.num_layers)]
         self.programs: dict[Any, Any] = {}
+        self.inputs: dict[Any, NamedSharding] = {}
+
+    def hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """x_TD of a step with `tokens` tokens on each rank."""
+        layout, width = self.functions.layout, self.functions.cfg.hidden_size
+        sharding = NamedSharding(self.mesh, layout.stream(tokens, width))
+        return jax.ShapeDtypeStruct((layout.size("tokens") * tokens, width), layout.dtype, sharding=sharding)
 
     def compile_step(self, shape: BatchShape, num_slots: int) -> Callable[..., Any]:
         """The program of this stage for one bucket; `num_slots` is the length of last_token."""
@@ -61,8 +67,9 @@ class Stage:
             jax.ShapeDtypeStruct(shape.shape, np.int32, sharding=layout.sharding(mesh, "requests")),
         ]
         if not functions.first:
-            size = (layout.size("tokens") * shape.bucket.tokens(shape.tile), functions.cfg.hidden_size)
-            args.append(jax.ShapeDtypeStruct(size, layout.dtype, sharding=self.tokens))
+            hidden = self.hidden(shape.bucket.tokens(shape.tile))
+            args.append(hidden)
+            self.inputs[shape.bucket] = hidden.sharding
         # Where the first stage is not the last, last_token is kept for the first stage to read.
         donated = (1, 2) if functions.first and functions.last else (1,)
         return jax.jit(functions.forward(shape), donate_argnums=donated).lower(*args).compile()

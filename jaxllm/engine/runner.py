@@ -120,11 +120,11 @@ class Runner:
             for bucket in sorted(self.buckets, reverse=True)
             for stage in self.stages
         }
-        lanes, ranks = self.functions.layout.size("requests"), self.functions.layout.size("tokens")
+        lanes = self.functions.layout.size("requests")
         for rows in sorted({lanes * bucket.rows for bucket in self.buckets}, reverse=True):
             for variant in Variant:
                 jobs[rows, variant] = partial(self._compile_sampler, rows, variant)
-        for tokens in sorted({ranks * b.tokens(self.tile) for b in self.buckets if b.tiles}):
+        for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
             jobs["hidden_of", tokens] = partial(self._compile_hidden_of, tokens)
         return jobs | {"reset": self._compile_reset, "prompt_logprobs": self._compile_prompt_logprobs}
 
@@ -196,10 +196,8 @@ class Runner:
         return jitted.lower(self._abstract(self._penalties), ints(1), ints(1, self.max_seq_len), ints(1)).compile()
 
     def _compile_hidden_of(self, tokens: int) -> Callable[..., Any]:
-        """The hidden states of a tile's worth of the `tokens` of a step."""
-        layout = self.functions.layout
-        shape = (tokens, self.functions.cfg.hidden_size)
-        hidden = jax.ShapeDtypeStruct(shape, layout.dtype, sharding=layout.sharding(self.mesh, "tokens"))
+        """The hidden states of a tile's worth of a step's tokens, of which each rank has `tokens`."""
+        hidden = self.stages[-1].hidden(tokens)
         index = jax.ShapeDtypeStruct((self.tile,), np.int32, sharding=self._replicated)
         jitted = jax.jit(lambda hidden_TD, index: hidden_TD[index], out_shardings=self._replicated)
         return jitted.lower(hidden, index).compile()
@@ -273,11 +271,11 @@ class Runner:
         outputs = [x_TD]
         for stage in between:
             times.append(time.perf_counter())
-            x_TD = jax.device_put(x_TD, stage.tokens)
+            x_TD = jax.device_put(x_TD, stage.inputs[bucket])
             x_TD, stage.kv = stage.programs[bucket](stage.weights, stage.kv, None, packed.data, x_TD)
             outputs.append(x_TD)
         times.append(time.perf_counter())
-        x_TD = jax.device_put(x_TD, last.tokens)
+        x_TD = jax.device_put(x_TD, last.inputs[bucket])
         token_R, logits_RV, hidden_TD, self._last_token, last.kv = last.programs[bucket](
             last.weights, last.kv, self._last_token, packed.data, x_TD
         )
@@ -336,7 +334,7 @@ class Runner:
         index_T = self.packer.token_index(packed, chunk, first)
         stop = min(chunk.stop, seq.num_prompt - 1)
         assert hidden_TD is not None  # there is a chunk
-        take = self._programs["hidden_of", hidden_TD.shape[0]]
+        take = self._programs["hidden_of", packed.shape.bucket.tokens(self.tile)]
         parts = []
         for start in range(chunk.start, chunk.stop, self.tile):
             index, targets = np.zeros((2, self.tile), np.int32)

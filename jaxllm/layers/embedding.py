@@ -25,14 +25,17 @@ class VocabTable(nnx.Module):
         self.axes = axes
         self.tokens = tokens
 
-    def embed(self, tokens_T: jax.Array) -> jax.Array:
-        """Rows of the table for tokens_T, [T, D]; each rank looks up its own rows and the sum puts them together."""
+    def embed(self, tokens_T: jax.Array, spread: Axes = ()) -> jax.Array:
+        """Rows of the table for tokens_T, [T, D]; each rank looks up its own rows and the sum puts them together.
+
+        spread: the ranks over which the result's rows are split.
+        """
         table = self.weight[...]
         rows = num_rows(table)
         local = gather_rows(tokens_T, self.tokens) - rank(self.axes) * rows
         mine = (local >= 0) & (local < rows)
         found_TD = jnp.where(mine[:, None], take_rows(table, jnp.clip(local, 0, rows - 1)), 0)
-        return sum_partial(found_TD, self.axes, self.tokens)
+        return sum_partial(found_TD, self.axes, self.tokens or spread)
 
     def logits(self, x_RD: jax.Array, softcap: float | None) -> jax.Array:
         """See `vocab_logits`."""

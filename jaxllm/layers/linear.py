@@ -34,17 +34,14 @@ class ColumnLinear(nnx.Module):
 
 
 class RowLinear(nnx.Module):
-    """Input features split over `axes`: partial sums are added up by one all-reduce.
+    """Input features split over `axes`: partial sums are added up by one all-reduce."""
 
-    tokens: where the rows are those of several ranks, each of which wants its own back, it is one reduce-scatter.
-    """
-
-    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None, *, axes: Axes, tokens: Axes = ()):
+    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None, *, axes: Axes):
         self.weight = param(weight)
         self.bias = None if bias is None else param(bias)
         self.axes = axes
-        self.tokens = tokens
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = sum_partial(matmul(x, self.weight[...]), self.axes, self.tokens)
+    def __call__(self, x: jax.Array, tokens: Axes = ()) -> jax.Array:
+        """tokens: where the rows are those of several ranks, and each wants its own back, it is a reduce-scatter."""
+        y = sum_partial(matmul(x, self.weight[...]), self.axes, tokens)
         return y if self.bias is None else y + self.bias[...]

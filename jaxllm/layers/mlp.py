@@ -17,15 +17,12 @@ ACTIVATIONS = {
 
 
 class GatedMLP(nnx.Module):
-    """tokens: the ranks whose tokens are brought together before the product (attention data parallelism); `down`
-    hands each its own again."""
-
-    def __init__(self, gate_up: ColumnLinear, down: RowLinear, activation: str, *, tokens: Axes = ()):
+    def __init__(self, gate_up: ColumnLinear, down: RowLinear, activation: str):
         self.gate_up = gate_up
         self.down = down
         self.activation = activation
-        self.tokens = tokens
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        gate_TF, up_TF = jnp.split(self.gate_up(gather_rows(x_TD, self.tokens)), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate_TF) * up_TF)
+    def __call__(self, x_TD: jax.Array, tokens: Axes = ()) -> jax.Array:
+        """tokens: the ranks whose rows are brought together before the product; each gets its own back."""
+        gate_TF, up_TF = jnp.split(self.gate_up(gather_rows(x_TD, tokens)), 2, axis=-1)
+        return self.down(ACTIVATIONS[self.activation](gate_TF) * up_TF, tokens)

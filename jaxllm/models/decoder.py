@@ -28,7 +28,6 @@ from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ModelConfig
-from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
@@ -41,11 +40,11 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, layout: Layout, index: int):
         specs = _Specs(cfg, layout, f"model.layers.{index}.")
         attention, mlp = "self_attn.", "mlp."
-        requests = layout.axes("requests")
+        self.layout = layout
 
-        def row(weight: ParamSpec, bias: str | None, axis: str, tokens: Axes = ()) -> RowLinear:
+        def row(weight: ParamSpec, bias: str | None, axis: str) -> RowLinear:
             bias_spec = None if bias is None else specs.replicated(bias)
-            return RowLinear(weight, bias_spec, axes=layout.axes(axis), tokens=tokens)
+            return RowLinear(weight, bias_spec, axes=layout.axes(axis))
 
         def post_norm(name: str) -> RMSNorm | None:
             return RMSNorm(specs.norm(name, cfg.hidden_size), cfg.norm_eps) if cfg.post_norms else None
@@ -65,9 +64,8 @@ class Block(nnx.Module):
         )
         self.mlp = GatedMLP(
             ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
-            row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn", requests),
+            row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn"),
             cfg.activation,
-            tokens=requests,
         )
         # Gemma norms the output of each half too, and calls the norm before the MLP "pre_feedforward".
         pre_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
@@ -78,11 +76,12 @@ class Block(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
     ) -> tuple[jax.Array, KVPages]:
+        spread = self.layout.spread(batch.tokens, x_TD.shape[1])
         with jax.named_scope("attention"):
-            y, kv = self.attention(self.input_norm(x_TD), rope, kv, batch)
+            y, kv = self.attention(self.input_norm(x_TD), rope, kv, batch, spread)
             x_TD = x_TD + (y if self.post_attention_norm is None else self.post_attention_norm(y))
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x_TD))
+            y = self.mlp(self.mlp_norm(x_TD), spread or self.layout.axes("requests"))
             x_TD = x_TD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
         return x_TD, kv
 
@@ -101,6 +100,7 @@ class Decoder(nnx.Module):
         first, last = indices.start == 0, indices.stop == cfg.num_layers
         tied = cfg.tie_embeddings
         self.cfg = cfg
+        self.layout = layout
         self.first = first
         self.windows = [cfg.windows[i] for i in indices]
         self.embed = (
@@ -115,7 +115,8 @@ class Decoder(nnx.Module):
     def __call__(self, x: jax.Array, kv: list[KVPages], batch: AttentionBatch) -> tuple[jax.Array, list[KVPages]]:
         """Hidden states x_TD of a step's tokens after these layers, and the pages with their keys and values written.
 
-        x is tokens_T in the first stage and x_TD of the stage before in the others; the last stage's are normed.
+        x is tokens_T in the first stage and x_TD of the stage before in the others; the last stage's are normed. The
+        rows of x_TD are split as `Layout.stream` says.
         """
         cfg = self.cfg
         x_TD = self._embed(x) if self.first else x
@@ -135,7 +136,8 @@ class Decoder(nnx.Module):
     def _embed(self, tokens_T: jax.Array) -> jax.Array:
         assert self.embed is not None
         with jax.named_scope("embed"):
-            x_TD = self.embed.embed(tokens_T)
+            spread = self.layout.spread(tokens_T.shape[0], self.cfg.hidden_size)
+            x_TD = self.embed.embed(tokens_T, spread)
             scale = self.cfg.embedding_scale
             return x_TD if scale == 1.0 else x_TD * jnp.asarray(scale, x_TD.dtype)
 

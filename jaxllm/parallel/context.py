@@ -47,6 +47,10 @@ class AttentionBatch:
     chunks_RC: jax.Array | None = None
 
     @property
+    def tokens(self) -> int:
+        return self.positions_T.shape[0]
+
+    @property
     def tiles(self) -> int:
         return self.pages_RW.shape[0] - self.decodes
 

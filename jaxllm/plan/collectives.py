@@ -59,13 +59,21 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
             out.append(Collective(kind, where, wide, ranks, count, round(size), conditional))
 
     row = D * element
+    spread = layout.spread(own, D)
+    shares = sizes.shards(set(spread))
+
+    def add_up(where: str, axes: Sequence[str], count: int, apart: Sequence[str]) -> None:
+        """Partial sums over `axes`; the rows of the result are split over `apart`."""
+        if apart:
+            add("reduce_scatter", where, apart, count, own * row / shares)
+        else:
+            add("all_reduce", where, axes, count, own * row)
+
     ffn, vocab = layout.axes("ffn"), layout.axes("vocab")
     if layers.start == 0:
-        if lanes:
-            add("all_gather", "token ids", lanes, 1, own * 4 * sizes.shards(set(lanes)))
-            add("reduce_scatter", "embedding", lanes, 1, own * row)
-        else:
-            add("all_reduce", "embedding", vocab, 1, own * row)
+        add("all_gather", "token ids", lanes, 1, own * 4 * sizes.shards(set(lanes)))
+        add_up("embedding", vocab, 1, lanes or spread)
+    add("all_gather", "rows before QKV", spread, n, own * row)
     heads = sizes.query_width * element
     kept = sum(cache.arrays) * element
     partial = heads + 4 * sizes.query_heads  # with a float32 lse for each head
@@ -87,20 +95,17 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
             add("all_reduce", "anchor of each prompt", CP, n, anchor * kept, conditional=True)
         add("all_gather", "queries to what other ranks have of the context", CP, n, own * cp * heads, conditional=True)
         add("all_to_all", "their partial attention", CP, n, own * cp * partial, conditional=True)
-    add("all_reduce", "attention output", layout.axes("head_out"), n, own * row)
-    if lanes:
-        add("all_gather", "tokens before the FFN", lanes, n, own * row * sizes.shards(set(lanes)))
-        add("reduce_scatter", "FFN output", lanes, n, own * row)
-    else:
-        add("all_reduce", "FFN output", ffn, n, own * row)
+    add_up("attention output", layout.axes("head_out"), n, spread)
+    add("all_gather", "tokens before the FFN", lanes or spread, n, own * row * sizes.shards(set(lanes)))
+    add_up("FFN output", ffn, n, lanes or spread)
     if layers.stop == model.num_layers:
         rows = 1 if prompt else own
-        add("all_reduce", "last tokens", layout.axes("prompts"), 1, rows * row)
+        add("all_reduce", "last tokens", (*layout.axes("prompts"), *spread), 1, rows * row)
         if lanes:
             add("all_gather", "rows to sample", lanes, 1, rows * row * sizes.shards(set(lanes)))
             add("all_gather", "their slots", lanes, 1, rows * 4 * sizes.shards(set(lanes)))
         sampled = rows * sizes.shards(set(lanes))
         add("all_gather", "greedy", vocab, 2, sampled * 4 * sizes.shards(set(vocab)))
     else:
-        out.append(Collective("send", "to the next stage", ("pp",), 2, 1, own * row))
+        out.append(Collective("send", "to the next stage", ("pp",), 2, 1, round(own * row / shares)))
     return out

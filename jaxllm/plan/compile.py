@@ -141,14 +141,17 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
         rows = bucket.tokens(plan.tile)
         if not functions.first:
             tokens = rows * layout.size("tokens")
-            args.append(spec((tokens, cfg.hidden_size), layout.dtype, layout.sharding(part, "tokens", None)))
+            stream = NamedSharding(part, layout.stream(rows, cfg.hidden_size))
+            args.append(spec((tokens, cfg.hidden_size), layout.dtype, stream))
         began = time.perf_counter()
         program = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args).compile()
         memory, hlo = program.memory_analysis(), program.as_text()
         assert memory is not None and hlo is not None
         inputs = 4 * num_slots * (functions.first or functions.last)
         inputs += 4 * int(np.prod(shape.shape)) // layout.size("requests")
-        inputs += 0 if functions.first else rows * cfg.hidden_size * layout.dtype.itemsize
+        if not functions.first:
+            shard = args[-1].sharding.shard_shape(args[-1].shape)
+            inputs += int(np.prod(shard)) * layout.dtype.itemsize
         out.append(
             CompiledStage(
                 seconds=time.perf_counter() - began,

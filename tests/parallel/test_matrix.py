@@ -105,10 +105,11 @@ def every_case() -> Iterator[Case]:
 
 @cache
 def prompts(model: str) -> list[list[int]]:
-    """Prompts of less than a page up to several chunks; two share a beginning."""
+    """Prompts of less than a page up to several chunks, the longest of more than the 128 tokens that are a page of Star
+    attention on 8 devices; two share a beginning."""
     rng = np.random.default_rng(5)
     top = 203 if model == "tiny" else 40_000
-    found = [rng.integers(3, top, length).tolist() for length in (1, 3, 4, 17, 33, 70, 90)]
+    found = [rng.integers(3, top, length).tolist() for length in (1, 3, 4, 17, 33, 70, 130)]
     return [*found, found[-1][:64] + found[3]]
 
 
@@ -230,7 +231,7 @@ def main(arguments: list[str]) -> int:
                 result = check(model, case)
             except Exception as error:
                 wrong += 1
-                result = f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                result = f"WRONG: {type(error).__name__}: {str(error)[:120]!r}"
             seconds = time.perf_counter() - started
             row = f"{number:>3}/{len(cases)}  {case.tp:>2} {case.pp:>2} {case.cp:>2}"
             row += f"  {case.kind.name if case.kind else '-':<8}{'ADP' if case.attention_dp else '-':<4}"
