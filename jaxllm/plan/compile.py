@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TOLERANCE = 0.03
 """Share by which the arguments of a program may differ from the plan."""
 
+CAPABILITIES = {"h200": "9.0"}
+"""Compute capability of the GPUs of `targets`."""
+
 # HLO's names of the collectives of a Collective's kind.
 HLO_NAMES = {
     "all_reduce": "all-reduce",
@@ -70,6 +73,8 @@ def described_devices(gpu: str, count: int) -> Sequence[Any]:
     """
     from jax.experimental import topologies
 
+    from jaxllm.kernels.cuda import call
+
     target = files("jaxllm.plan") / "targets" / f"{gpu}.txtpb"
     if not target.is_file():
         raise ConfigError(f"gpu {gpu!r} cannot be compiled for; use h200")
@@ -86,6 +91,7 @@ def described_devices(gpu: str, count: int) -> Sequence[Any]:
             f"cannot compile for {gpu} ({reason}); install the CUDA plugin of this jax: "
             "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc"
         ) from None
+    call.describe_target(CAPABILITIES.get(gpu))
     return topology.devices
 
 

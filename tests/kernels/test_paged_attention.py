@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,16 @@ from jaxllm.kernels.paged_attention import cpu, reference
 
 pytestmark = pytest.mark.quick
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention, "cpu": cpu.paged_attention}
+
+def run(name, q, kv, pages, positions, *, scale, window=None, softcap=None, first_RQ=None):
+    """One implementation by its name; the arguments of `api.paged_attention`."""
+    first_RQ = reference.first_visible(positions, window, first_RQ)
+    if name == "reference":
+        return reference.attend(q, kv, pages, positions, first_RQ, scale=scale, softcap=softcap)
+    return cpu.choose(q, kv, pages, scale=scale, softcap=softcap)(q, kv, pages, positions, first_RQ)
+
+
+IMPLEMENTATIONS = {"reference": partial(run, "reference"), "cpu": partial(run, "cpu")}
 
 
 def exact(q, kv, pages, positions, *, scale, window=None, softcap=None, first_RQ=None):
@@ -118,7 +129,7 @@ def test_native_result_does_not_depend_on_the_batch() -> None:
     """A token gets the same bits decoded alone, decoded with others, and as part of a prompt tile."""
     q, kv, pages, positions = inputs(4, 32, 3, 3, 64, 32, 1100)
     for window in (None, 300):
-        call = jax.jit(lambda *a, w=window: cpu.paged_attention(*a, scale=0.125, window=w))
+        call = jax.jit(lambda *a, w=window: run("cpu", *a, scale=0.125, window=w))
         try:
             tile, tile_lse = call(q, kv, pages, positions)
         except NotImplementedError as reason:
@@ -138,7 +149,7 @@ def test_eight_devices_at_once() -> None:
 
     def local(q, positions, kv, pages):
         for _ in range(20):
-            q = cpu.paged_attention(q, kv, pages, positions, scale=0.125)[0]
+            q = run("cpu", q, kv, pages, positions, scale=0.125)[0]
         return q
 
     none = jax.sharding.PartitionSpec()
@@ -149,5 +160,5 @@ def test_eight_devices_at_once() -> None:
         pytest.skip(str(reason))
     wanted = jnp.asarray(q)
     for _ in range(20):
-        wanted = cpu.paged_attention(wanted, kv, pages, positions, scale=0.125)[0]
+        wanted = run("cpu", wanted, kv, pages, positions, scale=0.125)[0]
     np.testing.assert_array_equal(np.asarray(out)[:-1], np.asarray(wanted)[:-1])

@@ -1,15 +1,18 @@
-"""Attention of new tokens over paged keys and values: the first implementation that can do the job does it."""
+"""Attention of new tokens over paged keys and values: on each platform the first implementation that can do the job."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+from jax import lax
 
 from jaxllm.kernels.paged_attention import cpu, reference
+from jaxllm.kernels.paged_attention.types import Implementation
 
-IMPLEMENTATIONS = (
-    cpu.paged_attention,
-    reference.paged_attention,
-)
+PLATFORMS = {"cpu": (cpu,)}
+"""Modules in the order in which their `choose(q, kv, pages, *, scale, softcap)` is asked for an Implementation, until one
+does not raise NotImplementedError. Where all do, and on other platforms, the reference does the work."""
 
 
 def paged_attention(
@@ -43,19 +46,17 @@ def paged_attention(
       out_RQNH in q's dtype, and lse_RQN float32: the log of the sum of exponentiated scores, so that results over
       different parts of the context can be merged.
     """
-    reasons = []
-    for implementation in IMPLEMENTATIONS:
-        try:
-            return implementation(
-                q_RQNH,
-                kv_PYKOH,
-                pages_RW,
-                positions_RQ,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                first_RQ=first_RQ,
-            )
-        except NotImplementedError as reason:
-            reasons.append(f"{implementation.__module__}: {reason}")
-    raise NotImplementedError("no implementation of paged attention applies: " + "; ".join(reasons))
+    first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
+    branches: dict[str, Implementation] = {}
+    for platform, modules in PLATFORMS.items():
+        for module in modules:
+            try:
+                branches[platform] = module.choose(q_RQNH, kv_PYKOH, pages_RW, scale=scale, softcap=softcap)
+                break
+            except NotImplementedError:
+                continue
+    default = partial(reference.attend, scale=scale, softcap=softcap)
+    arguments = (q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ)
+    # The program may be lowered for a GPU in a process whose default backend is a CPU (ahead-of-time compilation): what
+    # it is lowered for decides.
+    return lax.platform_dependent(*arguments, **branches, default=default) if branches else default(*arguments)

@@ -8,45 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxllm.kernels.native import build
 from jaxllm.kernels.paged_attention import reference
+from jaxllm.kernels.paged_attention.types import Implementation
 
 
-def paged_attention(
-    q_RQNH: jax.Array,
-    kv_PYKOH: jax.Array,
-    pages_RW: jax.Array,
-    positions_RQ: jax.Array,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    first_RQ: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_attention`. Raises NotImplementedError where XLA must do it."""
+def choose(
+    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, scale: float, softcap: float | None
+) -> Implementation:
+    """See `api.Implementation`. Raises NotImplementedError where XLA must do it."""
     if any(a.dtype != jnp.float32 for a in (q_RQNH, kv_PYKOH)):
         raise NotImplementedError("only float32")
-    if pages_RW.dtype != jnp.int32 or positions_RQ.dtype != jnp.int32:
-        raise NotImplementedError("only int32 pages and positions")
+    if pages_RW.dtype != jnp.int32:
+        raise NotImplementedError("only int32 pages")
     if not build.available("paged_attention", check):
         raise NotImplementedError("no native kernel")
-    first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
-    # See linear/cpu.py on why the choice is made when the program is lowered.
-    return lax.platform_dependent(
-        q_RQNH,
-        kv_PYKOH,
-        pages_RW,
-        positions_RQ,
-        first_RQ,
-        cpu=partial(_native, scale=scale, softcap=softcap),
-        default=partial(_reference, scale=scale, softcap=softcap),
-    )
-
-
-def _reference(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-    return reference.paged_attention(*args[:-1], first_RQ=args[-1], **options)
+    return partial(_native, scale=scale, softcap=softcap)
 
 
 def _native(
@@ -85,10 +63,10 @@ def check(target: str) -> None:
         positions[:, :7] = np.arange(R)[:, None] + np.arange(min(Q, 5) + 2)[None, : min(Q, 7)] % 5
         args = tuple(jnp.asarray(a) for a in (q, kv, pages, positions))
         real = positions >= 0
-        options = {"scale": 0.3, "softcap": softcap}
+        options: dict[str, Any] = {"scale": 0.3, "softcap": softcap}
         first = None if window is None else args[-1] - window + 1
-        found = jax.jit(partial(_native, target=target, **options))(*args, first)  # type: ignore[arg-type]
-        wanted = jax.jit(partial(_reference, **options))(*args, first)
+        found = jax.jit(partial(_native, target=target, **options))(*args, first)
+        wanted = jax.jit(partial(reference.attend, **options))(*args, first)
         error = max(np.abs(np.asarray(a) - np.asarray(b))[real].max() for a, b in zip(found, wanted, strict=True))
         if not error < 1e-4:
             raise ArithmeticError(f"{target} is wrong by {error:.1e} at Q={Q} H={H} window={window}")

@@ -24,16 +24,15 @@ def first_visible(positions_RQ: jax.Array, window: int | None, first_RQ: jax.Arr
     return first_RQ if window is None else positions_RQ - window + 1
 
 
-def paged_attention(
+def attend(
     q_RQNH: jax.Array,
     kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
+    first_RQ: jax.Array | None = None,
     *,
     scale: float,
-    window: int | None = None,
     softcap: float | None = None,
-    first_RQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. M is the query rows of one KV head: its G query heads times Q tokens."""
     R, Q, N, H = q_RQNH.shape
@@ -46,7 +45,6 @@ def paged_attention(
     pages_RW = jnp.pad(pages_RW, ((0, 0), (0, short)))
 
     q_RKMH = q_RQNH.reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, M, H) * scale
-    first_RQ = first_visible(positions_RQ, window, first_RQ)
 
     def of_rows(x_RQ: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x_RQ[:, None, :], (R, G, Q)).reshape(R, M)
