@@ -56,6 +56,13 @@ class Mapping:
     attention_dp: bool = False
     pp_partition: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.cp > 1 and self.cp_type is None:
+            raise ValueError(
+                f"cp = {self.cp} without a cp_type: each kind places keys and values differently; give one of "
+                + ", ".join(kind.name for kind in CpType)
+            )
+
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.ep
@@ -215,7 +222,7 @@ class Mapping:
             found = cls(tp=tp // ep, ep=ep, **common)  # type: ignore[arg-type]
             how = f"tp x pp x cp = {inside} devices, expert groups being a part of tp"
         else:
-            raise ValueError(_does_not_fit(tp, ep, pp, cp, beside, inside, int(room), platform))
+            raise ValueError(_does_not_fit(tp, ep, pp, cp, cp_type, beside, inside, int(room), platform))
         if ep > 1:
             logger.info("tensor_parallel_size %d and moe_expert_parallel_size %d are read as %s", tp, ep, how)
         return found
@@ -234,7 +241,15 @@ def _check_partition(pp: int, partition: Sequence[int] | None) -> None:
 
 
 def _does_not_fit(
-    tp: int, ep: int, pp: int, cp: int, beside: int, inside: int | None, found: int, platform: str
+    tp: int,
+    ep: int,
+    pp: int,
+    cp: int,
+    cp_type: CpType | None,
+    beside: int,
+    inside: int | None,
+    found: int,
+    platform: str,
 ) -> str:
     asked = {"pp": pp, "cp": cp, "ep": ep, "tp": tp}
     sizes = " x ".join(f"{axis}={size}" for axis, size in asked.items() if size > 1)
@@ -243,7 +258,7 @@ def _does_not_fit(
         totals += f" (tp x ep x pp x cp), or {tp * pp * cp} with the expert groups a part of tp"
         if inside is None:
             totals += f", which ep={ep} does not allow because it does not divide tp={tp}"
-    fits = "; ".join(map(str, nearest_layouts(found, asked)))
+    fits = "; ".join(map(str, nearest_layouts(found, asked, cp_type)))
     cpu = f"; on a CPU, JAX_NUM_CPU_DEVICES={inside or beside}" if platform in ("", "cpu") else ""
     return (
         f"the layout {sizes} {totals}, but only {found} {platform + ' ' if platform else ''}device(s) are visible: "
@@ -252,7 +267,9 @@ def _does_not_fit(
     )
 
 
-def nearest_layouts(devices: int, asked: dict[str, int], count: int = 4) -> list[Mapping]:
+def nearest_layouts(
+    devices: int, asked: dict[str, int], cp_type: CpType | None = None, count: int = 4
+) -> list[Mapping]:
     """Layouts that use all devices, over the axes that were asked for, those nearest to the request first."""
     axes = [axis for axis, size in asked.items() if size > 1] or ["tp"]
     every = [sizes for sizes in product(_divisors(devices), repeat=len(axes)) if math.prod(sizes) == devices]
@@ -262,7 +279,7 @@ def nearest_layouts(devices: int, asked: dict[str, int], count: int = 4) -> list
         return round(far, 6), tuple(-size for size in sizes)
 
     nearest = [dict(zip(axes, sizes, strict=True)) for sizes in sorted(every, key=distance)[:count]]
-    return [Mapping(**{axis: sizes.get(axis, 1) for axis in AXES}) for sizes in nearest]  # type: ignore[arg-type]
+    return [Mapping(**sizes, cp_type=cp_type if sizes.get("cp", 1) > 1 else None) for sizes in nearest]
 
 
 def _divisors(n: int) -> list[int]:

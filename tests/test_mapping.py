@@ -94,8 +94,13 @@ def test_the_kind_of_context_parallelism():
     assert Mapping.resolve(4, cp_type=CpType.STAR, star=star) == Mapping(cp_type=CpType.STAR, star=star)
 
 
+def test_context_parallelism_needs_a_kind():
+    with pytest.raises(ValueError, match=r"cp = 2 without a cp_type.*ULYSSES"):
+        Mapping(cp=2)
+
+
 def test_ranks_are_numbered_with_tp_fastest():
-    mapping = Mapping(tp=2, ep=3, cp=2, pp=2)
+    mapping = Mapping(tp=2, ep=3, cp=2, pp=2, cp_type=CpType.RING)
     every = [mapping.coordinates(rank) for rank in range(mapping.world_size)]
     assert every == sorted(every) and len(set(every)) == 24
     assert every[:4] == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1)]

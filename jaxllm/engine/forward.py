@@ -145,7 +145,11 @@ class StepFunctions:
             if not self.last:
                 return hidden_TD, kv
             assert last_token is not None
-            rows_RD = gather_rows(_last_rows(hidden_TD, batch.last_R, prompts, spread), requests)
+            if shape.bucket.tiles:
+                rows_RD = _last_rows(hidden_TD, batch.last_R, prompts, spread)
+            else:  # every token is one of its own row, on every rank
+                rows_RD = gather_rows(hidden_TD, spread)
+            rows_RD = gather_rows(rows_RD, requests)
             slots_R = gather_rows(slots_R, requests)
             logits_RV = model.logits(rows_RD)
             with jax.named_scope("greedy"):

@@ -100,7 +100,10 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
     add_up("FFN output", ffn, n, lanes or spread)
     if layers.stop == model.num_layers:
         rows = 1 if prompt else own
-        add("all_reduce", "last tokens", (*layout.axes("prompts"), *spread), 1, rows * row)
+        if prompt:
+            add("all_reduce", "last tokens", (*layout.axes("prompts"), *spread), 1, row)
+        else:
+            add("all_gather", "rows to sample", spread, 1, own * row)
         if lanes:
             add("all_gather", "rows to sample", lanes, 1, rows * row * sizes.shards(set(lanes)))
             add("all_gather", "their slots", lanes, 1, rows * 4 * sizes.shards(set(lanes)))

@@ -87,7 +87,7 @@ def expected(name: str, bucket: Bucket) -> Counter[str]:
         layer["all-reduce"] += 1
     if wide:
         step["all-gather"] += 2  # greedy: the best logit of each rank and its token
-    if layout.mapping.prompt_parts > 1:
+    if layout.mapping.prompt_parts > 1 and tiles:
         step["all-reduce"] += 1  # rows to sample from
     match layout.cp_type:
         case CpType.HELIX:

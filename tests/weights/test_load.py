@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxllm.mapping import Mapping
+from jaxllm.mapping import CpType, Mapping
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.load import load_params
@@ -95,7 +95,7 @@ def test_replicas_are_read_once(memory_source: Any, mesh_of: Callable[[int], Mes
     mesh_of(4)  # skips when there are too few devices
     source = memory_source({"up": ARRAYS["up"]})
     specs = {"up": ParamSpec((32, 16), BF16, (TP, None), (Segment("up", 0, 32),))}
-    params = load_params(specs, {"up": (32, 16)}, source, make_mesh(Mapping(tp=2, cp=2)))
+    params = load_params(specs, {"up": (32, 16)}, source, make_mesh(Mapping(tp=2, cp=2, cp_type=CpType.RING)))
     assert len(params["up"].addressable_shards) == 4 and source.bytes_read == ARRAYS["up"].nbytes
 
 
@@ -173,7 +173,7 @@ _PEAK = """
 import sys, resource
 import jax, numpy as np, ml_dtypes
 from safetensors.numpy import save_file
-from jaxllm.mapping import Mapping
+from jaxllm.mapping import CpType, Mapping
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.load import load_params
