@@ -279,7 +279,8 @@ def nearest_layouts(
         return round(far, 6), tuple(-size for size in sizes)
 
     nearest = [dict(zip(axes, sizes, strict=True)) for sizes in sorted(every, key=distance)[:count]]
-    return [Mapping(**sizes, cp_type=cp_type if sizes.get("cp", 1) > 1 else None) for sizes in nearest]
+    kinds = [cp_type if sizes.get("cp", 1) > 1 else None for sizes in nearest]
+    return [Mapping(cp_type=kind, **sizes) for kind, sizes in zip(kinds, nearest, strict=True)]  # type: ignore[arg-type]
 
 
 def _divisors(n: int) -> list[int]:

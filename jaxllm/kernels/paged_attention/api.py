@@ -11,8 +11,8 @@ from jaxllm.kernels.paged_attention import cpu, reference
 from jaxllm.kernels.paged_attention.types import Implementation
 
 PLATFORMS = {"cpu": (cpu,)}
-"""Modules in the order in which their `choose(q, kv, pages, *, scale, softcap)` is asked for an Implementation, until one
-does not raise NotImplementedError. Where all do, and on other platforms, the reference does the work."""
+"""Modules in the order in which their `choose(q, kv, pages, *, scale, softcap)` is asked for an Implementation, until
+one does not raise NotImplementedError. Where all do, and on other platforms, the reference does the work."""
 
 
 def paged_attention(
