@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.bench.report import machine
 from jaxllm.engine.tokenizer import load_tokenizer
 from jaxllm.mapping import CpType
 from jaxllm.weights.resolve import resolve_model
@@ -65,6 +67,7 @@ def main() -> None:
         "--blocks", default="128,256,512", help="block sizes; anchors are as long (default: %(default)s)"
     )
     parser.add_argument("--length", type=int, default=16, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the machine here")
     args = parser.parse_args()
 
     text = args.text.read_text(encoding="utf-8") if args.text else inspect.getsource(argparse)
@@ -75,6 +78,7 @@ def main() -> None:
     prompts = [tokens[start : start + args.context] for start in starts]
 
     exact = answers(args.model, prompts, args.length)
+    rows: list[dict[str, float]] = []
     print(f"{args.model}, {args.prompts} prompts of {args.context} tokens, {args.length} generated; means")
     print("block   total variation   |d logprob| of the best   same first token   equal leading tokens")
     for block in map(int, args.blocks.split(",")):
@@ -85,6 +89,19 @@ def main() -> None:
         variation, change, agree = (sum(column) / n for column in zip(*found, strict=True))
         first = sum(f[2] > 0 for f in found) / n
         print(f"{block:5}   {variation:15.4f}   {change:23.4f}   {first:15.0%}   {agree:14.1f} of {args.length}")
+        rows.append(
+            {
+                "block_size": block,
+                "total_variation": variation,
+                "best_logprob_change": change,
+                "same_first_token": first,
+                "equal_leading_tokens": agree,
+            }
+        )
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("model", "context", "prompts", "length")}
+        settings["text"] = args.text.name if args.text else "Python's argparse.py"
+        args.json.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
