@@ -257,7 +257,7 @@ class EngineConfig(_Strict):
         disable_overlap_scheduler: wait for each step's tokens before the next one is launched (the plain loop).
         stream_interval: streaming requests are told about every this many tokens.
         seed: of dummy weights, and of requests that sample without a seed of their own.
-        compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla, "" = none.
+        compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla (or $JAXLLM_CACHE/xla), "" = none.
         batch_buckets, token_buckets: decode batch sizes and prefill token counts to compile for; None = chosen.
         progress: show bars while loading and compiling, if stderr is a terminal.
     """

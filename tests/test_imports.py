@@ -1,6 +1,6 @@
 """The import rule.
 
-cli -> (bench, plan) -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
+cli -> bench -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ ROOT = Path(jaxllm.__file__).parent
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
     [{"cli"}],
-    [{"bench"}, {"plan"}],
+    [{"bench"}],
+    [{"plan"}],
     [{"llmapi"}],
     [{"options"}],
     [{"llm", "outputs", "result", "prompts"}],
@@ -28,7 +29,7 @@ LAYERS: list[list[set[str]]] = [
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
     [{"config"}, {"sampling_params"}],
-    [{"mapping"}],
+    [{"mapping"}, {"cache"}],
 ]
 
 NO_JAX = [

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm.cache import cache_dir
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
@@ -254,10 +255,10 @@ def _compile(runner: Runner, progress: bool) -> None:
 
 
 def enable_compilation_cache(directory: str | None) -> None:
-    """Keeps compiled programs on disk: in `directory`, "" for none, None for ~/.cache/jaxllm/xla unless JAX has one."""
+    """Keeps compiled programs on disk: in `directory`, "" for none, None for our own cache unless JAX has one."""
     if directory == "" or (directory is None and getattr(jax.config, "jax_compilation_cache_dir", None)):
         return
-    path = Path(directory).expanduser() if directory else Path("~/.cache/jaxllm/xla").expanduser()
+    path = Path(directory).expanduser() if directory else cache_dir("xla")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

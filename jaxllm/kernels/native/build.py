@@ -23,6 +23,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from jaxllm.cache import cache_dir
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -88,12 +90,6 @@ def _outside_any_trace(check: Callable[[str], None], target: str) -> None:
         raise RuntimeError(f"its check failed: {errors[0]}") from errors[0]
 
 
-def cache_dir() -> Path:
-    """Where built kernels are kept."""
-    root = os.environ.get("JAXLLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "jaxllm") / "native"
-
-
 def load(name: str) -> ctypes.CDLL:
     """The shared library of a kernel, from the cache if it is there and loads, otherwise built."""
     path = library_path(name)
@@ -124,7 +120,7 @@ def library_path(name: str) -> Path:
         platform.machine(),
         _cpu_flags(),
     ]
-    return cache_dir() / f"{name}-{_digest(chr(0).join(parts).encode())[:24]}.so"
+    return cache_dir("native") / f"{name}-{_digest(chr(0).join(parts).encode())[:24]}.so"
 
 
 def compile_to(name: str, path: Path) -> None:

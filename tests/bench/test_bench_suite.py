@@ -1,0 +1,91 @@
+"""Rows through a real engine, and what happens to those that cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxllm.bench.suite import Result, Row, Suite, choose
+from jaxllm.config import ConfigError
+from tests.tiny_llm import MODEL
+
+ENGINE: dict[str, Any] = {
+    "model": str(MODEL),
+    "skip_tokenizer_init": True,
+    "progress": False,
+    "dtype": "float32",
+    "max_batch_size": 4,
+    "max_seq_len": 64,
+    "max_num_tokens": 32,
+    "batch_buckets": [1, 4],
+    "token_buckets": [32],
+    "kv_cache_config": {"tokens_per_block": 4, "max_tokens": 512, "enable_block_reuse": False},
+}
+ROWS = [
+    Row("decode-1", "decode", "a", 1, 8, 20, must=1e9, aim=1e-9),
+    Row("decode-4", "decode", "a", 4, 8, 20),
+    Row("prefill-2x30", "prefill", "a", 2, 30, 1, must=1e-9, aim=1e12),
+    Row("throughput-6", "throughput", "a", 6, 8, 5, repeat=1),
+]
+
+
+def suite(path: Path, rows: list[Row] = ROWS, engines: dict[str, Any] | None = None, **settings: Any) -> Suite:
+    return Suite(engines or {"a": ENGINE}, rows, path=path, **{"repeat": 2, "seconds": 100.0, **settings})
+
+
+def test_rows_of_an_engine(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    found = suite(path)
+    assert found.run() == 0
+    one, four, prefill, throughput = found.results
+    assert [len(r.runs) for r in found.results] == [2, 2, 2, 1]
+    assert one.reached(one.row.must) == "yes" and one.reached(one.row.aim) == "no"
+    assert prefill.reached(prefill.row.must) == "yes" and prefill.reached(prefill.row.aim) == "no"
+    assert throughput.reached(None) == "-"
+    # One engine ran all of them, and a bare step is a part of a whole one.
+    assert set(found.starts) == {"a"} and prefill.bare is None
+    for result in (one, four):
+        assert result.bare is not None and result.median is not None and 0 < result.bare < 3 * result.median
+    written = json.loads(path.read_text())
+    assert [row["name"] for row in written["rows"]] == [row.name for row in ROWS]
+    assert written["rows"][0]["median"] == one.median and written["machine"]["devices"]
+    assert "decode-1" in found.table()
+
+    again = suite(path, [*ROWS, Row("decode-2", "decode", "a", 2, 8, 20)])
+    again.resume()
+    assert again.run() == 0
+    assert [r.row.name for r in again.results] == ["decode-2"], "only what has no figures is measured"
+    assert len(json.loads(path.read_text())["rows"]) == 5
+
+
+def test_a_row_or_an_engine_that_fails_is_a_result(tmp_path: Path) -> None:
+    rows = [Row("bad", "decode", "b", 1, 8, 8), Row("too-long", "decode", "a", 1, 80, 8), ROWS[0]]
+    engines = {"b": ENGINE | {"model": "/nonexistent"}, "a": ENGINE}
+    found = suite(tmp_path / "r.json", rows, engines, repeat=1)
+    assert found.run() == 2
+    by_name = {r.row.name: r for r in found.results}
+    assert "/nonexistent" in by_name["bad"].error
+    assert "80" in by_name["too-long"].error
+    assert by_name["decode-1"].runs
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["error"]
+
+
+def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
+    found = suite(tmp_path / "r.json", seconds=-1.0)
+    assert found.run() == len(ROWS)
+    assert {r.error for r in found.results} == {"no time was left"} and not found.starts
+
+
+def test_share_of_the_floor() -> None:
+    assert Result(ROWS[0], [5.0, 4.0, 6.0], floor=4.0).share == pytest.approx(0.8)
+    assert Result(ROWS[2], [80.0], floor=100.0).share == pytest.approx(0.8)
+
+
+def test_rows_are_chosen_by_how_they_start() -> None:
+    assert [row.name for row in choose(ROWS, "decode,through")] == ["decode-1", "decode-4", "throughput-6"]
+    assert choose(ROWS, "") == ROWS
+    with pytest.raises(ConfigError, match="no row starts with 'nothing': choose from decode-1"):
+        choose(ROWS, "nothing")
