@@ -66,6 +66,9 @@ def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compa
             "--compare-repeat", type=positive, metavar="N", help="repetitions of those (default: as --repeat)"
         )
         parser.add_argument(
+            "--profile", metavar="DIR", help="trace one more repetition into DIR and print the kernels by time"
+        )
+        parser.add_argument(
             "--compare", default="", metavar="LIST",
             help="run the same prompts through these libraries too: transformers, llama.cpp",
         )  # fmt: skip
@@ -134,6 +137,7 @@ def _run_bench_latency(args: argparse.Namespace) -> int:
         compare=_names(args.compare),
         compare_repeat=args.compare_repeat,
         host_profile=args.host_profile,
+        profile=args.profile,
     )
     report.emit(args.json)
     return 0
@@ -152,6 +156,7 @@ def _run_bench_throughput(args: argparse.Namespace) -> int:
         compare=_names(args.compare),
         compare_repeat=args.compare_repeat,
         compare_batch=args.compare_batch,
+        profile=args.profile,
     )
     report.emit(args.json)
     return 0

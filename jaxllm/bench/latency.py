@@ -7,6 +7,7 @@ import threading
 import time
 
 from jaxllm.bench.load import Lengths, random_load
+from jaxllm.bench.profile import record, table
 from jaxllm.bench.report import Report, Row, measure
 from jaxllm.bench.runners import JaxllmRunner, check_names, make_peers
 from jaxllm.config import ConfigError, EngineConfig
@@ -25,8 +26,11 @@ def run_latency(
     compare: list[str] | None = None,
     compare_repeat: int | None = None,
     host_profile: bool = False,
+    profile: str | None = None,
 ) -> Report:
     """Measure batches of `batch_size` requests that start together; `compare` runs other libraries beside.
+
+    profile: a directory for a trace of one more repetition, whose longest kernels are printed.
 
     Raises ConfigError for a bad length or an unknown or missing library.
     """
@@ -42,6 +46,8 @@ def run_latency(
         warm_up = load(-1, Lengths(min(8, osl.low), min(8, osl.low)))
         rows = measure([runner, *peers], warm_up, [load(run) for run in range(repeat)], compare_repeat)
         host = _host_profile(runner, batch_size, isl, osl, repeat, seed) if host_profile else None
+        if profile:
+            print(table(record(profile, lambda: runner.run(load(repeat)))), flush=True)
     finally:
         runner.close()
     title = f"latency of {config.model}, batch {batch_size}"

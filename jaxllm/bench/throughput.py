@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.bench.load import Lengths, random_load
+from jaxllm.bench.profile import record, table
 from jaxllm.bench.report import Report, measure
 from jaxllm.bench.runners import JaxllmRunner, check_names, make_peers
 from jaxllm.config import EngineConfig
@@ -19,8 +20,11 @@ def run_throughput(
     compare: list[str] | None = None,
     compare_batch: int = 16,
     compare_repeat: int | None = None,
+    profile: str | None = None,
 ) -> Report:
     """Measure `num_requests` requests with lengths drawn from ranges; `compare` runs other libraries beside.
+
+    profile: a directory for a trace of one more repetition, whose longest kernels are printed.
 
     Raises ConfigError for a bad length or an unknown or missing library.
     """
@@ -33,6 +37,8 @@ def run_throughput(
         short = Lengths(min(8, osl.low), min(8, osl.low))
         warm_up = random_load(min(num_requests, compare_batch), isl, short, runner.vocab_size, seed, -1)
         rows = measure([runner, *peers], warm_up, loads, compare_repeat)
+        if profile:
+            print(table(record(profile, lambda: runner.run(loads[0]))), flush=True)
     finally:
         runner.close()
     load = {"requests": num_requests, "input tokens": str(isl), "output tokens": str(osl), "repetitions": repeat}
