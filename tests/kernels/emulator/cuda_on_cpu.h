@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -56,6 +57,7 @@ struct Thread {
   bool done = false;
   std::vector<Copy> open;           // copies issued and not yet committed
   std::deque<std::vector<Copy>> groups;
+  bool unfenced = false;            // copies landed that products of other threads may not see yet
 };
 
 // A meeting of threads: all of them give something, and the last one does the work.
@@ -65,6 +67,8 @@ struct Meeting {
   u32 lanes = 0;                    // which, in a warp
   const char* what = nullptr;
   void* given[32] = {};
+  std::vector<std::function<void()>> open_products;  // of a warp, issued and not yet committed
+  std::deque<std::vector<std::function<void()>>> products;
 };
 
 extern Thread* current;
@@ -114,6 +118,7 @@ inline void land(std::vector<Copy>& copies) {
     std::memcpy(c.to, c.from, c.bytes);
     std::memset(c.to + c.bytes, 0, 16 - c.bytes);
   }
+  if (!copies.empty()) current->unfenced = true;
   copies.clear();
 }
 

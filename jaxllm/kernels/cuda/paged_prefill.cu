@@ -1,0 +1,209 @@
+// Prefill attention over paged keys and values with wgmma: FlashAttention-3 (arXiv 2407.08608).
+//
+// One block stays on each multiprocessor and takes tile after tile. Its first warpgroup copies queries, keys and values
+// into shared memory (cp.async, because a page is no box that the copy engine could swizzle without a tensor map); two
+// others have 64 rows each. Blocks of keys come from the last visible one to the first. The scores of a block are
+// computed together with the output of the block before, so that the exponentials of the one overlap with the products
+// of the other; and the two warpgroups take turns in starting products (PINGPONG).
+//
+// Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), PINGPONG
+#include "hopper.cuh"
+#include "prefill.cuh"
+
+constexpr int GROUPS = 2;                    // warpgroups that multiply
+constexpr int THREADS = (1 + GROUPS) * 128;
+static_assert(BLOCK_M == GROUPS * 64, "a warpgroup has 64 rows");
+
+// Shared memory: queries, STAGES of keys, STAGES of values, barriers.
+constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
+constexpr int Q_ATOMS = BLOCK_M * PANEL_ROW, KV_ATOMS = BLOCK_N * PANEL_ROW;  // bytes of a panel
+constexpr int PER_PANEL = PANEL / 16;        // products along a row of a panel
+
+// A ring of buffers, or the one of the queries: who waits for what is counted in uses.
+struct Ring {
+  u32 barriers, count;
+  int slots;
+
+  DEVICE int slot() const { return count % slots; }
+  DEVICE u32 phase() const { return count / slots & 1; }
+  DEVICE u32 full() const { return barriers + slot() * 16; }
+  DEVICE u32 freed() const { return barriers + slot() * 16 + 8; }
+};
+
+// The items of a block of threads: the schedule starts with the longest, and blocks take turns forth and back.
+DEVICE int item_of(int turn) {
+  return turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+struct Rings {
+  Ring q, k, v;
+
+  DEVICE explicit Rings(u32 barriers)
+      : q{barriers, 0, 1}, k{barriers + 16, 0, STAGES}, v{barriers + 16 + STAGES * 16, 0, STAGES} {}
+};
+
+DEVICE void copy(u32 smem, Rings rings, const u16* __restrict__ q, const u16* __restrict__ kv,
+                 const int* __restrict__ page_table, const int* __restrict__ schedule, int thread) {
+  u32 copied = 0;  // the barrier of the copy before this one, which is still under way
+  auto begin = [&](const Ring& ring) { barrier_wait(ring.freed(), ring.phase() ^ 1); };
+  auto end = [&](Ring& ring) {
+    cp_async_commit();
+    if (copied) {
+      cp_async_wait<1>();
+      fence_products();
+      barrier_arrive(copied);
+    }
+    copied = ring.full();
+    ring.count++;
+  };
+  const int items = num_items(schedule);
+  for (int turn = 0; turn * gridDim.x < items; turn++) {
+    const int item = item_of(turn);
+    if (item >= items) break;
+    const Tile tile(schedule, item);
+    if (tile.empty()) continue;
+    Pages pages(page_table, tile);
+    const int last = tile.last_block(), first = tile.first_block();
+    pages.fetch(last, thread % 32);
+    begin(rings.q);
+    load_queries<128>(smem, q, tile, thread);
+    end(rings.q);
+    Pages before = pages;  // of the values, which come one block after the keys
+    for (int block = last; block >= first - 1; block--) {
+      const Pages here = pages;
+      if (block >= first) {
+        pages.fetch(block - 1, thread % 32);
+        begin(rings.k);
+        load_block<128>(smem + K_AT + rings.k.slot() * KV_BYTES, kv, here, 0, tile, thread);
+        end(rings.k);
+      }
+      if (block < last) {
+        begin(rings.v);
+        load_block<128>(smem + V_AT + rings.v.slot() * KV_BYTES, kv, before, 1, tile, thread);
+        end(rings.v);
+      }
+      before = here;
+    }
+  }
+  if (copied) {
+    cp_async_wait<0>();
+    fence_products();
+    barrier_arrive(copied);
+  }
+}
+
+DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const int* __restrict__ firsts,
+                     const int* __restrict__ schedule, u16* __restrict__ out, float* __restrict__ lse, int group,
+                     int thread) {
+  const int lane = thread % 32, row = group * 64 + thread / 32 * 16 + lane / 4;
+  const u64 q_matrix = matrix_descriptor(smem + group * 64 * PANEL_ROW, PANEL_ROW, 16, 8 * PANEL_ROW);
+
+  float o[HEAD_DIM / 2], s[BLOCK_N / 2];
+  u32 p[BLOCK_N / 16][4];
+  Softmax softmax;
+
+  // Starts s = queries @ keys.
+  auto start_scores = [&]() {
+    barrier_wait(rings.k.full(), rings.k.phase());
+    wgmma_pin(s);
+    wgmma_fence();
+    const u64 k_matrix = matrix_descriptor(smem + K_AT + rings.k.slot() * KV_BYTES, PANEL_ROW, 16, 8 * PANEL_ROW);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16; i++) {
+      const int in_panel = i % PER_PANEL * 32, panel = i / PER_PANEL;
+      Wgmma<BLOCK_N>::ss(s, q_matrix + (panel * Q_ATOMS + in_panel) / 16, k_matrix + (panel * KV_ATOMS + in_panel) / 16,
+                         i > 0);
+    }
+    wgmma_commit();
+  };
+  // Starts o += p @ values.
+  auto start_output = [&]() {
+    barrier_wait(rings.v.full(), rings.v.phase());
+    wgmma_pin(o);
+    wgmma_fence();
+    const u64 v_matrix =
+        matrix_descriptor(smem + V_AT + rings.v.slot() * KV_BYTES, PANEL_ROW, KV_ATOMS, 8 * PANEL_ROW);
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; i++) Wgmma<HEAD_DIM>::rs(o, p[i], v_matrix + i * 16 * PANEL_ROW / 16);
+    wgmma_commit();
+  };
+  auto free_buffer = [&](Ring& ring) {
+    if (lane == 0) barrier_arrive(ring.freed());
+    ring.count++;
+  };
+  auto pack = [&]() {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) p[i][j] = pack_bf16(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+  };
+
+  if (PINGPONG && group == 1) named_arrive(1, 256);  // the first turn
+  const int items = num_items(schedule);
+  for (int turn = 0; turn * gridDim.x < items; turn++) {
+    const int item = item_of(turn);
+    if (item >= items) break;
+    const Tile tile(schedule, item);
+    const Visible rows[2] = {{lasts, firsts, tile.token(row)}, {lasts, firsts, tile.token(row + 8)}};
+    softmax.reset();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.0f;
+    if (!tile.empty()) {
+      const int last = tile.last_block(), first = tile.first_block();
+      barrier_wait(rings.q.full(), rings.q.phase());
+      start_scores();
+      wgmma_wait<0>();
+      wgmma_pin(s);
+      free_buffer(rings.k);
+      softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
+      pack();
+      for (int block = last - 1; block >= first; block--) {
+        if (PINGPONG) named_sync(1 + group, 256);
+        start_scores();
+        start_output();
+        if (PINGPONG) named_arrive(2 - group, 256);
+        wgmma_wait<1>();
+        wgmma_pin(s);
+        free_buffer(rings.k);
+        softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
+        wgmma_wait<0>();
+        wgmma_pin(o);
+        free_buffer(rings.v);
+        rescale(o, softmax.keep);
+        pack();
+      }
+      free_buffer(rings.q);
+      start_output();
+      wgmma_wait<0>();
+      wgmma_pin(o);
+      free_buffer(rings.v);
+      softmax.finish();
+    }
+    store(o, softmax, rows, tile, row, lane, out, lse);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
+    const u16* __restrict__ q, const u16* __restrict__ kv, const int* __restrict__ page_table,
+    const int* __restrict__ lasts, const int* __restrict__ firsts, const int* __restrict__ schedule,
+    u16* __restrict__ out, float* __restrict__ lse) {
+  DYNAMIC_SHARED(memory);
+  const u32 smem = shared_address(memory);
+  const int thread = threadIdx.x % 128, group = threadIdx.x / 128;
+  const Rings rings(smem + BARRIERS_AT);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 1 + 2 * STAGES; i++) {
+      barrier_init(smem + BARRIERS_AT + i * 16, 128);              // full: all threads that copy
+      barrier_init(smem + BARRIERS_AT + i * 16 + 8, GROUPS * 4);   // freed: the warps that multiply
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (group == 0) {
+    registers_fewer<56>();
+    copy(smem, rings, q, kv, page_table, schedule, thread);
+  } else {
+    registers_more<224>();
+    multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);
+  }
+}

@@ -1,0 +1,245 @@
+// What the two prefill attention kernels share: the tile of work, its rows, shared memory layout, softmax, results.
+//
+// A tile is BLOCK_M consecutive rows of one prompt row and one KV head. The rows of a prompt row are its query tokens
+// times the GROUP query heads of the KV head, token by token, so that all heads that read a key share its load and a
+// tile spans few tokens, hence few partly visible blocks.
+//
+// Macros: HEAD_DIM GROUP KV_HEADS PAGE SCALE_LOG2 SOFTCAP (0: none) BLOCK_M BLOCK_N
+#pragma once
+#include "ptx.cuh"
+
+constexpr int HEADS = KV_HEADS * GROUP;  // query heads
+constexpr int CHUNKS = HEAD_DIM / 8;     // of 16 bytes, of a head
+
+// Keys, values and queries lie in shared memory in panels of 64 columns (32 where the head is no multiple of 64), a row
+// of a panel after the other, the 16-byte chunks of a row permuted by the hardware's 128-byte (64-byte) swizzle.
+constexpr int PANEL = HEAD_DIM % 64 == 0 ? 64 : 32;
+constexpr int PANELS = HEAD_DIM / PANEL;
+constexpr int PANEL_ROW = PANEL * 2;  // bytes
+
+constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
+constexpr int KV_BYTES = BLOCK_N * HEAD_DIM * 2;
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+#define NONE __uint_as_float(0xff800000u)  // minus infinity
+constexpr float SEES_NOTHING = -1e30f;
+// Scores are multiplied by this in the exponent; a soft cap has already scaled them.
+constexpr float EXPONENT = SOFTCAP > 0 ? 1.0f : SCALE_LOG2;
+
+// Byte offset of chunk c of row r + further in an array of `rows` rows; `further` is a multiple of 8, so that all the
+// rows of one thread share the part that depends on its lane.
+DEVICE u32 chunk_offset(int r, int further, int c, int rows) {
+  const u32 permuted = r * PANEL_ROW >> 7 & (PANEL_ROW / 16 - 1);
+  return r * PANEL_ROW + ((c % (PANEL / 8) ^ permuted) << 4) + (c / (PANEL / 8) * rows + further) * PANEL_ROW;
+}
+
+// The schedule is lines of eight numbers. The first one: tiles, pages of a row, query tokens of a row. Then one for each
+// tile: its prompt row, its first row there, the first and last key that any of its rows sees (none: last < 0), and the
+// first and last key that all of its rows see which see any.
+DEVICE int num_items(const int* __restrict__ schedule) { return schedule[0] * KV_HEADS; }
+
+// A tile of one KV head.
+struct Tile {
+  int width, queries, row, start, first_key, last_key, full_from, full_to, head;
+
+  DEVICE Tile(const int* __restrict__ schedule, int item) {
+    width = schedule[1], queries = schedule[2];
+    const int* line = schedule + 8 + item / KV_HEADS * 8;
+    row = line[0], start = line[1], first_key = line[2], last_key = line[3], full_from = line[4], full_to = line[5];
+    head = item % KV_HEADS;
+  }
+  DEVICE bool empty() const { return last_key < 0; }
+  DEVICE int first_block() const { return first_key / BLOCK_N; }
+  DEVICE int last_block() const { return last_key / BLOCK_N; }
+  DEVICE bool masked(int block) const {
+    return block * BLOCK_N < full_from || block * BLOCK_N + BLOCK_N - 1 > full_to;
+  }
+  // Index of the tile's row r into arrays [R, Q, N]; -1 past the end.
+  DEVICE long long query(int r) const {
+    const int at = start + r;
+    return at < queries * GROUP ? ((long long)row * queries + at / GROUP) * HEADS + head * GROUP + at % GROUP : -1;
+  }
+  // Index of its token into arrays [R, Q]; past the end, of the last one.
+  DEVICE int token(int r) const { return row * queries + min(start + r, queries * GROUP - 1) / GROUP; }
+};
+
+// The keys that a row sees; first > last where it sees none.
+struct Visible {
+  int first, last;
+
+  DEVICE Visible(const int* __restrict__ lasts, const int* __restrict__ firsts, int token) {
+    last = lasts[token];
+    first = max(firsts[token], 0);
+  }
+  DEVICE bool any() const { return first <= last; }
+};
+
+// The i-th chunk of an array that a thread of THREADS copies.
+template <int THREADS>
+struct Chunk {
+  int r, further, c;
+
+  DEVICE Chunk(int i, int thread) {
+    constexpr int STEP = THREADS / CHUNKS;
+    if (THREADS % CHUNKS == 0 && STEP % 8 == 0) {
+      r = thread / CHUNKS, further = i * STEP, c = thread % CHUNKS;
+    } else {
+      const int at = i * THREADS + thread;
+      r = at / CHUNKS, further = 0, c = at % CHUNKS;
+    }
+  }
+  DEVICE int row() const { return r + further; }
+  DEVICE u32 offset(int rows) const { return chunk_offset(r, further, c, rows); }
+};
+
+// The queries of a tile; rows past the end are zeros. Called by THREADS threads.
+template <int THREADS>
+DEVICE void load_queries(u32 to, const u16* __restrict__ q, const Tile& tile, int thread) {
+#pragma unroll 4
+  for (int i = 0; i < BLOCK_M * CHUNKS / THREADS; i++) {
+    const Chunk<THREADS> chunk(i, thread);
+    const long long from = tile.query(chunk.row());
+    cp_async_16(to + chunk.offset(BLOCK_M), q + (from < 0 ? 0 : from) * HEAD_DIM + chunk.c * 8, from < 0 ? 0 : 16);
+  }
+}
+
+// Pages of one block of keys, a lane each; fetched ahead, because their loads must not wait for this one.
+struct Pages {
+  static_assert(BLOCK_N / PAGE + 2 <= 32, "pages of a block must fit into a warp");
+  const int* line;
+  int width, block, id;
+
+  DEVICE Pages(const int* __restrict__ page_table, const Tile& tile)
+      : line(page_table + (long long)tile.row * tile.width), width(tile.width), block(0), id(0) {}
+  DEVICE void fetch(int wanted, int lane) {
+    const int at = wanted * BLOCK_N / PAGE + lane;
+    block = wanted;
+    id = wanted >= 0 && lane < BLOCK_N / PAGE + 2 && at < width ? line[at] : 0;
+  }
+};
+
+// One block of keys (part 0) or values (part 1); keys after the last that the tile sees are zeros.
+template <int THREADS>
+DEVICE void load_block(u32 to, const u16* __restrict__ kv, const Pages& pages, int part,
+                     const Tile& tile, int thread) {
+  static_assert(BLOCK_N * CHUNKS % THREADS == 0, "threads must share a block evenly");
+  const int base = pages.block * BLOCK_N;
+#pragma unroll 4
+  for (int i = 0; i < BLOCK_N * CHUNKS / THREADS; i++) {
+    const Chunk<THREADS> chunk(i, thread);
+    const int key = base + chunk.row();
+    const long long page = __shfl_sync(0xffffffffu, pages.id, key / PAGE - base / PAGE);
+    const long long from = ((page * 2 + part) * KV_HEADS + tile.head) * PAGE + key % PAGE;
+    const u32 bytes = key <= tile.last_key ? 16 : 0;
+    cp_async_16(to + chunk.offset(BLOCK_N), kv + from * HEAD_DIM + chunk.c * 8, bytes);
+  }
+}
+
+// Online softmax of the two rows that a thread has in an accumulator of 16 (64) rows: elements 0, 1 of each four are
+// columns 2 * (lane % 4) and the next of row lane / 4, elements 2, 3 of row lane / 4 + 8.
+struct Softmax {
+  float max[2], sum[2], keep[2];
+
+  DEVICE void reset() {
+    max[0] = max[1] = NONE, sum[0] = sum[1] = 0.0f;
+  }
+
+  // Scores to probabilities; what was accumulated before is to be multiplied by keep.
+  template <int N>
+  DEVICE void step(float (&s)[N], bool masked, int base, const Visible (&rows)[2], int lane) {
+    if (SOFTCAP > 0) {
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        // tanh(x) = 1 - 2 / (1 + exp(2x)); the hardware's tanh is too coarse for caps as large as 50.
+        const float e = fast_exp2(s[i] * (SOFTCAP > 0 ? 2.0f * SCALE_LOG2 / SOFTCAP : 0.0f));
+        s[i] = SOFTCAP * LOG2E * (1.0f - 2.0f * fast_reciprocal(1.0f + e));
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int shift = base + lane % 4 * 2, last = rows[half].last - shift, first = rows[half].first - shift;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int column = i * 8 + e;
+            if (column > last || column < first) s[i * 4 + half * 2 + e] = NONE;
+          }
+      }
+    }
+    float tops[2][2] = {{max[0], NONE}, {max[1], NONE}};  // four chains: each maximum waits for the one before
+#pragma unroll
+    for (int i = 0; i < N / 4; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float& top = tops[half][i % 2];
+        top = fmaxf(top, fmaxf(s[i * 4 + half * 2], s[i * 4 + half * 2 + 1]));
+      }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float top = fmaxf(tops[half][0], tops[half][1]);
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      const float zero = top == NONE ? 0.0f : top * EXPONENT;  // a row may see nothing of this block
+      keep[half] = fast_exp2(max[half] * EXPONENT - zero);
+      max[half] = top;
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < N / 4; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& p = s[i * 4 + half * 2 + e];
+          p = fast_exp2(p * EXPONENT - zero);
+          total += p;
+        }
+      sum[half] = sum[half] * keep[half] + total;
+    }
+  }
+
+  // Sums over the threads of a row.
+  DEVICE void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    }
+  }
+};
+
+// Elements i..i + 3 of an accumulator: one tile of mma.sync.
+template <int N>
+DEVICE float (&four(float (&x)[N], int i))[4] {
+  return *reinterpret_cast<float(*)[4]>(&x[i]);
+}
+
+template <int N>
+DEVICE void rescale(float (&o)[N], const float (&keep)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) o[i] *= keep[i / 2 % 2];
+}
+
+// Writes a thread's part of the two rows r and r + 8 of a tile.
+template <int N>
+DEVICE void store(const float (&o)[N], const Softmax& softmax, const Visible (&rows)[2],
+                   const Tile& tile, int r, int lane, u16* __restrict__ out,
+                   float* __restrict__ lse) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const long long at = tile.query(r + half * 8);
+    if (at < 0) continue;
+    const bool any = !tile.empty() && rows[half].any();
+    const float inverse = any ? 1.0f / softmax.sum[half] : 0.0f;
+    u32* to = reinterpret_cast<u32*>(out + at * HEAD_DIM + lane % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+      const float a = o[i * 4 + half * 2], b = o[i * 4 + half * 2 + 1];
+      to[i * 4] = any ? pack_bf16(a * inverse, b * inverse) : 0;
+    }
+    if (lane % 4 == 0) {
+      const float log2 = softmax.max[half] * EXPONENT + fast_log2(softmax.sum[half]);
+      lse[at] = any ? log2 * LN2 : SEES_NOTHING;
+    }
+  }
+}

@@ -1,0 +1,206 @@
+"""Attention of prompt tiles over pages by the CUDA kernels `cuda/paged_prefill.cu` (wgmma) and `paged_prefill_mma.cu`.
+
+The first is the fast one. Each is used only if its own check at start was passed, so that the second, which needs
+nothing that is special to Hopper, stands in for the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.paged_attention import reference, tiles
+from jaxllm.kernels.paged_attention.types import Implementation
+
+MAX_GROUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile a kernel for a head dim.
+
+    block: keys of a step. stages: buffers for keys and values. macros: beyond those of `prefill.cuh`.
+    persistent: one block of threads stays on each multiprocessor, instead of one for each tile.
+    """
+
+    kernel: str
+    block: int
+    stages: int
+    threads: int
+    persistent: bool
+    macros: tuple[tuple[str, int], ...]
+
+    def shared(self, head_dim: int) -> int:
+        """Bytes of shared memory."""
+        barriers = 16 * (1 + 2 * self.stages) if self.persistent else 0
+        return 2 * head_dim * (tiles.ROWS + 2 * self.stages * self.block) + barriers
+
+
+def wgmma(block: int, stages: int = 2, pingpong: bool = True) -> Variant:
+    """FlashAttention-3: a warpgroup that copies, two that multiply."""
+    macros = (("STAGES", stages), ("PINGPONG", int(pingpong)))
+    return Variant("paged_prefill", block, stages, 384, True, macros)
+
+
+def mma(block: int, tall: int, stages: int = 2) -> Variant:
+    """FlashAttention-2: warps of 16 * tall rows."""
+    warps = tiles.ROWS // (16 * tall)
+    macros = (("STAGES", stages), ("WARPS", warps), ("TALL", tall))
+    return Variant("paged_prefill_mma", block, stages, warps * 32, False, macros)
+
+
+VARIANTS: Mapping[int, tuple[Variant, Variant]] = {
+    64: (wgmma(128), mma(64, tall=2)),
+    96: (wgmma(128), mma(64, tall=2)),
+    128: (wgmma(128), mma(32, tall=2)),
+    256: (wgmma(64, pingpong=False), mma(32, tall=1)),
+}
+"""By head dim, in the order of preference: what shared memory (227 KiB) and registers hold without spills."""
+
+
+def choose(
+    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, scale: float, softcap: float | None
+) -> Implementation:
+    """See `api.PLATFORMS`. Raises NotImplementedError where another implementation must do it."""
+    if q_RQNH.shape[1] == 1:
+        raise NotImplementedError("one query token is decoding")
+    if q_RQNH.shape[-1] not in VARIANTS:
+        raise NotImplementedError(f"head dim {q_RQNH.shape[-1]} is none of {', '.join(map(str, VARIANTS))}")
+    reasons = []
+    for variant in VARIANTS[q_RQNH.shape[-1]]:
+        try:
+            call.require(variant.kernel)
+            ptx = compile_variant(variant, q_RQNH, kv_PYKOH, pages_RW, scale=scale, softcap=softcap)
+            return partial(run, variant=variant, ptx=ptx)
+        except NotImplementedError as reason:
+            reasons.append(str(reason))
+    raise NotImplementedError("; ".join(reasons))
+
+
+def macros_of(
+    variant: Variant, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], *, scale: float, softcap: float | None
+) -> dict[str, object]:
+    """The macros that the variant is compiled with; the numbers of rows, tokens and pages are no part of them."""
+    cap = softcap or 0.0
+    return {
+        "HEAD_DIM": q_shape[-1],
+        "GROUP": q_shape[-2] // kv_shape[2],
+        "KV_HEADS": kv_shape[2],
+        "PAGE": kv_shape[3],
+        "SCALE_LOG2": f"{scale * math.log2(math.e):.9e}f",
+        "SOFTCAP": f"{cap:.9e}f",
+        "BLOCK_M": tiles.ROWS,
+        "BLOCK_N": variant.block,
+        **dict(variant.macros),
+    }
+
+
+def compile_variant(
+    variant: Variant,
+    q_RQNH: jax.Array,
+    kv_PYKOH: jax.Array,
+    pages_RW: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> str:
+    """PTX for these shapes. Raises NotImplementedError for what the kernels cannot do."""
+    if any(x.dtype != jnp.bfloat16 for x in (q_RQNH, kv_PYKOH)):
+        raise NotImplementedError("only bfloat16")
+    if pages_RW.dtype != jnp.int32:
+        raise NotImplementedError("only int32 pages")
+    N, (_, _, K, O, _) = q_RQNH.shape[2], kv_PYKOH.shape
+    if N % K or N // K > MAX_GROUP:
+        raise NotImplementedError(f"{N} query heads for {K} KV heads")
+    if O % 8:
+        raise NotImplementedError(f"pages of {O} tokens")
+    if scale <= 0:
+        raise NotImplementedError("a scale that is not positive")
+    macros = macros_of(variant, q_RQNH.shape, kv_PYKOH.shape, scale=scale, softcap=softcap)
+    return call.compile_or_refuse(variant.kernel, variant.kernel, macros)
+
+
+def run(
+    q_RQNH: jax.Array,
+    kv_PYKOH: jax.Array,
+    pages_RW: jax.Array,
+    positions_RQ: jax.Array,
+    first_RQ: jax.Array | None,
+    *,
+    variant: Variant,
+    ptx: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel of `ptx` on these arrays; see `api.paged_attention`."""
+    R, Q, N, H = q_RQNH.shape
+    K = kv_PYKOH.shape[2]
+    positions_RQ = positions_RQ.astype(jnp.int32)
+    first_RQ = jnp.zeros_like(positions_RQ) if first_RQ is None else first_RQ.astype(jnp.int32)
+    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1])
+    items = K * tiles.num_tiles(R, Q, N // K)
+    out_RQNH, lse_RQN = call.launch(
+        variant.kernel,
+        ptx,
+        (q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ, lines),
+        (jax.ShapeDtypeStruct((R, Q, N, H), q_RQNH.dtype), jax.ShapeDtypeStruct((R, Q, N), jnp.float32)),
+        grid=(min(items, call.SMS) if variant.persistent else items,),
+        threads=variant.threads,
+        shared=variant.shared(H),
+    )
+    return out_RQNH, lse_RQN
+
+
+TOLERANCE = 3e-2
+"""Of outputs of about one, against a float32 reference: queries, keys and values are exact in bfloat16, probabilities
+and results are rounded to it."""
+
+
+def sample(head_dim: int, *, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, float]]:
+    """A small input with all there is to get wrong: (q, kv, pages, positions, first), and scale and softcap.
+
+    Rows that see nothing, pages out of order, counts that do not rise, windows, several blocks of keys, two tiles of a
+    row of which the second is not full.
+    """
+    rng = np.random.default_rng(seed)
+    R, Q, K, G, O, W = 3, 45, 2, 3, 16, 20
+    q = rng.standard_normal((R, Q, K * G, head_dim), np.float32)
+    kv = rng.standard_normal((R * W + 1, 2, K, O, head_dim), np.float32)
+    pages = (rng.permutation(R * W) + 1).reshape(R, W).astype(np.int32)
+    last = np.sort(rng.integers(0, O * W, (R, Q)), axis=1).astype(np.int32)
+    last[1] = np.arange(Q) + O * W - Q  # a chunk at the end of its context
+    last[2] = rng.permutation(last[2])
+    last[2, ::7] = -1
+    first = np.where(np.arange(R)[:, None] == 2, last - rng.integers(-1, 150, (R, Q)), 0).astype(np.int32)
+    exact = tuple(jnp.asarray(x, jnp.bfloat16) for x in (q, kv))
+    return (*exact, *map(jnp.asarray, (pages, last, first))), {"scale": head_dim**-0.5, "softcap": 20.0}
+
+
+def check(kernel: str) -> None:
+    """Raises ArithmeticError if a kernel differs from the reference on a small input; needs a GPU."""
+    for head_dim, variants in VARIANTS.items():
+        (variant,) = (v for v in variants if v.kernel == kernel)
+        arguments, options = sample(head_dim)
+        cap: float | None
+        for cap in (None, options["softcap"]):
+            ptx = compile_variant(variant, *arguments[:3], scale=options["scale"], softcap=cap)
+            found = jax.jit(partial(run, variant=variant, ptx=ptx))(*arguments)
+            wide = [x.astype(jnp.float32) for x in arguments[:2]]
+            with jax.default_matmul_precision("highest"):
+                wanted = jax.jit(partial(reference.attend, scale=options["scale"], softcap=cap))(*wide, *arguments[2:])
+            seen = np.asarray(arguments[3] >= jnp.maximum(arguments[4], 0))
+            for a, b in zip(found, wanted, strict=True):
+                error = np.abs(np.asarray(a, np.float32) - np.asarray(b))[seen].max()
+                if not error < TOLERANCE:
+                    raise ArithmeticError(f"{kernel} is wrong by {error:.1e} at head dim {head_dim}, softcap {cap}")
+            if not (np.asarray(found[1])[~seen] < -1e29).all():
+                raise ArithmeticError(f"{kernel} attends to keys that are not visible")
+
+
+CHECKS = {kernel: partial(check, kernel) for kernel in ("paged_prefill", "paged_prefill_mma")}
+"""For `call.check_all`."""

@@ -1,0 +1,131 @@
+// The instructions of hopper.cuh on a CPU: products of a warpgroup on shared memory, and barriers in shared memory.
+//
+// Matrices in shared memory are found by their descriptors as the PTX ISA describes them ("Shared Memory Matrix Layout",
+// "Matrix Descriptor Format"), element by element, so that a wrong descriptor shows as wrong numbers. A product happens
+// when it is waited for, which finds operands that were overwritten too early, or (with every other seed) when it is
+// issued, which finds operands that were not there yet.
+#pragma once
+
+namespace emulator {
+
+// Element (mn, k) of the operand that a descriptor describes.
+inline float operand(u64 descriptor, bool mn_major, int mn, int k) {
+  const u32 start = (u32)(descriptor & 0x3fff) << 4, leading = (u32)(descriptor >> 16 & 0x3fff) << 4;
+  const u32 stride = (u32)(descriptor >> 32 & 0x3fff) << 4, mode = (u32)(descriptor >> 62);
+  if (mode != 1 && mode != 2) fail("wgmma: a swizzle of neither 128 nor 64 bytes");
+  const u32 row = mode == 1 ? 128 : 64;  // bytes of a row of an atom of 8 rows, and span of the swizzle
+  u32 address = start;
+  if (mn_major)
+    address += mn * 2 % row + mn * 2 / row * leading + k % 8 * row + k / 8 * stride;
+  else
+    address += mn % 8 * row + mn / 8 * stride + k * 2;
+  address ^= (address >> 7 & (row / 16 - 1)) << 4;
+  u16 bits;
+  std::memcpy(&bits, shared_pointer(address, 2, "wgmma"), 2);
+  return from_bf16(bits);
+}
+
+struct Product { float* d; const u32* a; u64 a_matrix, b_matrix; bool accumulate; };
+
+// What one warp has of a product of N columns: 16 rows.
+template <int N>
+void multiply(const Product* lanes, u32 warp, bool mn_major) {
+  static float A[16][16], B[16][N];
+  const Product& first = lanes[0];
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < N; ++n) B[k][n] = operand(first.b_matrix, mn_major, n, k);
+    for (int m = 0; m < 16 && !first.a; ++m) A[m][k] = operand(first.a_matrix, false, (int)(warp % 4 * 16) + m, k);
+  }
+  for (int l = 0; l < 32; ++l)
+    for (int part = 0; part < 4 && first.a; ++part)
+      for (int i = 0; i < 2; ++i)
+        A[l / 4 + part % 2 * 8][l % 4 * 2 + i + part / 2 * 8] = from_bf16((u16)(lanes[l].a[part] >> 16 * i));
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < N / 2; ++i) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += A[l / 4 + i / 2 % 2 * 8][k] * B[k][i / 4 * 8 + l % 4 * 2 + i % 2];
+      float& d = lanes[l].d[i];
+      d = lanes[l].accumulate ? d + sum : sum;
+    }
+}
+
+template <int N>
+void issue(const char* what, Product mine, bool mn_major) {
+  meet(what, ~0u, &mine, [=](void** given) {
+    std::vector<Product> lanes(32);
+    for (int l = 0; l < 32; ++l) {
+      lanes[l] = *(Product*)given[l];
+      if (lanes[l].a_matrix != lanes[0].a_matrix || lanes[l].b_matrix != lanes[0].b_matrix)
+        fail(std::string(what) + ": lanes of a warp with different descriptors");
+    }
+    const u32 warp = current->number / 32;
+    if (warp / 4 * 4 + 4 > warps.size()) fail(std::string(what) + ": not in a whole warpgroup");
+    auto work = [=] { multiply<N>(lanes.data(), warp, mn_major); };
+    if (eager) return work();
+    warps[warp].open_products.push_back(work);
+  });
+}
+
+// Reads and writes the 64 bits of a barrier: arrivals expected in a phase, arrivals still missing, phases ended.
+struct Barrier { u32 count : 12, missing : 12, unused : 8, ended; };
+inline Barrier& barrier_at(u32 address) { return *(Barrier*)shared_pointer(address, 8, "mbarrier"); }
+
+}  // namespace emulator
+
+template <int N> void wgmma_pin(float (&)[N]) {}
+inline void wgmma_fence() { emulator::meet("wgmma_fence", ~0u, nullptr, [](void**) {}); }
+inline void wgmma_commit() {
+  emulator::meet("wgmma_commit", ~0u, nullptr, [](void**) {
+    auto& warp = emulator::warps[emulator::current->number / 32];
+    warp.products.push_back(std::move(warp.open_products));
+    warp.open_products.clear();
+  });
+}
+template <int N> void wgmma_wait() {
+  emulator::meet("wgmma_wait", ~0u, nullptr, [](void**) {
+    auto& warp = emulator::warps[emulator::current->number / 32];
+    while (warp.products.size() > N) {
+      for (auto& product : warp.products.front()) product();
+      warp.products.pop_front();
+    }
+  });
+}
+
+template <int N> struct Wgmma {
+  static void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
+    emulator::issue<N>("wgmma_ss", {d, nullptr, a, b, accumulate != 0}, false);
+  }
+  static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
+    emulator::issue<N>("wgmma_rs", {d, a, 0, b, true}, true);
+  }
+};
+
+template <int N> void registers_more() {}
+template <int N> void registers_fewer() {}
+
+inline void barrier_init(u32 barrier, u32 count) { emulator::barrier_at(barrier) = {count, count, 0, 0}; }
+inline void barrier_init_fence() {}
+inline void barrier_arrive(u32 barrier) {
+  if (emulator::current->unfenced) emulator::fail("barrier_arrive: copies that products cannot see (fence_products)");
+  emulator::Barrier& b = emulator::barrier_at(barrier);
+  if (b.count == 0 || b.count == 0xfff) emulator::fail("barrier_arrive: not initialised");
+  if (--b.missing == 0) {
+    b.missing = b.count;
+    ++b.ended;
+  }
+}
+inline void barrier_wait(u32 barrier, u32 phase) {
+  emulator::Barrier& b = emulator::barrier_at(barrier);
+  if (b.count == 0 || b.count == 0xfff) emulator::fail("barrier_wait: not initialised");
+  while (b.ended % 2 == phase) emulator::wait_until_changed((const u64*)&b, "barrier_wait");
+}
+inline void fence_products() { emulator::current->unfenced = false; }
+
+inline void named_sync(int id, int threads) { named_barrier(id, threads); }
+inline void named_arrive(int id, int threads) {
+  emulator::Meeting& b = emulator::barriers[id];
+  if (++b.arrived == (u32)threads) {
+    b.arrived = 0;
+    ++b.generation;
+  }
+}

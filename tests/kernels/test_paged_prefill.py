@@ -1,0 +1,175 @@
+"""The CUDA kernels of prefill attention, run by the emulator, against the reference in float32."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.paged_attention import prefill_cuda, reference, tiles
+from jaxllm.kernels.paged_attention.prefill_cuda import VARIANTS, Variant
+from tests.kernels.emulator.emulator import EmulatorError, Kernels
+
+KERNELS = ("paged_prefill", "paged_prefill_mma")
+BLOCKS = 3
+"""Blocks of threads that stay: so few that each takes several tiles."""
+
+
+def variant_of(kernel: str, head_dim: int) -> Variant:
+    (variant,) = (v for v in VARIANTS[head_dim] if v.kernel == kernel)
+    return variant
+
+
+def emulate(variant: Variant, arguments, *, scale, softcap=None, seed=0, macros=None):
+    q, kv, pages, last, first = map(np.asarray, arguments)
+    (R, Q, N, H), K = q.shape, kv.shape[2]
+    defined = prefill_cuda.macros_of(variant, q.shape, kv.shape, scale=scale, softcap=softcap)
+    lines = tiles.schedule(last, first, group=N // K, width=pages.shape[1])
+    items = K * tiles.num_tiles(R, Q, N // K)
+    return Kernels(rtc.SOURCES / f"{variant.kernel}.cu", {**defined, **(macros or {})}).run(
+        variant.kernel,
+        [q, kv, pages, last, first, np.asarray(lines)],
+        [(q.shape, q.dtype), ((R, Q, N), np.dtype(np.float32))],
+        grid=(min(items, BLOCKS) if variant.persistent else items,),
+        threads=variant.threads,
+        shared=variant.shared(H),
+        seed=seed,
+    )
+
+
+def assert_right(found, arguments, *, scale, softcap=None) -> None:
+    q, kv, pages, last, first = arguments
+    wide = (jnp.asarray(q, jnp.float32), jnp.asarray(kv, jnp.float32))
+    wanted = [np.asarray(x) for x in reference.attend(*wide, pages, last, first, scale=scale, softcap=softcap)]
+    out, lse = (np.asarray(x, np.float32) for x in found)
+    seen = np.asarray(last >= np.maximum(first, 0))
+    assert seen.any()
+    np.testing.assert_allclose(lse[seen], wanted[1][seen], atol=1e-4, rtol=1e-5)
+    # Probabilities are rounded to bfloat16, and so is the result: 2^-9 of each.
+    np.testing.assert_allclose(out[seen], wanted[0][seen], atol=1e-2, rtol=1e-2)
+    assert (lse[~seen] < -1e29).all() and np.isfinite(out).all()
+
+
+def prompt(R, Q, K, G, H, O, W, starts, *, window=None, seed=0):
+    """Rows of Q tokens of causal prompts that begin at `starts` (None: padding); half of the last row is padding."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((R, Q, K * G, H), np.float32)
+    kv = rng.standard_normal((R * W + 1, 2, K, O, H), np.float32)
+    pages = (rng.permutation(R * W) + 1).reshape(R, W).astype(np.int32)
+    last = np.full((R, Q), -1, np.int32)
+    for r, start in enumerate(starts):
+        if start is not None:
+            count = Q if r + 1 < R else Q // 2 + 1
+            last[r, :count] = start + np.arange(count)
+        pages[r, (last[r].max() + O) // O :] = 0
+    first = np.zeros_like(last) if window is None else np.maximum(last - window + 1, 0)
+    return (jnp.asarray(q, jnp.bfloat16), jnp.asarray(kv, jnp.bfloat16), pages, last, first)
+
+
+@functools.cache
+def mixed(head_dim: int):
+    return prefill_cuda.sample(head_dim)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("head_dim", VARIANTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_counts_of_every_kind(kernel: str, head_dim: int, seed: int) -> None:
+    """Counts that rise and that do not, windows, tokens and whole tiles that see nothing."""
+    arguments, options = mixed(head_dim)
+    found = emulate(variant_of(kernel, head_dim), arguments, scale=options["scale"], seed=seed)
+    assert_right(found, arguments, scale=options["scale"])
+
+
+CASES = {
+    # R, Q, K, G, H, O, W, starts of the rows; options
+    "llama_tile_g4": ((2, 128, 1, 4, 128, 64, 9, (300, 37)), {}),
+    "tile_is_a_page": ((2, 128, 2, 1, 64, 128, 3, (0, 200)), {}),
+    "short_rows_g7": ((4, 5, 2, 7, 64, 32, 12, (0, 377, None, 100)), {}),
+    "two_tokens_g16": ((3, 2, 1, 16, 128, 16, 25, (1, 390, 128)), {}),
+    "pages_of_24_softcap": ((2, 40, 1, 3, 96, 24, 12, (240, 101)), {"softcap": 15.0}),
+    "gemma_window_softcap": ((2, 64, 1, 2, 256, 16, 30, (400, 13)), {"softcap": 50.0, "window": 90}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_prompts(kernel: str, case: str) -> None:
+    sizes, options = CASES[case]
+    arguments = prompt(*sizes, window=options.get("window"))
+    how = {"scale": sizes[4] ** -0.5, "softcap": options.get("softcap")}
+    assert_right(emulate(variant_of(kernel, sizes[4]), arguments, **how), arguments, **how)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_stripes_of_a_context(kernel: str) -> None:
+    """What a rank of RING sees: runs of equal counts that jump by a stripe, and merging gives the whole."""
+    H, O, ranks, Q = 128, 16, 2, 64
+    q, kv, pages, last, _ = prompt(1, Q, 1, 2, H, O, 16, (130,))
+    last[:] = 130 + np.arange(Q)
+    whole = reference.attend(q.astype(jnp.float32), kv.astype(jnp.float32), pages, last, scale=0.1)
+    parts = []
+    for rank in range(ranks):
+        tokens = last + 1
+        count = tokens // (O * ranks) * O + np.clip(tokens % (O * ranks) - rank * O, 0, O)
+        arguments = (q, kv, pages[:, rank::ranks], (count - 1).astype(np.int32), np.zeros_like(last))
+        parts.append([np.asarray(x, np.float32) for x in emulate(variant_of(kernel, H), arguments, scale=0.1)])
+    lse = np.logaddexp(parts[0][1], parts[1][1])
+    out = sum(np.exp(p[1] - lse)[..., None] * p[0] for p in parts)
+    np.testing.assert_allclose(lse, whole[1], atol=1e-4)
+    np.testing.assert_allclose(out, whole[0], atol=1e-2, rtol=1e-2)
+
+
+BROKEN = {
+    "score_descriptor": (
+        "8 * PANEL_ROW);\n#pragma unroll\n    for (int i = 0; i < HEAD_DIM",
+        "4 * PANEL_ROW);\n#pragma unroll\n    for (int i = 0; i < HEAD_DIM",
+    ),
+    "value_panels": ("PANEL_ROW, KV_ATOMS, 8 * PANEL_ROW", "PANEL_ROW, 8 * PANEL_ROW, KV_ATOMS"),
+    "keys_freed_early": ("      start_scores();\n      wgmma_wait<0>();", "      start_scores();"),
+    "scores_read_early": ("wgmma_wait<1>();", ""),
+    "copies_not_fenced": ("      cp_async_wait<1>();\n      fence_products();", "      cp_async_wait<1>();"),
+    "copies_not_waited_for": ("      cp_async_wait<1>();\n", ""),
+    "wrong_phase": ("barrier_wait(ring.freed(), ring.phase() ^ 1)", "barrier_wait(ring.freed(), ring.phase())"),
+    "turns_not_given": ("if (PINGPONG) named_arrive(2 - group, 256);", ""),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_emulator_finds_mistakes(what: str, tmp_path, monkeypatch) -> None:
+    """A kernel with one thing wrong gives wrong numbers or an error, at least with one of the two orders of events."""
+    for path in rtc.SOURCES.glob("*.cu*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    right, wrong = BROKEN[what]
+    source = (rtc.SOURCES / "paged_prefill.cu").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "paged_prefill.cu").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(rtc, "SOURCES", tmp_path)
+    arguments, options = mixed(128)
+    with pytest.raises((AssertionError, EmulatorError)):
+        for seed in (0, 1):
+            found = emulate(variant_of("paged_prefill", 128), arguments, scale=options["scale"], seed=seed)
+            assert_right(found, arguments, scale=options["scale"])
+
+
+@pytest.mark.parametrize("head_dim", VARIANTS)
+def test_shared_memory_fits(head_dim: int) -> None:
+    for variant in VARIANTS[head_dim]:
+        assert variant.shared(head_dim) <= call.MAX_SHARED
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    arguments, options = mixed(128)
+    q, kv, pages = arguments[:3]
+    how = {"scale": options["scale"], "softcap": None}
+    variant = VARIANTS[128][0]
+    for bad in ((q.astype(jnp.float32), kv, pages), (q, kv[..., :5, :], pages), (q, kv, pages.astype(jnp.int16))):
+        with pytest.raises(NotImplementedError):
+            prefill_cuda.compile_variant(variant, *bad, **how)
+    with pytest.raises(NotImplementedError, match="decoding"):
+        prefill_cuda.choose(q[:, :1], kv, pages, **how)
+    with pytest.raises(NotImplementedError, match="head dim"):
+        prefill_cuda.choose(q[..., :80], kv, pages, **how)
