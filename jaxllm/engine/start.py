@@ -27,6 +27,7 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, memory_fraction_variable, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.kernels.cuda.checks import check_kernels
 from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
@@ -83,6 +84,7 @@ def start(config: EngineConfig) -> Started:
         enable_compilation_cache(config.compilation_cache_dir)
         mesh = make_mesh(mapping)
         platform = mesh.devices.flat[0].platform
+        check_kernels()
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
         layout = Layout(mapping, dtype)

@@ -162,3 +162,13 @@ def test_eight_devices_at_once() -> None:
     for _ in range(20):
         wanted = run("cpu", wanted, kv, pages, positions, scale=0.125)[0]
     np.testing.assert_array_equal(np.asarray(out)[:-1], np.asarray(wanted)[:-1])
+
+
+def test_reference_over_fp8_pages() -> None:
+    """Only the pages are rounded to eight bits: the weights stay as they are."""
+    q, kv, pages, positions = inputs(3, 1, 2, 2, 16, 8, 60)
+    kv = jnp.asarray(kv, jnp.float8_e4m3fn)
+    found, _ = reference.attend(q, kv, pages, positions, scale=0.3)
+    wanted, _ = exact(q, np.asarray(kv, np.float32), pages, positions, scale=0.3)
+    real = positions >= 0
+    np.testing.assert_allclose(np.asarray(found)[real], wanted[real], atol=1e-5)

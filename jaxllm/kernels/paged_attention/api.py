@@ -7,10 +7,10 @@ from functools import partial
 import jax
 from jax import lax
 
-from jaxllm.kernels.paged_attention import cpu, prefill_cuda, reference
+from jaxllm.kernels.paged_attention import cpu, decode_cuda, prefill_cuda, reference
 from jaxllm.kernels.paged_attention.types import Implementation
 
-PLATFORMS = {"cpu": (cpu,), "cuda": (prefill_cuda,)}
+PLATFORMS = {"cpu": (cpu,), "cuda": (decode_cuda, prefill_cuda)}
 """Modules in the order in which their `choose(q, kv, pages, *, scale, softcap)` is asked for an Implementation, until
 one does not raise NotImplementedError. Where all do, and on other platforms, the reference does the work."""
 

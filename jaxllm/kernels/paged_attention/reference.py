@@ -58,7 +58,9 @@ def attend(
     last = (positions_RQ.max() + block) // block
 
     def pages_of(ids: jax.Array) -> jax.Array:
-        return kv_PYKOH[ids].transpose(2, 0, 3, 1, 4, 5).reshape(2, R, K, block, H)
+        pages = kv_PYKOH[ids].transpose(2, 0, 3, 1, 4, 5).reshape(2, R, K, block, H)
+        # Weights rounded to eight bits would lose more than the pages did.
+        return pages if kv_PYKOH.dtype.itemsize > 1 else pages.astype(q_RQNH.dtype)
 
     def step(carry: Carry) -> Carry:
         i, max_RKM, sum_RKM, out_RKMH = carry

@@ -1,0 +1,14 @@
+"""The checks of all CUDA kernels, run once when an engine starts."""
+
+from __future__ import annotations
+
+import functools
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
+
+
+@functools.cache
+def check_kernels() -> None:
+    """Compares each kernel that can be used here with its reference; one that is wrong is not used."""
+    call.check_all({decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS})
