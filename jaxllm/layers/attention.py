@@ -17,7 +17,7 @@ from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import rotate
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
-from jaxllm.parallel.collectives import Axes, gather_rows
+from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -60,14 +60,24 @@ class Attention(nnx.Module):
         self.softcap = softcap
 
     def __call__(
-        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch, spread: Axes = ()
+        self,
+        x_TD: jax.Array,
+        norm: RMSNorm,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        spread: Axes = (),
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, KVPages]:
-        """The attention of a step and the written pages; the rows of x_TD and of the result are split over `spread`."""
-        x_TD = gather_rows(x_TD, spread)
-        T, N, K, H = x_TD.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
+        """The attention of a step on what `norm` makes of x, added to the residual, and the written pages.
+
+        The rows of x_TD and of the result are split over `spread`.
+        """
+        qkv = self.qkv(x_TD, norm, spread)
+        T, N, K, H = qkv.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
-        qkv = self.qkv(x_TD).reshape(T, groups, N + 2 * K, H)
+        qkv = qkv.reshape(T, groups, N + 2 * K, H)
         q_TNH, k_TKH, v_TKH = (
             part.reshape(T, -1, H) for part in (qkv[:, :, :N], qkv[:, :, N : N + K], qkv[:, :, N + K :])
         )
@@ -77,7 +87,7 @@ class Attention(nnx.Module):
         kernel = Kernel(partial(paged_attention, scale=self.scale, softcap=self.softcap), self.window, self.layout)
         kind = self.layout.cp_type
         out_TNH, kv = (attend if kind is None else METHODS[kind])(q_TNH, k_TKH, v_TKH, kv, batch, kernel)
-        return self.out(out_TNH.reshape(T, -1), spread), kv
+        return self.out(out_TNH.reshape(T, -1), spread, residual=residual), kv
 
 
 def attend(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kernels.linear import api
-from jaxllm.parallel.collectives import Axes, sum_partial
+from jaxllm.parallel.collectives import Axes, gather_rows, ranks, sum_partial
 from jaxllm.parallel.params import ParamSpec
+
+if TYPE_CHECKING:
+    from jaxllm.layers.norm import RMSNorm
 
 
 def param(spec: ParamSpec) -> nnx.Param:
@@ -16,21 +21,29 @@ def param(spec: ParamSpec) -> nnx.Param:
     return nnx.Param(jnp.zeros(spec.shape, spec.dtype), spec=spec)
 
 
-def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
-    """`x[..., D] @ weight.T`, accumulated in float32 and returned in x's dtype."""
-    return api.matmul(x, weight_FD).astype(x.dtype)
-
-
 class ColumnLinear(nnx.Module):
-    """Output features split over ranks: no communication."""
+    """Output features split over ranks: no communication, but for rows that are."""
 
     def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
         self.weight = param(weight)
         self.bias = None if bias is None else param(bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(
+        self, x_TD: jax.Array, norm: RMSNorm | None = None, tokens: Axes = (), *, activation: str | None = None
+    ) -> jax.Array:
+        """The product with x, which `norm` norms first; with an activation, act(first half) * second half of it.
+
+        tokens: the ranks whose rows are brought together for the product.
+        """
+        if ranks(tokens) > 1:
+            x_TD, norm = gather_rows(x_TD if norm is None else norm(x_TD), tokens), None
+        return api.linear(
+            x_TD,
+            self.weight[...],
+            norm=None if norm is None else (norm.weight[...], norm.eps),
+            bias_F=None if self.bias is None else self.bias[...],
+            activation=activation,
+        )
 
 
 class RowLinear(nnx.Module):
@@ -41,7 +54,14 @@ class RowLinear(nnx.Module):
         self.bias = None if bias is None else param(bias)
         self.axes = axes
 
-    def __call__(self, x: jax.Array, tokens: Axes = ()) -> jax.Array:
-        """tokens: where the rows are those of several ranks, and each wants its own back, it is a reduce-scatter."""
-        y = sum_partial(matmul(x, self.weight[...]), self.axes, tokens)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x_TD: jax.Array, tokens: Axes = (), *, residual: jax.Array | None = None) -> jax.Array:
+        """The product with x, added to the residual.
+
+        tokens: where the rows are those of several ranks, and each wants its own back, it is a reduce-scatter.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        if ranks((*self.axes, *tokens)) == 1:
+            return api.linear(x_TD, self.weight[...], bias_F=bias, residual=residual)
+        y = sum_partial(api.linear(x_TD, self.weight[...]), self.axes, tokens)
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y

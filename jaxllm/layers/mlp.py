@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.layers.linear import ColumnLinear, RowLinear
-from jaxllm.parallel.collectives import Axes, gather_rows
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.parallel.collectives import Axes
 
 
 class GatedMLP(nnx.Module):
@@ -22,7 +16,12 @@ class GatedMLP(nnx.Module):
         self.down = down
         self.activation = activation
 
-    def __call__(self, x_TD: jax.Array, tokens: Axes = ()) -> jax.Array:
-        """tokens: the ranks whose rows are brought together before the product; each gets its own back."""
-        gate_TF, up_TF = jnp.split(self.gate_up(gather_rows(x_TD, tokens)), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate_TF) * up_TF, tokens)
+    def __call__(
+        self, x_TD: jax.Array, norm: RMSNorm, tokens: Axes = (), residual: jax.Array | None = None
+    ) -> jax.Array:
+        """The layer on what `norm` makes of x, added to the residual.
+
+        tokens: the ranks whose rows are brought together before the product; each gets its own back.
+        """
+        y_TF = self.gate_up(x_TD, norm, tokens, activation=self.activation)
+        return self.down(y_TF, tokens, residual=residual)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.layers.linear import param
 from jaxllm.parallel.params import ParamSpec
 
@@ -19,6 +18,4 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...]).astype(x.dtype)
+        return rms_norm(x, (self.weight[...], self.eps))

@@ -77,12 +77,16 @@ class Block(nnx.Module):
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
     ) -> tuple[jax.Array, KVPages]:
         spread = self.layout.spread(batch.tokens, x_TD.shape[1])
+        # Where there is no norm between, the product itself adds the residual.
+        post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
-            y, kv = self.attention(self.input_norm(x_TD), rope, kv, batch, spread)
-            x_TD = x_TD + (y if self.post_attention_norm is None else self.post_attention_norm(y))
+            residual = x_TD if post_attention is None else None
+            y, kv = self.attention(x_TD, self.input_norm, rope, kv, batch, spread, residual)
+            x_TD = y if post_attention is None else x_TD + post_attention(y)
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x_TD), spread or self.layout.axes("requests"))
-            x_TD = x_TD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+            residual = x_TD if post_mlp is None else None
+            y = self.mlp(x_TD, self.mlp_norm, spread or self.layout.axes("requests"), residual)
+            x_TD = y if post_mlp is None else x_TD + post_mlp(y)
         return x_TD, kv
 
 

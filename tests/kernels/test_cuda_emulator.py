@@ -50,6 +50,30 @@ extern "C" __global__ void __launch_bounds__(64) reverse(const float* x, float* 
 }
 """
 
+EXCHANGE = r"""
+#include "bulk.cuh"
+// Two blocks each copy half of x, and write what the other has. WAIT, SYNC, END, BYTES: what a kernel may get wrong.
+extern "C" __global__ void __launch_bounds__(64) CLUSTER_OF(CLUSTER) exchange(const float* x, float* y) {
+  DYNAMIC_SHARED(s);
+  const u32 i = threadIdx.x, rank = blockIdx.x % CLUSTER, bar = shared_address(s) + 512;
+  if (i == 0) {
+    barrier_init(bar, 2);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (i == 0) {
+    barrier_arrive_expect(bar, BYTES);
+    bulk_copy(shared_address(s), x + blockIdx.x * 64, 256, bar, read_once());
+  }
+  if (i == 40) barrier_arrive(bar);
+  WAIT;
+  ((float*)s)[64 + i] = -((float*)s)[i];
+  SYNC;
+  y[blockIdx.x * 64 + i] = cluster_load(shared_address(s) + 256 + i * 4, 1 - rank);
+  END;
+}
+"""
+
 
 def kernels(tmp_path, name, text, **macros) -> Kernels:
     path = tmp_path / f"{name}.cu"
@@ -93,6 +117,40 @@ def test_mistakes_are_found(tmp_path, wrong, seed, message) -> None:
     def run() -> None:
         (y,) = built.run("reverse", [x], [((64,), np.float32)], grid=(1,), threads=64, shared=256, seed=seed)
         if not (y == x[::-1]).all():
+            raise EmulatorError("wrong")
+
+    if message is None:
+        run()
+    else:
+        with pytest.raises(EmulatorError, match=message):
+            run()
+
+
+SOUND = {"WAIT": "barrier_wait(bar,0)", "SYNC": "cluster_sync()", "END": "cluster_sync()", "BYTES": 256, "CLUSTER": 2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seed", "message"),
+    [
+        ({}, 0, None),
+        ({}, 1, None),
+        ({"SYNC": "__syncthreads()"}, 1, "wrong"),
+        ({"WAIT": ""}, 0, "wrong|ended with bulk copies under way"),
+        ({"WAIT": "barrier_wait(bar,1)"}, 0, "wrong|ended with bulk copies under way"),
+        ({"BYTES": 240}, 0, "deadlock"),
+        ({"BYTES": 272}, 1, "deadlock"),
+        ({"END": "if(rank)cluster_sync()"}, 0, None),
+        ({"END": "if(i<32)cluster_sync();else __syncthreads()"}, 0, "deadlock"),
+    ],
+    ids=str,
+)
+def test_bulk_copies_and_clusters(tmp_path, wrong, seed, message) -> None:
+    x = np.arange(256, dtype=np.float32)
+    built = kernels(tmp_path, "exchange", EXCHANGE, **{**SOUND, **wrong})
+
+    def run() -> None:
+        (y,) = built.run("exchange", [x], [((256,), np.float32)], grid=(4,), threads=64, shared=1024, seed=seed)
+        if not (y.reshape(2, 2, 64) == -x.reshape(2, 2, 64)[:, ::-1]).all():
             raise EmulatorError("wrong")
 
     if message is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from jaxllm.kernels.linear import cpu, packed, reference
+from jaxllm.kernels.linear import cpu, cuda, packed, reference
 from jaxllm.kernels.linear.blocks import ROWS
+from jaxllm.kernels.linear.reference import Norm
 
-IMPLEMENTATIONS = (packed.matmul, cpu.matmul, reference.matmul)
+IMPLEMENTATIONS = (packed.matmul, cpu.matmul, cuda.matmul, reference.matmul)
 
 
 def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
@@ -19,6 +20,33 @@ def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
         except NotImplementedError as reason:
             reasons.append(f"{implementation.__module__}: {reason}")
     raise NotImplementedError("no implementation of matmul applies: " + "; ".join(reasons))
+
+
+def linear(
+    x_TD: jax.Array,
+    weight_FD: jax.Array,
+    *,
+    norm: Norm | None = None,
+    bias_F: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """A product with what is before and after it, `[T, F]` in x's dtype; on a GPU in one kernel where that is faster.
+
+    Args:
+      norm: x is normed first, by this weight and epsilon.
+      bias_F: is added to the product.
+      activation: a name of `reference.ACTIVATIONS`; the result is act(first half) * second half, `[T, F / 2]`.
+      residual: in x's dtype, is added at the end.
+    """
+    try:
+        if bias_F is not None:
+            raise NotImplementedError("no kernel has a bias")
+        return cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
+    except NotImplementedError:
+        return reference.linear(
+            x_TD, weight_FD, norm=norm, bias_F=bias_F, activation=activation, residual=residual, matmul=matmul
+        )
 
 
 def num_rows(weight_FD: jax.Array) -> int:

@@ -1,13 +1,52 @@
-"""Matrix products by XLA."""
+"""Matrix products by XLA, and what stands around them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Norm = tuple[jax.Array, float]
+"""Weight, float32 [D], and epsilon of an RMSNorm."""
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
     """See `api.matmul`."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(x, weight_FD, contract, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, norm: Norm) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32, in x's dtype (https://arxiv.org/abs/1910.07467)."""
+    weight, eps = norm
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight).astype(x.dtype)
+
+
+def linear(
+    x: jax.Array,
+    weight_FD: jax.Array,
+    *,
+    norm: Norm | None = None,
+    bias_F: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    matmul: Callable[[jax.Array, jax.Array], jax.Array] = matmul,
+) -> jax.Array:
+    """See `api.linear`; step by step, with this `matmul`."""
+    y = x if norm is None else rms_norm(x, norm)
+    y = matmul(y, weight_FD).astype(x.dtype)
+    if bias_F is not None:
+        y = y + bias_F
+    if activation is not None:
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = ACTIVATIONS[activation](gate) * up
+    return y if residual is None else residual + y

@@ -1,4 +1,4 @@
-// Runs CUDA C++ kernels on a CPU, one block after the other, so that the very source of a kernel is tested without a GPU.
+// Runs CUDA C++ kernels on a CPU, one block (or cluster of blocks) after the other, so that the very source of a kernel is tested without a GPU.
 //
 // Each thread of a block is a fiber with a stack of its own, and runs until it has to wait for others. What the threads
 // of a warp do together (shuffles, matrix instructions) is done by the last of them to come. Which fiber runs next is
@@ -49,7 +49,8 @@ struct Copy { u8* to; const u8* from; u32 bytes; };
 
 struct Thread {
   dim3 index;
-  u32 number;                       // in its block
+  u32 number;                       // in its block, and after those of the blocks before in its cluster
+  u32 block;                        // in its cluster
   void* stack;                      // where it goes on, while it does not run
   const u64* waits_for = nullptr;   // not ready while this is still `seen`
   u64 seen = 0;
@@ -77,7 +78,7 @@ extern u8* shared;                  // the block's dynamic shared memory
 extern u32 shared_bytes;
 extern bool eager;                  // copies land when they are issued
 extern std::vector<Meeting> warps;
-extern Meeting barriers[16];
+extern Meeting* barriers;           // the block's 16
 u32 live_threads();
 
 [[noreturn]] void fail(const std::string& what);

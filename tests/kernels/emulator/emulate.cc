@@ -1,5 +1,5 @@
 // The machine that cuda_on_cpu.h describes: fibers, their scheduler, and guarded memory. KERNEL is the .cu file.
-#include "ptx.cuh"
+#include "bulk.cuh"
 
 #include <csetjmp>
 #include <csignal>
@@ -8,6 +8,11 @@
 #include <unistd.h>
 
 #include KERNEL
+
+// Blocks of a cluster: a macro of the kernels that have them.
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -18,10 +23,13 @@ namespace emulator {
 Thread* current;
 dim3 block_index, block_size, grid_size;
 u8* shared;
+std::vector<u8*> shared_of_blocks;
 u32 shared_bytes;
 bool eager;
 std::vector<Meeting> warps;
-Meeting barriers[16];
+Meeting* barriers;
+Meeting cluster_barrier;
+std::map<const u8*, std::vector<BulkCopy>> bulk_copies;
 
 namespace {
 
@@ -31,7 +39,9 @@ struct Range { const u8* begin; u64 bytes; };
 std::vector<Thread> threads;
 std::vector<Range> buffers;
 std::string error;
-u32 finished;
+std::vector<u32> finished;            // of each block of the cluster
+std::vector<Meeting> all_barriers;    // 16 of each
+std::vector<dim3> block_indices;
 void (*kernel)(void**);
 void** kernel_arguments;
 void* scheduler;
@@ -91,6 +101,13 @@ void* new_stack(u8* memory) {
 }
 #endif
 
+void enter(Thread& thread) {
+  current = &thread;
+  shared = shared_of_blocks[thread.block];
+  barriers = &all_barriers[16 * thread.block];
+  block_index = block_indices[thread.block];
+}
+
 void leave() { switch_stack(current->stack, scheduler); }
 
 void thread_main() {
@@ -99,11 +116,15 @@ void thread_main() {
     if (!group.empty()) fail("a thread ended with asynchronous copies under way");
   if (!current->open.empty()) fail("a thread ended with asynchronous copies under way");
   current->done = true;
-  ++finished;
+  ++finished[current->block];
   // Those who wait for all threads of the block wait for those that are left.
   if (barriers[0].arrived && barriers[0].arrived == live_threads()) {
     barriers[0].arrived = 0;
     ++barriers[0].generation;
+  }
+  if (cluster_barrier.arrived && cluster_barrier.arrived == live_threads_of_cluster()) {
+    cluster_barrier.arrived = 0;
+    ++cluster_barrier.generation;
   }
   leave();
 }
@@ -115,23 +136,28 @@ std::string place() {
   return text;
 }
 
-void run_block(u32 count, std::vector<u8>& stacks, std::mt19937& random) {
-  finished = 0;
-  std::memset(shared, 0xff, shared_bytes);
+// Runs the blocks of a cluster, of `size` threads each, whose indices are in block_indices.
+void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
+  const u32 blocks = (u32)block_indices.size(), count = blocks * size;
+  finished.assign(blocks, 0);
+  for (u8* of_block : shared_of_blocks) std::memset(of_block, 0xff, shared_bytes);
   warps.assign((count + 31) / 32, {});
-  for (Meeting& b : barriers) b = {};
+  all_barriers.assign(16 * blocks, {});
+  cluster_barrier = {};
+  bulk_copies.clear();
 #if !defined(__x86_64__)
   contexts.clear();
 #endif
   threads.assign(count, {});
   for (u32 i = 0; i < count; ++i) {
-    threads[i].index = {i, 0, 0};
+    threads[i].index = {i % size, 0, 0};
     threads[i].number = i;
+    threads[i].block = i / size;
     threads[i].stack = new_stack(stacks.data() + i * STACK);
   }
   std::vector<u32> order(count);
   for (u32 i = 0; i < count; ++i) order[i] = i;
-  while (finished < count) {
+  while (live_threads_of_cluster()) {
     // A warp runs as far as it gets before another does, in an order drawn anew each time: skewed warps find more.
     std::vector<u32> of_warps(warps.size());
     for (u32 i = 0; i < of_warps.size(); ++i) of_warps[i] = i;
@@ -146,7 +172,7 @@ void run_block(u32 count, std::vector<u8>& stacks, std::mt19937& random) {
           Thread& t = threads[*i];
           if (t.done || (t.waits_for && *t.waits_for == t.seen)) continue;
           t.waits_for = nullptr;
-          current = &t;
+          enter(t);
           switch_stack(scheduler, t.stack);
           if (!error.empty()) return;
           ran = moved = true;
@@ -156,12 +182,13 @@ void run_block(u32 count, std::vector<u8>& stacks, std::mt19937& random) {
     if (!moved) {
       for (Thread& t : threads)
         if (!t.done) {
-          current = &t;
+          enter(t);
           error = std::string("deadlock: threads wait for others at ") + t.at + place();
           return;
         }
     }
   }
+  if (!bulk_copies.empty()) error = "a block ended with bulk copies under way" + place();
 }
 
 void on_fault(int, siginfo_t* info, void*) {
@@ -173,7 +200,12 @@ void on_fault(int, siginfo_t* info, void*) {
 
 }  // namespace
 
-u32 live_threads() { return (u32)threads.size() - finished; }
+u32 live_threads() { return (u32)(threads.size() / finished.size()) - finished[current->block]; }
+u32 live_threads_of_cluster() {
+  u32 live = (u32)threads.size();
+  for (u32 of_block : finished) live -= of_block;
+  return live;
+}
 
 void fail(const std::string& what) {
   if (error.empty()) error = what + place();
@@ -222,10 +254,12 @@ extern "C" const char* emulator_run(void (*kernel)(void**), u32 count, void** ar
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {block, 1, 1};
   emulator::shared_bytes = shared_bytes;
-  shared = (u8*)aligned_alloc(1024, (shared_bytes + 1024) / 1024 * 1024);
+  constexpr u32 blocks = CLUSTER;
+  shared_of_blocks.clear();
+  for (u32 i = 0; i < blocks; ++i) shared_of_blocks.push_back((u8*)aligned_alloc(1024, (shared_bytes + 1024) / 1024 * 1024));
   buffers.clear();
   for (u32 i = 0; i < count; ++i) buffers.push_back({(const u8*)arguments[i], bytes[i]});
-  std::vector<u8> stacks(block * STACK), signals(64 << 10);
+  std::vector<u8> stacks(blocks * block * STACK), signals(64 << 10);
   stack_t alternative{}, before{};
   alternative.ss_sp = signals.data();
   alternative.ss_size = signals.size();
@@ -235,19 +269,21 @@ extern "C" const char* emulator_run(void (*kernel)(void**), u32 count, void** ar
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
-  std::vector<u32> order(grid[0] * grid[1] * grid[2]);
+  std::vector<u32> order(grid[0] * grid[1] * grid[2] / blocks);
   for (u32 i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
   if (!sigsetjmp(outside, 1))
     for (u32 i : order) {
-      block_index = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
-      run_block(block, stacks, random);
+      block_indices.clear();
+      for (u32 b = i * blocks; b < (i + 1) * blocks; ++b)
+        block_indices.push_back({b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]});
+      run_cluster(block, stacks, random);
       if (!error.empty()) break;
     }
   sigaction(SIGSEGV, &old_segv, nullptr);
   sigaction(SIGBUS, &old_bus, nullptr);
   sigaltstack(&before, nullptr);
-  free(shared);
+  for (u8* of_block : shared_of_blocks) free(of_block);
   told = error;
   return told.empty() ? nullptr : told.c_str();
 }

@@ -120,9 +120,7 @@ def _build(source: Path, macros: tuple[tuple[str, str], ...]) -> Path:
 def _entries(source: str) -> list[str]:
     """For each kernel a function that takes its pointers as an array."""
     out = []
-    for found in re.finditer(
-        r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)+\s+)?(\w+)\(([^)]*)\)', source
-    ):
+    for found in re.finditer(r'extern "C" __global__ void\s+(?:[A-Z_a-z]+\([^)]*\)+\s+)*(\w+)\(([^)]*)\)', source):
         count = found[2].count(",") + 1
         cast = ", ".join(f"(void*)p[{i}]" for i in range(count))
         types = ", ".join(["void*"] * count)
