@@ -1,37 +1,10 @@
-// Copies of whole rows by the copy engine, the barriers in shared memory that they complete on ("mbarrier"), and what
-// the blocks of a cluster share. Under JAXLLM_EMULATE the same names come from the emulator of the tests.
+// Copies of whole rows by the copy engine, and what the blocks of a cluster share. Under JAXLLM_EMULATE the same names come from the emulator of the tests.
 #pragma once
-#include "ptx.cuh"
+#include "barrier.cuh"
 
 #ifdef JAXLLM_EMULATE
 #include "bulk_on_cpu.h"
 #else
-
-// A barrier is 8 bytes. A phase ends when `count` arrivals and all bytes that were announced have come.
-DEVICE void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// After the inits, before other threads (after a block barrier) and the copy engine use them.
-DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and announces bytes that copies will bring in the same phase.
-DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits for the end of a phase: 0 for the first, 1 for the second, 0 for the third, ...
-DEVICE void barrier_wait(u32 barrier, u32 phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
 
 // How the second-level cache treats what is read once.
 DEVICE u64 read_once() {

@@ -1,8 +1,7 @@
-// Hopper's warpgroup instructions: products on shared memory, and barriers between the warps that copy and those that
-// multiply. Names, layouts and rules are those of the PTX ISA, "Asynchronous warpgroup level matrix instructions" and
-// "mbarrier". Under JAXLLM_EMULATE the same names come from the emulator of the tests.
+// Hopper's warpgroup instructions: products on shared memory. Names, layouts and rules are those of the PTX ISA,
+// "Asynchronous warpgroup level matrix instructions". Under JAXLLM_EMULATE the same names come from the emulator of the tests.
 #pragma once
-#include "ptx.cuh"
+#include "barrier.cuh"
 
 // How an operand of a product lies in shared memory. Its rows are `row` bytes (128 or 64) and swizzled: 16-byte chunk c
 // of row r is kept at c ^ (r mod 8), in rows of 64 bytes at c ^ (r / 2 mod 4). Eight rows make an atom, which starts at a
@@ -169,27 +168,6 @@ DEVICE void registers_fewer() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// A barrier in shared memory that `count` arrivals complete, time after time. Its uses count as phases: 0, 1, 0, 1...
-DEVICE void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// Makes initialised barriers known to all; then comes __syncthreads().
-DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Waits for the end of the phase; that before the first counts as ended, and is 1.
-DEVICE void barrier_wait(u32 barrier, u32 phase) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
 // What this thread wrote to shared memory is seen by products that other threads start after a barrier.
 DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

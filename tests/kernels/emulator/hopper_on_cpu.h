@@ -1,4 +1,4 @@
-// The instructions of hopper.cuh on a CPU: products of a warpgroup on shared memory, and barriers in shared memory.
+// The instructions of hopper.cuh on a CPU: products of a warpgroup on shared memory.
 //
 // Matrices in shared memory are found by their descriptors as the PTX ISA describes them ("Shared Memory Matrix Layout",
 // "Matrix Descriptor Format"), element by element, so that a wrong descriptor shows as wrong numbers. A product happens
@@ -66,10 +66,6 @@ void issue(const char* what, Product mine, bool mn_major) {
   });
 }
 
-// Reads and writes the 64 bits of a barrier: arrivals expected in a phase, arrivals still missing, phases ended.
-struct Barrier { u32 count : 12, missing : 12, unused : 8, ended; };
-inline Barrier& barrier_at(u32 address) { return *(Barrier*)shared_pointer(address, 8, "mbarrier"); }
-
 }  // namespace emulator
 
 template <int N> void wgmma_pin(float (&)[N]) {}
@@ -103,22 +99,6 @@ template <int N> struct Wgmma {
 template <int N> void registers_more() {}
 template <int N> void registers_fewer() {}
 
-inline void barrier_init(u32 barrier, u32 count) { emulator::barrier_at(barrier) = {count, count, 0, 0}; }
-inline void barrier_init_fence() {}
-inline void barrier_arrive(u32 barrier) {
-  if (emulator::current->unfenced) emulator::fail("barrier_arrive: copies that products cannot see (fence_products)");
-  emulator::Barrier& b = emulator::barrier_at(barrier);
-  if (b.count == 0 || b.count == 0xfff) emulator::fail("barrier_arrive: not initialised");
-  if (--b.missing == 0) {
-    b.missing = b.count;
-    ++b.ended;
-  }
-}
-inline void barrier_wait(u32 barrier, u32 phase) {
-  emulator::Barrier& b = emulator::barrier_at(barrier);
-  if (b.count == 0 || b.count == 0xfff) emulator::fail("barrier_wait: not initialised");
-  while (b.ended % 2 == phase) emulator::wait_until_changed((const u64*)&b, "barrier_wait");
-}
 inline void fence_products() { emulator::current->unfenced = false; }
 
 inline void named_sync(int id, int threads) { named_barrier(id, threads); }

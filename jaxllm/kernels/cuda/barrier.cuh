@@ -1,0 +1,36 @@
+// Barriers in shared memory, of 8 bytes, between the threads of a block and what copies for them: "mbarrier" in the PTX
+// ISA. Under JAXLLM_EMULATE the same names come from the emulator of the tests.
+#pragma once
+#include "ptx.cuh"
+
+#ifdef JAXLLM_EMULATE
+#include "barrier_on_cpu.h"
+#else
+
+// A barrier in shared memory that `count` arrivals complete, time after time. Its uses count as phases: 0, 1, 0, 1...
+DEVICE void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Makes initialised barriers known to all; then comes __syncthreads().
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and announces bytes that bulk copies bring in the same phase, which ends when they are there too.
+DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase; that before the first counts as ended, and is 1.
+DEVICE void barrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+#endif
