@@ -1,0 +1,56 @@
+"""Rows of kernel benchmarks: how a kernel is timed, and how far it is from a reference."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+BANDWIDTH = 4.56e12
+"""Bytes/s that an H200 reads, measured."""
+FLOPS = 787e12
+"""1/s of dense bfloat16 matrix products, measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """run gives the figures; "wrong" among them is an error beyond the row's tolerance."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def time_call(program: Callable[..., Any], *arguments: Any, calls: int, seconds: float = 0.05) -> float:
+    """Median seconds of one of the `calls` that a compiled program makes, of 7 repetitions of at least `seconds`.
+
+    The calls of a program must depend on one another, or the graph runs them side by side; and together touch more
+    than the 50 MB of the second cache, unless that is wanted.
+    """
+    jax.block_until_ready(program(*arguments))
+
+    def run(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            out = program(*arguments)
+        jax.block_until_ready(out)
+        return time.perf_counter() - began
+
+    times = max(2, min(200, int(seconds / max(run(3) / 3, 1e-6))))
+    return statistics.median(run(times) for _ in range(7)) / times / calls
+
+
+def rate(seconds: float, *, moved: float = 0, flops: float = 0) -> dict[str, float]:
+    """Microseconds, and the share of the faster of the two bounds in percent."""
+    floor = max(moved / BANDWIDTH, flops / FLOPS)
+    return {"us": seconds * 1e6, "roof_percent": 100 * floor / seconds}
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """Norm of the difference over the norm of what is wanted; NaN if either has one."""
+    a, b = (np.asarray(x, np.float32) for x in (found, wanted))
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-30))
