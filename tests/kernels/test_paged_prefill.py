@@ -104,6 +104,14 @@ def test_prompts(kernel: str, case: str) -> None:
     assert_right(emulate(variant_of(kernel, sizes[4]), arguments, **how), arguments, **how)
 
 
+@pytest.mark.parametrize("variant", [prefill_cuda.wgmma(96, q_registers=True), prefill_cuda.wgmma(64, 3, False)])
+def test_other_ways_to_compile(variant: Variant) -> None:
+    arguments, options = mixed(128)
+    for seed in (0, 1):
+        found = emulate(variant, arguments, scale=options["scale"], seed=seed)
+        assert_right(found, arguments, scale=options["scale"])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_stripes_of_a_context(kernel: str) -> None:
     """What a rank of RING sees: runs of equal counts that jump by a stripe, and merging gives the whole."""

@@ -20,17 +20,29 @@ DEVICE void barrier_arrive(u32 barrier) {
 DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits for the end of the phase; that before the first counts as ended, and is 1.
-DEVICE void barrier_wait(u32 barrier, u32 phase) {
+DEVICE bool barrier_ended(u32 barrier, u32 phase) {
+  u32 ended;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n}" ::"r"(barrier),
-      "r"(phase)
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(phase)
       : "memory");
+  return ended;
+}
+DEVICE u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+// Waits for the end of the phase; that before the first counts as ended, and is 1. After ten seconds the kernel fails:
+// an error can be told from slowness, and a wait that never ends cannot.
+DEVICE void barrier_wait(u32 barrier, u32 phase) {
+  if (barrier_ended(barrier, phase)) return;
+  const u64 began = nanoseconds();
+  while (!barrier_ended(barrier, phase))
+    if (nanoseconds() - began > 10000000000ull) asm volatile("trap;");
 }
 
 #endif

@@ -35,8 +35,9 @@ DEVICE void wgmma_wait() {
 
 // d += a @ b for a [64, 16], b [16, N], d [64, N] of the 128 threads of a warpgroup; warp w has rows 16w to 16w + 15 of
 // a and d, spread over its lanes as in `mma_bf16`, elements 4i to 4i + 3 of d being columns 8i to 8i + 7.
-//   ss: both operands in shared memory, K-major; accumulate 0: d = a @ b
-//   rs: a in registers, b in shared memory, MN-major
+//   ss: both operands in shared memory, K-major
+//   rs: a in registers, b in shared memory, MN-major; rs_k: K-major
+// accumulate 0: d = a @ b.
 template <int N>
 struct Wgmma;
 
@@ -64,6 +65,16 @@ struct Wgmma<64> {
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
+  DEVICE static void rs_k(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+        : OUT8(0), OUT8(8), OUT8(16), OUT8(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
 };
 template <>
 struct Wgmma<96> {
@@ -88,6 +99,17 @@ struct Wgmma<96> {
         "}, {%48, %49, %50, %51}, %52, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  DEVICE static void rs_k(float (&d)[48], const u32 (&a)[4], u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+        "}, {%48, %49, %50, %51}, %52, p, 1, 1, 0;\n}"
+        : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
 };
 template <>
@@ -115,6 +137,18 @@ struct Wgmma<128> {
         "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40), OUT8(48), OUT8(56)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  DEVICE static void rs_k(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+        : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40), OUT8(48), OUT8(56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
 };
 template <>

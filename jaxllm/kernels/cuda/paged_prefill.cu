@@ -6,7 +6,8 @@
 // computed together with the output of the block before, so that the exponentials of the one overlap with the products
 // of the other; and the two warpgroups take turns in starting products (PINGPONG).
 //
-// Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), PINGPONG
+// Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), PINGPONG,
+// Q_REGISTERS (queries are multiplied from registers: fewer reads of shared memory)
 #include "hopper.cuh"
 #include "prefill.cuh"
 
@@ -100,6 +101,7 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
 
   float o[HEAD_DIM / 2], s[BLOCK_N / 2];
   u32 p[BLOCK_N / 16][4];
+  u32 queries[Q_REGISTERS ? HEAD_DIM / 16 : 1][4];
   Softmax softmax;
 
   // Starts s = queries @ keys.
@@ -111,8 +113,12 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 16; i++) {
       const int in_panel = i % PER_PANEL * 32, panel = i / PER_PANEL;
-      Wgmma<BLOCK_N>::ss(s, q_matrix + (panel * Q_ATOMS + in_panel) / 16, k_matrix + (panel * KV_ATOMS + in_panel) / 16,
-                         i > 0);
+      const u64 keys = k_matrix + (panel * KV_ATOMS + in_panel) / 16;
+      if (Q_REGISTERS) {
+        Wgmma<BLOCK_N>::rs_k(s, queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], keys, i > 0);
+      } else {
+        Wgmma<BLOCK_N>::ss(s, q_matrix + (panel * Q_ATOMS + in_panel) / 16, keys, i > 0);
+      }
     }
     wgmma_commit();
   };
@@ -140,10 +146,10 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
 
   if (PINGPONG && group == 1) named_arrive(1, 256);  // the first turn
   const int items = num_items(schedule);
+  Tile next(schedule, item_of(0));
   for (int turn = 0; turn * gridDim.x < items; turn++) {
-    const int item = item_of(turn);
-    if (item >= items) break;
-    const Tile tile(schedule, item);
+    if (item_of(turn) >= items) break;
+    const Tile tile = next;
     const Visible rows[2] = {{lasts, firsts, tile.token(row)}, {lasts, firsts, tile.token(row + 8)}};
     softmax.reset();
 #pragma unroll
@@ -151,6 +157,15 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     if (!tile.empty()) {
       const int last = tile.last_block(), first = tile.first_block();
       barrier_wait(rings.q.full(), rings.q.phase());
+      if (Q_REGISTERS) {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 16; i++) {
+          const u32 at = chunk_offset(lane % 16, row / 16 * 16, i * 2 + lane / 16, BLOCK_M);
+          ldmatrix_x4(queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], smem + at);
+        }
+        __syncwarp();
+        free_buffer(rings.q);
+      }
       start_scores();
       wgmma_wait<0>();
       wgmma_pin(s);
@@ -172,12 +187,15 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
         rescale(o, softmax.keep);
         pack();
       }
-      free_buffer(rings.q);
+      if (!Q_REGISTERS) free_buffer(rings.q);
+      next = Tile(schedule, min(item_of(turn + 1), items - 1));  // its loads are under way while this one ends
       start_output();
       wgmma_wait<0>();
       wgmma_pin(o);
       free_buffer(rings.v);
       softmax.finish();
+    } else {
+      next = Tile(schedule, min(item_of(turn + 1), items - 1));
     }
     store(o, softmax, rows, tile, row, lane, out, lse);
   }

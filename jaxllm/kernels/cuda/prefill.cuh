@@ -220,24 +220,45 @@ DEVICE void rescale(float (&o)[N], const float (&keep)[2]) {
   for (int i = 0; i < N; i++) o[i] *= keep[i / 2 % 2];
 }
 
+// Words of the four lanes of a row, transposed: lane i of the four gets word i of each.
+DEVICE void transpose(u32 (&w)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      const u32 other = __shfl_xor_sync(0xffffffffu, lane & bit ? w[i] : w[i + bit], bit);
+      if (lane & bit) {
+        w[i] = other;
+      } else {
+        w[i + bit] = other;
+      }
+    }
+}
+
 // Writes a thread's part of the two rows r and r + 8 of a tile.
 template <int N>
-DEVICE void store(const float (&o)[N], const Softmax& softmax, const Visible (&rows)[2],
-                   const Tile& tile, int r, int lane, u16* __restrict__ out,
-                   float* __restrict__ lse) {
+DEVICE void store(const float (&o)[N], const Softmax& softmax, const Visible (&rows)[2], const Tile& tile, int r,
+                  int lane, u16* __restrict__ out, float* __restrict__ lse) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const long long at = tile.query(r + half * 8);
-    if (at < 0) continue;
     const bool any = !tile.empty() && rows[half].any();
     const float inverse = any ? 1.0f / softmax.sum[half] : 0.0f;
-    u32* to = reinterpret_cast<u32*>(out + at * HEAD_DIM + lane % 4 * 2);
 #pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-      const float a = o[i * 4 + half * 2], b = o[i * 4 + half * 2 + 1];
-      to[i * 4] = any ? pack_bf16(a * inverse, b * inverse) : 0;
+    for (int i = 0; i < N / 16; i++) {
+      u32 words[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float* pair = &o[i * 16 + j * 4 + half * 2];
+        words[j] = any ? pack_bf16(pair[0] * inverse, pair[1] * inverse) : 0;
+      }
+      transpose(words, lane);  // now eight columns that follow each other
+      if (at < 0) continue;
+      *reinterpret_cast<uint4*>(out + at * HEAD_DIM + i * 32 + lane % 4 * 8) =
+          make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (lane % 4 == 0) {
+    if (lane % 4 == 0 && at >= 0) {
       const float log2 = softmax.max[half] * EXPONENT + fast_log2(softmax.sum[half]);
       lse[at] = any ? log2 * LN2 : SEES_NOTHING;
     }

@@ -43,9 +43,9 @@ class Variant:
         return 2 * head_dim * (tiles.ROWS + 2 * self.stages * self.block) + barriers
 
 
-def wgmma(block: int, stages: int = 2, pingpong: bool = True) -> Variant:
+def wgmma(block: int, stages: int = 2, pingpong: bool = True, q_registers: bool = False) -> Variant:
     """FlashAttention-3: a warpgroup that copies, two that multiply."""
-    macros = (("STAGES", stages), ("PINGPONG", int(pingpong)))
+    macros = (("STAGES", stages), ("PINGPONG", int(pingpong)), ("Q_REGISTERS", int(q_registers)))
     return Variant("paged_prefill", block, stages, 384, True, macros)
 
 

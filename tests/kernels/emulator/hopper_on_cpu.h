@@ -94,6 +94,9 @@ template <int N> struct Wgmma {
   static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
     emulator::issue<N>("wgmma_rs", {d, a, 0, b, true}, true);
   }
+  static void rs_k(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate) {
+    emulator::issue<N>("wgmma_rs_k", {d, a, 0, b, accumulate != 0}, false);
+  }
 };
 
 template <int N> void registers_more() {}
