@@ -56,10 +56,12 @@ class StepFunctions:
         numbered = jax.tree.unflatten(self._tree, range(len(leaves)))
         order = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(numbered)}
         self._order = sorted(order, key=order.__getitem__)
-        # Each array that a program takes costs the host a microsecond or more a step: what is small goes together.
+        # Each array that a program takes costs the host a microsecond or more a step: what is small goes together. Not
+        # on a GPU, which has its work ahead of time: there each row would be a copy, for a kernel that is not XLA's.
         self._together: dict[int, list[str]] = {}
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         for path, spec in self.specs.items():
-            if len(spec.shape) == 1 and spec.axes == (None,) and spec.dtype == np.float32:
+            if on_cpu and len(spec.shape) == 1 and spec.axes == (None,) and spec.dtype == np.float32:
                 self._together.setdefault(spec.shape[0], []).append(path)
         together = {path for paths in self._together.values() for path in paths}
         self._alone = [path for path in self.paths if path not in together]
@@ -82,7 +84,7 @@ class StepFunctions:
         return (2, heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
 
     def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
-        """The arrays that the programs take: norm weights of one length stacked, then all others."""
+        """The arrays that the programs take: on a CPU norm weights of one length stacked, then all others."""
         stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=self.layout.sharding(self.mesh))
         stacks = [stack(*(weights[path] for path in paths)) for paths in self._together.values()]
         return stacks + [weights[path] for path in self._alone]

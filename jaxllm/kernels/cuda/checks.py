@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
 
 
 @functools.cache
 def check_kernels() -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used."""
-    call.check_all({decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS})
+    call.check_all(
+        {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS, linear_cuda.KERNEL: linear_cuda.check}
+    )
