@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_rows._measure import Row, difference, rate, time_call
 from jax import lax
+from kernel_rows._measure import Row, difference, rate, time_call
 
 from jaxllm.kernels.linear import api, cuda, reference
 from jaxllm.kernels.linear.cuda import Tiling
