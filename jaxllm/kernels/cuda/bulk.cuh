@@ -36,6 +36,7 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 #define CLUSTER_OF(blocks) CLUSTER_JOIN(CLUSTER_OF_, blocks)
 // A barrier of all threads of a cluster, which sees what each wrote to shared memory before it.
 DEVICE void cluster_sync() {
+  __syncwarp();  // it wants whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Reads a float at the place in the shared memory of block `rank` that `address` is in this block's.

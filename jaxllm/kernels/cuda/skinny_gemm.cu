@@ -212,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
     if (it + 1 < iterations) fetch(next, last ? 0 : chunk + 1);
 
     barrier_wait(full + 8 * slot, phase);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < PER_WARP; i++) {
       const int group = warp * PER_WARP + i;
