@@ -117,6 +117,7 @@ void thread_main() {
   if (!current->open.empty()) fail("a thread ended with asynchronous copies under way");
   current->done = true;
   ++finished[current->block];
+  if (!live_threads()) std::memset(shared, 0xff, shared_bytes);  // other blocks of the cluster cannot read it any more
   // Those who wait for all threads of the block wait for those that are left.
   if (barriers[0].arrived && barriers[0].arrived == live_threads()) {
     barriers[0].arrived = 0;
