@@ -33,6 +33,12 @@ DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Holds back the wait that follows until x, which is never negative, has been computed. The assembler otherwise waits
+// before all arithmetic that does not need the products, which is the arithmetic that is to overlap with them.
+DEVICE void hold_until_known(float x) {
+  if (x < 0.0f) asm volatile("nanosleep.u32 20;");
+}
+
 // d += a @ b for a [64, 16], b [16, N], d [64, N] of the 128 threads of a warpgroup; warp w has rows 16w to 16w + 15 of
 // a and d, spread over its lanes as in `mma_bf16`, elements 4i to 4i + 3 of d being columns 8i to 8i + 7.
 //   ss: both operands in shared memory, K-major

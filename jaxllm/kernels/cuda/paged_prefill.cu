@@ -181,6 +181,8 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
         wgmma_pin(s);
         free_buffer(rings.k);
         softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
+        wgmma_pin(s);
+        hold_until_known(softmax.sum[0] + softmax.sum[1]);  // the exponentials overlap with the products
         wgmma_wait<0>();
         wgmma_pin(o);
         free_buffer(rings.v);

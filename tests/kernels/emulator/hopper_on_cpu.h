@@ -69,6 +69,7 @@ void issue(const char* what, Product mine, bool mn_major) {
 }  // namespace emulator
 
 template <int N> void wgmma_pin(float (&)[N]) {}
+inline void hold_until_known(float) {}
 inline void wgmma_fence() { emulator::meet("wgmma_fence", ~0u, nullptr, [](void**) {}); }
 inline void wgmma_commit() {
   emulator::meet("wgmma_commit", ~0u, nullptr, [](void**) {
