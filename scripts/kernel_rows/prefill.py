@@ -27,7 +27,8 @@ from jaxllm.kernels.paged_attention import prefill_cuda as p
 for head_dim, variants in p.VARIANTS.items():
     for variant in variants:
         if variant.kernel == {kernel!r}:
-            print(head_dim, p.check(variant, head_dim), p.check(variant, head_dim, 20.0))
+            for fp8 in (False, True)[: 1 + variant.persistent]:
+                print(head_dim, fp8, p.check(variant, head_dim, fp8=fp8), p.check(variant, head_dim, 20.0, fp8=fp8))
 """
 SECONDS = 120
 """A kernel that waits for what never comes ends itself after ten seconds, and its process with it."""
@@ -57,9 +58,10 @@ SHAPES: dict[str, tuple[np.ndarray, int, tuple[int, int, int], dict[str, Any]]] 
     "stripes of 16384 over 4": (stripes(16_384, 4, 1), 1, LLAMA, {}),
     "tp2 8 x 2048": (prompts([2048] * 8), 8, (4, 4, 128), {}),
     "H=64 8 x 2048": (prompts([2048] * 8), 8, (3, 3, 64), {}),
+    "fp8 8 x 2048": (prompts([2048] * 8), 8, LLAMA, {"fp8": True}),
     "H=256 1 x 8192 softcap window": (prompts([8192]), 1, (8, 2, 256), {"softcap": 50.0, "window": 4096}),
 }
-COMPARED = ("8 x 2048", "8192 after 122880", "H=256 1 x 8192 softcap window")
+COMPARED = ("8 x 2048", "fp8 8 x 2048", "8192 after 122880", "H=256 1 x 8192 softcap window")
 """With the reference at full size."""
 SWEEP: dict[str, Variant] = {
     "queries in registers": wgmma(128, q_registers=True),
@@ -118,6 +120,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     keys = jax.random.split(jax.random.key(0))
     q = jax.random.normal(keys[0], (rows, TILE, K * G, H), BF16)
     kv = jax.random.normal(keys[1], (count * width + 1, 2, K, O, H), BF16)
+    kv = kv.astype(prefill_cuda.FP8) if options.get("fp8") else kv
     window = options.get("window")
     first = np.zeros_like(last) if window is None else np.maximum(last - window + 1, 0)
     return q, kv, *(jnp.asarray(x, jnp.int32) for x in (ids, last, first))
@@ -143,7 +146,8 @@ def speed(name: str, variant: Variant | None = None) -> dict[str, Any]:
     if variant is None and name in COMPARED:
         real = last >= 0
         out, lse = jax.jit(attend)(*inputs)
-        wanted, wanted_lse = jax.jit(partial(reference.attend, scale=H**-0.5, softcap=softcap))(*inputs)
+        wide = (inputs[0], inputs[1].astype(BF16), *inputs[2:])
+        wanted, wanted_lse = jax.jit(partial(reference.attend, scale=H**-0.5, softcap=softcap))(*wide)
         found["difference"] = difference(np.asarray(out, np.float32)[real], np.asarray(wanted, np.float32)[real])
         found["lse_error"] = float(np.abs(np.asarray(lse) - np.asarray(wanted_lse))[real].max())
         found["wrong"] = not (found["difference"] < 0.02 and found["lse_error"] < 0.02)

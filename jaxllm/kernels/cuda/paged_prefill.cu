@@ -7,7 +7,7 @@
 // of the other; and the two warpgroups take turns in starting products (PINGPONG).
 //
 // Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), PINGPONG,
-// Q_REGISTERS (queries are multiplied from registers: fewer reads of shared memory)
+// Q_REGISTERS (queries are multiplied from registers: fewer reads of shared memory), FP8 (pages are e4m3)
 #include "hopper.cuh"
 #include "prefill.cuh"
 
@@ -15,8 +15,9 @@ constexpr int GROUPS = 2;                    // warpgroups that multiply
 constexpr int THREADS = (1 + GROUPS) * 128;
 static_assert(BLOCK_M == GROUPS * 64, "a warpgroup has 64 rows");
 
-// Shared memory: queries, STAGES of keys, STAGES of values, barriers.
-constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, BARRIERS_AT = V_AT + STAGES * KV_BYTES;
+// Shared memory: queries, STAGES of keys, STAGES of values, what is copied and not yet converted, barriers.
+constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, PACKED_AT = V_AT + STAGES * KV_BYTES;
+constexpr int PACKED_BYTES = FP8 ? KV_BYTES / 2 : 0, BARRIERS_AT = PACKED_AT + 2 * PACKED_BYTES;
 constexpr int Q_ATOMS = BLOCK_M * PANEL_ROW, KV_ATOMS = BLOCK_N * PANEL_ROW;  // bytes of a panel
 constexpr int PER_PANEL = PANEL / 16;        // products along a row of a panel
 
@@ -43,54 +44,77 @@ struct Rings {
       : q{barriers, 0, 1}, k{barriers + 16, 0, STAGES}, v{barriers + 16 + STAGES * 16, 0, STAGES} {}
 };
 
-DEVICE void copy(u32 smem, Rings rings, const u16* __restrict__ q, const u16* __restrict__ kv,
-                 const int* __restrict__ page_table, const int* __restrict__ schedule, int thread) {
-  u32 copied = 0;  // the barrier of the copy before this one, which is still under way
-  auto begin = [&](const Ring& ring) { barrier_wait(ring.freed(), ring.phase() ^ 1); };
-  auto end = [&](Ring& ring) {
-    cp_async_commit();
-    if (copied) {
-      cp_async_wait<1>();
-      fence_products();
-      barrier_arrive(copied);
+// The warpgroup that copies. A copy is under way while the next one is prepared.
+struct Copier {
+  u8* memory;
+  u32 smem;
+  const u16* kv;
+  const Tile* tile;
+  int thread;
+  u32 full, freed, phase;  // of the copy under way: what to tell, and (e4m3) what to wait for before it is converted
+  u32 to;                  // where it then goes; 0: it is in its place
+  int copies;
+
+  template <int LATER>
+  DEVICE void finish() {
+    if (!full) return;
+    cp_async_wait<LATER>();
+    if (FP8 && to) {
+      barrier_wait(freed, phase);
+      unpack_block<128>(memory + to, memory + PACKED_AT + (copies - 1) % 2 * PACKED_BYTES, thread);
     }
-    copied = ring.full();
+    fence_products();
+    barrier_arrive(full);
+  }
+  DEVICE void begin(const Ring& ring) { barrier_wait(ring.freed(), ring.phase() ^ 1); }
+  DEVICE void end(Ring& ring, u32 place) {
+    cp_async_commit();
+    finish<1>();
+    full = ring.full(), freed = ring.freed(), phase = ring.phase() ^ 1, to = place;
+    copies += place != 0;
     ring.count++;
-  };
+  }
+  DEVICE void block(Ring& ring, u32 buffers, const Pages& pages, int part) {
+    const u32 place = buffers + ring.slot() * KV_BYTES;
+    if (FP8) {
+      const u32 packed = smem + PACKED_AT + copies % 2 * PACKED_BYTES;
+      load_packed<128>(packed, reinterpret_cast<const u8*>(kv), pages, part, *tile, thread);
+    } else {
+      begin(ring);
+      load_block<128>(smem + place, kv, pages, part, *tile, thread);
+    }
+    end(ring, FP8 ? place : 0);
+  }
+};
+
+DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, const u16* __restrict__ kv,
+                 const int* __restrict__ page_table, const int* __restrict__ schedule, int thread) {
+  Copier copier{memory, smem, kv, nullptr, thread, 0, 0, 0, 0, 0};
   const int items = num_items(schedule);
   for (int turn = 0; turn * gridDim.x < items; turn++) {
     const int item = item_of(turn);
     if (item >= items) break;
     const Tile tile(schedule, item);
     if (tile.empty()) continue;
+    copier.tile = &tile;
     Pages pages(page_table, tile);
     const int last = tile.last_block(), first = tile.first_block();
     pages.fetch(last, thread % 32);
-    begin(rings.q);
+    copier.begin(rings.q);
     load_queries<128>(smem, q, tile, thread);
-    end(rings.q);
+    copier.end(rings.q, 0);
     Pages before = pages;  // of the values, which come one block after the keys
     for (int block = last; block >= first - 1; block--) {
       const Pages here = pages;
       if (block >= first) {
         pages.fetch(block - 1, thread % 32);
-        begin(rings.k);
-        load_block<128>(smem + K_AT + rings.k.slot() * KV_BYTES, kv, here, 0, tile, thread);
-        end(rings.k);
+        copier.block(rings.k, K_AT, here, 0);
       }
-      if (block < last) {
-        begin(rings.v);
-        load_block<128>(smem + V_AT + rings.v.slot() * KV_BYTES, kv, before, 1, tile, thread);
-        end(rings.v);
-      }
+      if (block < last) copier.block(rings.v, V_AT, before, 1);
       before = here;
     }
   }
-  if (copied) {
-    cp_async_wait<0>();
-    fence_products();
-    barrier_arrive(copied);
-  }
+  copier.finish<0>();
 }
 
 DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const int* __restrict__ firsts,
@@ -221,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
   __syncthreads();
   if (group == 0) {
     registers_fewer<56>();
-    copy(smem, rings, q, kv, page_table, schedule, thread);
+    copy(memory, smem, rings, q, kv, page_table, schedule, thread);
   } else {
     registers_more<224>();
     multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);

@@ -119,6 +119,12 @@ struct Pages {
   }
 };
 
+// Where the pool has a key or value of a block that begins at `base`.
+DEVICE long long pool_offset(const Pages& pages, const Tile& tile, int part, int key, int base) {
+  const long long page = __shfl_sync(0xffffffffu, pages.id, key / PAGE - base / PAGE);
+  return (((page * 2 + part) * KV_HEADS + tile.head) * PAGE + key % PAGE) * HEAD_DIM;
+}
+
 // One block of keys (part 0) or values (part 1); keys after the last that the tile sees are zeros.
 template <int THREADS>
 DEVICE void load_block(u32 to, const u16* __restrict__ kv, const Pages& pages, int part,
@@ -129,10 +135,47 @@ DEVICE void load_block(u32 to, const u16* __restrict__ kv, const Pages& pages, i
   for (int i = 0; i < BLOCK_N * CHUNKS / THREADS; i++) {
     const Chunk<THREADS> chunk(i, thread);
     const int key = base + chunk.row();
-    const long long page = __shfl_sync(0xffffffffu, pages.id, key / PAGE - base / PAGE);
-    const long long from = ((page * 2 + part) * KV_HEADS + tile.head) * PAGE + key % PAGE;
-    const u32 bytes = key <= tile.last_key ? 16 : 0;
-    cp_async_16(to + chunk.offset(BLOCK_N), kv + from * HEAD_DIM + chunk.c * 8, bytes);
+    const long long from = pool_offset(pages, tile, part, key, base);
+    cp_async_16(to + chunk.offset(BLOCK_N), kv + from + chunk.c * 8, key <= tile.last_key ? 16 : 0);
+  }
+}
+
+// Pages of e4m3 are copied as they are, each thread then converts what it has copied: sixteen elements at a time.
+constexpr int WIDE_CHUNKS = HEAD_DIM / 16;
+
+template <int THREADS>
+DEVICE void load_packed(u32 to, const u8* __restrict__ kv, const Pages& pages, int part, const Tile& tile,
+                        int thread) {
+  static_assert(BLOCK_N * WIDE_CHUNKS % THREADS == 0, "threads must share a block evenly");
+  const int base = pages.block * BLOCK_N;
+#pragma unroll 4
+  for (int i = 0; i < BLOCK_N * WIDE_CHUNKS / THREADS; i++) {
+    const int at = i * THREADS + thread, key = base + at / WIDE_CHUNKS;
+    const long long from = pool_offset(pages, tile, part, key, base);
+    cp_async_16(to + at * 16, kv + from + at % WIDE_CHUNKS * 16, key <= tile.last_key ? 16 : 0);
+  }
+}
+
+// Two e4m3, the bytes of a word that the selector picks, to two bf16: exact. With the exponent's bits moved to where
+// bf16 has its own, a number is 2^-120 of what it was.
+DEVICE u32 e4m3_to_bf16(u32 word, u32 selector) {
+  const u32 high = select_bytes(word, 0, selector);
+  return multiply_bf16((high & 0x80008000u) | (high & 0x7f007f00u) >> 4, 0x7b807b80u);
+}
+
+template <int THREADS>
+DEVICE void unpack_block(u8* to, const u8* from, int thread) {
+#pragma unroll 2
+  for (int i = 0; i < BLOCK_N * WIDE_CHUNKS / THREADS; i++) {
+    const int at = i * THREADS + thread, r = at / WIDE_CHUNKS, c = at % WIDE_CHUNKS * 2;
+    const uint4 packed = *reinterpret_cast<const uint4*>(from + at * 16);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 low = half ? packed.z : packed.x, high = half ? packed.w : packed.y;
+      *reinterpret_cast<uint4*>(to + chunk_offset(r, 0, c + half, BLOCK_N)) =
+          make_uint4(e4m3_to_bf16(low, 0x1404), e4m3_to_bf16(low, 0x3424), e4m3_to_bf16(high, 0x1404),
+                     e4m3_to_bf16(high, 0x3424));
+    }
   }
 }
 

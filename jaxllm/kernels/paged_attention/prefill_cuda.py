@@ -20,6 +20,7 @@ from jaxllm.kernels.paged_attention import reference, tiles
 from jaxllm.kernels.paged_attention.types import Implementation
 
 MAX_GROUP = 16
+FP8 = jnp.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,11 @@ class Variant:
     persistent: bool
     macros: tuple[tuple[str, int], ...]
 
-    def shared(self, head_dim: int) -> int:
+    def shared(self, head_dim: int, fp8: bool = False) -> int:
         """Bytes of shared memory."""
         barriers = 16 * (1 + 2 * self.stages) if self.persistent else 0
-        return 2 * head_dim * (tiles.ROWS + 2 * self.stages * self.block) + barriers
+        packed = 2 * self.block * head_dim if fp8 else 0
+        return 2 * head_dim * (tiles.ROWS + 2 * self.stages * self.block) + packed + barriers
 
 
 def wgmma(block: int, stages: int = 2, pingpong: bool = True, q_registers: bool = False) -> Variant:
@@ -85,7 +87,13 @@ def choose(
 
 
 def macros_of(
-    variant: Variant, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], *, scale: float, softcap: float | None
+    variant: Variant,
+    q_shape: tuple[int, ...],
+    kv_shape: tuple[int, ...],
+    *,
+    fp8: bool,
+    scale: float,
+    softcap: float | None,
 ) -> dict[str, object]:
     """The macros that the variant is compiled with; the numbers of rows, tokens and pages are no part of them."""
     cap = softcap or 0.0
@@ -98,6 +106,7 @@ def macros_of(
         "SOFTCAP": f"{cap:.9e}f",
         "BLOCK_M": tiles.ROWS,
         "BLOCK_N": variant.block,
+        "FP8": int(fp8),
         **dict(variant.macros),
     }
 
@@ -112,8 +121,10 @@ def compile_variant(
     softcap: float | None,
 ) -> str:
     """PTX for these shapes. Raises NotImplementedError for what the kernels cannot do."""
-    if any(x.dtype != jnp.bfloat16 for x in (q_RQNH, kv_PYKOH)):
-        raise NotImplementedError("only bfloat16")
+    if q_RQNH.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, FP8):
+        raise NotImplementedError(f"{q_RQNH.dtype} queries and {kv_PYKOH.dtype} pages")
+    if kv_PYKOH.dtype == FP8 and not variant.persistent:
+        raise NotImplementedError("only wgmma has pages in e4m3")
     if pages_RW.dtype != jnp.int32:
         raise NotImplementedError("only int32 pages")
     N, (_, _, K, O, _) = q_RQNH.shape[2], kv_PYKOH.shape
@@ -123,7 +134,8 @@ def compile_variant(
         raise NotImplementedError(f"pages of {O} tokens")
     if scale <= 0:
         raise NotImplementedError("a scale that is not positive")
-    macros = macros_of(variant, q_RQNH.shape, kv_PYKOH.shape, scale=scale, softcap=softcap)
+    fp8 = kv_PYKOH.dtype == FP8
+    macros = macros_of(variant, q_RQNH.shape, kv_PYKOH.shape, fp8=fp8, scale=scale, softcap=softcap)
     return call.compile_or_refuse(variant.kernel, variant.kernel, macros)
 
 
@@ -151,7 +163,7 @@ def run(
         (jax.ShapeDtypeStruct((R, Q, N, H), q_RQNH.dtype), jax.ShapeDtypeStruct((R, Q, N), jnp.float32)),
         grid=(min(items, call.SMS) if variant.persistent else items,),
         threads=variant.threads,
-        shared=variant.shared(H),
+        shared=variant.shared(H, kv_PYKOH.dtype == FP8),
     )
     return out_RQNH, lse_RQN
 
@@ -181,9 +193,10 @@ def sample(head_dim: int, *, seed: int = 0) -> tuple[jax.Array, ...]:
     return (*exact, *map(jnp.asarray, (pages, last, first)))
 
 
-def check(variant: Variant, head_dim: int, softcap: float | None = None) -> float:
+def check(variant: Variant, head_dim: int, softcap: float | None = None, *, fp8: bool = False) -> float:
     """The largest error of a variant on a small input; needs a GPU. Raises ArithmeticError if it is wrong."""
-    arguments, scale = sample(head_dim), head_dim**-0.5
+    q, kv, *others = sample(head_dim)
+    arguments, scale = (q, kv.astype(FP8) if fp8 else kv, *others), head_dim**-0.5
     ptx = compile_variant(variant, *arguments[:3], scale=scale, softcap=softcap)
     found = jax.jit(partial(run, variant=variant, ptx=ptx))(*arguments)
     wide = [x.astype(jnp.float32) for x in arguments[:2]]
@@ -202,7 +215,7 @@ def check(variant: Variant, head_dim: int, softcap: float | None = None) -> floa
 def check_wgmma() -> None:
     """Raises ArithmeticError if the wgmma kernel is wrong."""
     check(VARIANTS[128][0], 128)
-    check(VARIANTS[64][0], 64, softcap=20.0)
+    check(VARIANTS[64][0], 64, softcap=20.0, fp8=True)
 
 
 def check_mma() -> None:

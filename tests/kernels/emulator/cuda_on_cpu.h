@@ -306,6 +306,10 @@ inline u32 e4m3_to_f16(u16 pair) {
   return pack_f16(emulator::from_e4m3((u8)pair), emulator::from_e4m3((u8)(pair >> 8)));
 }
 inline u16 pack_e4m3(float low, float high) { return emulator::to_e4m3(low) | (u16)emulator::to_e4m3(high) << 8; }
+inline u32 multiply_bf16(u32 a, u32 b) {
+  auto half = [](u32 x, int i) { return emulator::from_bf16((u16)(x >> 16 * i)); };
+  return pack_bf16(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
+}
 inline u32 select_bytes(u32 a, u32 b, u32 selector) {
   const u64 bytes = a | (u64)b << 32;
   u32 out = 0;
