@@ -12,13 +12,14 @@ import jax
 from flax import nnx
 
 from jaxllm.kernels.paged_attention.api import paged_attention
+from jaxllm.kernels.rope_write.api import rope_write
+from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
-from jaxllm.layers.rope import rotate
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
 from jaxllm.parallel.collectives import Axes
-from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
+from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
 
@@ -28,7 +29,7 @@ METHODS = {
     CpType.RING: ring.attention,
     CpType.HELIX: helix.attention,
 }
-"""Attention by the kind of context parallelism; `attend` below without any."""
+"""Attention by the kind of context parallelism; `Attention._attend` without any."""
 
 
 class Attention(nnx.Module):
@@ -75,6 +76,11 @@ class Attention(nnx.Module):
         """
         qkv = self.qkv(x_TD, norm, spread)
         T, N, K, H = qkv.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
+        kernel = Kernel(partial(paged_attention, scale=self.scale, softcap=self.softcap), self.window, self.layout)
+        kind = self.layout.cp_type
+        if kind is None:
+            out_TNH, kv = self._attend(qkv.reshape(T, N + 2 * K, H), rope, kv, batch, kernel)
+            return self.out(out_TNH.reshape(T, -1), spread, residual=residual), kv
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
         qkv = qkv.reshape(T, groups, N + 2 * K, H)
@@ -84,19 +90,24 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
-        kernel = Kernel(partial(paged_attention, scale=self.scale, softcap=self.softcap), self.window, self.layout)
-        kind = self.layout.cp_type
-        out_TNH, kv = (attend if kind is None else METHODS[kind])(q_TNH, k_TKH, v_TKH, kv, batch, kernel)
+        out_TNH, kv = METHODS[kind](q_TNH, k_TKH, v_TKH, kv, batch, kernel)
         return self.out(out_TNH.reshape(T, -1), spread, residual=residual), kv
 
-
-def attend(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
-) -> tuple[jax.Array, KVPages]:
-    """Attention over a context that is all here, out_TNH, and the written pages."""
-    stripes = kernel.stripes(kv)
-    with jax.named_scope("kv_write"):
-        kv = write_pages(kv, k_TKH, v_TKH, batch.positions_T, batch.pages_RW, batch.row_T, stripes)
-    with jax.named_scope("paged_attention"):
-        out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
-    return out_TNH, kv
+    def _attend(
+        self,
+        qkv_TCH: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        kernel: Kernel,
+    ) -> tuple[jax.Array, KVPages]:
+        """Attention over a context that is all here, out_TNH, and the written pages."""
+        norms = [None if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm)]
+        eps = 0.0 if self.q_norm is None else self.q_norm.eps
+        stripes = kernel.stripes(kv)
+        with jax.named_scope("kv_write"):
+            place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
+            q_TNH, kv = rope_write(qkv_TCH, *rope, kv, *place, *norms, eps=eps)
+        with jax.named_scope("paged_attention"):
+            out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+        return out_TNH, kv

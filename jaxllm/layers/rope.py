@@ -88,9 +88,3 @@ def cos_sin(rope: RopeConfig, head_dim: int, positions_T: jax.Array) -> tuple[ja
     inverse, factor = frequencies(rope, head_dim)
     angle = positions_T.astype(jnp.float32)[:, None, None] * inverse
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
-
-
-def rotate(x_TNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates every head of every token by its position, in float32."""
-    a, b = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_TNH.dtype)

@@ -150,6 +150,17 @@ def join(a: Partial, b: Partial) -> Partial:
     return jnp.concatenate([a[0], b[0]]), jnp.concatenate([a[1], b[1]])
 
 
+def places(
+    positions_T: jax.Array, pages_RW: jax.Array, row_T: jax.Array, page_size: int, stripes: Stripes
+) -> tuple[jax.Array, jax.Array]:
+    """The page of each token and its slot there; what is padding, or another rank's, goes to page 0."""
+    index_T = jnp.maximum(positions_T, 0)
+    own_T = positions_T >= 0
+    if stripes.ranks > 1:
+        own_T, index_T = stripes.owns(positions_T), stripes.index(index_T)
+    return jnp.where(own_T, pages_RW[row_T, index_T // page_size], 0), index_T % page_size
+
+
 def write_pages(
     kv: KVPages,
     k_TKH: jax.Array,
@@ -159,12 +170,6 @@ def write_pages(
     row_T: jax.Array,
     stripes: Stripes,
 ) -> KVPages:
-    """Stores keys and values of tokens in their pages; what is padding, or another rank's, goes to page 0."""
-    page_size = kv.shape[3]
-    index_T = jnp.maximum(positions_T, 0)
-    own_T = positions_T >= 0
-    if stripes.ranks > 1:
-        own_T, index_T = stripes.owns(positions_T), stripes.index(index_T)
-    page_T = jnp.where(own_T, pages_RW[row_T, index_T // page_size], 0)
-    slot_T = index_T % page_size
+    """Stores keys and values of tokens in their pages."""
+    page_T, slot_T = places(positions_T, pages_RW, row_T, kv.shape[3], stripes)
     return kv.at[page_T, :, :, slot_T].set(jnp.stack([k_TKH, v_TKH], axis=1).astype(kv.dtype))

@@ -7,11 +7,12 @@ import functools
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
+from jaxllm.kernels.rope_write import cuda as rope_write
 
 
 @functools.cache
 def check_kernels() -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used."""
-    call.check_all(
-        {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS, linear_cuda.KERNEL: linear_cuda.check}
-    )
+    checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
+    checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
+    call.check_all(checks)

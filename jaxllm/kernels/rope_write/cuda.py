@@ -1,0 +1,107 @@
+"""Rotation and page writes on a Hopper GPU, by `cuda/rope_write.cu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.rope_write import reference
+
+KERNEL = "rope_write"
+WARPS = 4
+HEAD_DIMS = (64, 96, 128, 256)
+
+Kernel = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def macros_of(qkv_TCH: jax.Array, kv_PYKOH: jax.Array, *, norm: bool, eps: float) -> dict[str, object]:
+    """Raises NotImplementedError for what the kernel cannot do."""
+    C, H = qkv_TCH.shape[1:]
+    _, _, K, O, _ = kv_PYKOH.shape
+    if qkv_TCH.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"heads in {qkv_TCH.dtype} and pages in {kv_PYKOH.dtype}")
+    if H not in HEAD_DIMS:
+        raise NotImplementedError(f"head dim {H}, not one of {HEAD_DIMS}")
+    fp8 = int(kv_PYKOH.dtype == jnp.float8_e4m3fn)
+    sizes = {"HEADS": C - 2 * K, "K": K, "H": H, "O": O, "WARPS": WARPS}
+    return {**sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps))}
+
+
+def grid_of(qkv_shape: Sequence[int]) -> tuple[int, int]:
+    """A warp takes a head of a token."""
+    return qkv_shape[0], -(-qkv_shape[1] // WARPS)
+
+
+def choose(
+    qkv_TCH: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kv_PYKOH: jax.Array,
+    page_T: jax.Array,
+    slot_T: jax.Array,
+    q_norm_H: jax.Array | None,
+    k_norm_H: jax.Array | None,
+    *,
+    eps: float,
+) -> Kernel:
+    """The kernel for these arguments, compiled. Raises NotImplementedError where XLA must do the work."""
+    call.require(KERNEL)
+    macros = macros_of(qkv_TCH, kv_PYKOH, norm=q_norm_H is not None, eps=eps)
+    return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros))
+
+
+def run(
+    qkv_TCH: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kv_PYKOH: jax.Array,
+    page_T: jax.Array,
+    slot_T: jax.Array,
+    q_norm_H: jax.Array | None = None,
+    k_norm_H: jax.Array | None = None,
+    *,
+    ptx: str,
+) -> tuple[jax.Array, jax.Array]:
+    """One launch; see `api.rope_write`."""
+    T, C, H = qkv_TCH.shape
+    norms = [cos if weight is None else weight for weight in (q_norm_H, k_norm_H)]
+    q_TNH, kv_PYKOH = call.launch(
+        KERNEL,
+        ptx,
+        [qkv_TCH, cos, sin, page_T, slot_T, *norms, kv_PYKOH],
+        [
+            jax.ShapeDtypeStruct((T, C - 2 * kv_PYKOH.shape[2], H), qkv_TCH.dtype),
+            jax.ShapeDtypeStruct(kv_PYKOH.shape, kv_PYKOH.dtype),
+        ],
+        grid=grid_of(qkv_TCH.shape),
+        threads=32 * WARPS,
+        aliases={7: 1},
+    )
+    return q_TNH, kv_PYKOH
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernel differs from the reference on a small input."""
+    rng = np.random.default_rng(0)
+    for dtype, H, norm in ((jnp.bfloat16, 128, False), (jnp.float8_e4m3fn, 64, True)):
+        T, N, K, O = 5, 4, 2, 16
+        qkv = jnp.asarray(rng.standard_normal((T, N + 2 * K, H)), jnp.bfloat16)
+        angle = rng.uniform(0, 6, (T, 1, H // 2)).astype(np.float32)
+        kv = jnp.asarray(rng.standard_normal((6, 2, K, O, H)), dtype)
+        places = jnp.asarray([1, 2, 3, 4, 5], jnp.int32), jnp.asarray([0, 15, 7, 3, 9], jnp.int32)
+        weights = [jnp.asarray(rng.uniform(0.5, 2, H), jnp.float32) if norm else None for _ in range(2)]
+        arguments: Any = (qkv, jnp.cos(angle), jnp.sin(angle), kv, *places, *weights)
+        found = jax.jit(choose(*arguments, eps=1e-5))(*arguments)
+        wanted = jax.jit(partial(reference.rope_write, eps=1e-5))(*arguments)
+        for a, b in zip(found, wanted, strict=True):
+            x, y = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            # One may round up what the other rounds down: a step of e4m3 is an eighth.
+            error = (np.abs(x - y) / np.maximum(np.abs(y), 0.05)).max()
+            if not error < (0.13 if a.dtype == jnp.float8_e4m3fn else 0.01):
+                raise ArithmeticError(f"wrong by {error:.1e} at head dim {H}")
