@@ -29,6 +29,15 @@ KV_AXES = ("pages", None, "kv_heads", None, None)
 """Logical axes of kv_PYKOH."""
 
 
+def compiler_options(shape: BatchShape) -> dict[str, str | bool]:
+    """Options of XLA for the step of a bucket.
+
+    Weights and pages leave so little memory that XLA computes what is cheap anew for each layer, the page table of a
+    step among it. Steps of decodes alone have a few MiB of scratch memory, and nothing to gain from that.
+    """
+    return {} if shape.bucket.tiles else {"xla_disable_hlo_passes": "rematerialization"}
+
+
 class StepFunctions:
     """The functions that are compiled for each bucket; they take weights as the flat list that `flatten` makes.
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.engine.batch import BatchShape
-from jaxllm.engine.forward import KV_AXES, StepFunctions
+from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
 from jaxllm.layers.attention import KVPages
 
 
@@ -72,7 +72,8 @@ class Stage:
             self.inputs[shape.bucket] = hidden.sharding
         # Where the first stage is not the last, last_token is kept for the first stage to read.
         donated = (1, 2) if functions.first and functions.last else (1,)
-        return jax.jit(functions.forward(shape), donate_argnums=donated).lower(*args).compile()
+        lowered = jax.jit(functions.forward(shape), donate_argnums=donated).lower(*args)
+        return lowered.compile(compiler_options(shape))
 
     def release(self) -> None:
         """Gives the device memory back."""

@@ -106,7 +106,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
     from jax.sharding import NamedSharding
 
     from jaxllm.engine.batch import Packer
-    from jaxllm.engine.forward import KV_AXES, StepFunctions
+    from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
     from jaxllm.parallel.layout import Layout
     from jaxllm.parallel.mesh import make_mesh, stage_mesh
     from jaxllm.plan.plan import DTYPES
@@ -150,7 +150,8 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
             stream = NamedSharding(part, layout.stream(rows, cfg.hidden_size))
             args.append(spec((tokens, cfg.hidden_size), layout.dtype, stream))
         began = time.perf_counter()
-        program = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args).compile()
+        lowered = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args)
+        program = lowered.compile(compiler_options(shape))
         memory, hlo = program.memory_analysis(), program.as_text()
         assert memory is not None and hlo is not None
         inputs = 4 * num_slots * (functions.first or functions.last)

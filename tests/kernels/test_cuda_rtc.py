@@ -109,6 +109,10 @@ def test_where_kernels_are_used(guard, monkeypatch, caplog) -> None:
     monkeypatch.setenv("JAXLLM_CUDA", "0")
     with pytest.raises(NotImplementedError, match="JAXLLM_CUDA=0"):
         call.require("anything")
+    monkeypatch.setenv("JAXLLM_CUDA", "-other,-anything")
+    with pytest.raises(NotImplementedError, match="JAXLLM_CUDA=-other"):
+        call.require("anything")
+    call.require("any")
     monkeypatch.delenv("JAXLLM_CUDA")
     call.describe_target("8.9")
     with pytest.raises(NotImplementedError, match=r"this GPU has 8\.9"):

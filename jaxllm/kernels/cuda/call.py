@@ -1,7 +1,8 @@
 """Whether CUDA kernels can be used, and how one is put into a compiled program.
 
 A kernel is used on a device of compute capability 9.0 (H100, H200) where NVRTC is found and its check at start agreed
-with its reference. Elsewhere there is one warning, and XLA does the work. `JAXLLM_CUDA=0` turns the kernels off.
+with its reference. Elsewhere there is one warning, and XLA does the work. `JAXLLM_CUDA=0` turns the kernels off, and
+`JAXLLM_CUDA=-rope_write,-paged_decode` these two.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def describe_target(capability: str | None) -> None:
 
 def require(kernel: str) -> None:
     """Raises NotImplementedError, which says why, where the CUDA kernel of this name cannot be used."""
-    if os.environ.get("JAXLLM_CUDA") == "0":
-        raise NotImplementedError("JAXLLM_CUDA=0")
+    setting = os.environ.get("JAXLLM_CUDA", "")
+    if setting == "0" or f"-{kernel}" in setting.split(","):
+        raise NotImplementedError(f"JAXLLM_CUDA={setting}")
     capability = _described
     if capability is None:
         if jax.default_backend() != "gpu":
