@@ -33,13 +33,16 @@ SWEEPS: dict[str, tuple[Tiling, ...]] = {
     # rows of a tile, blocks of a cluster, warps, groups of 64 bytes of a row in a stage
     "o": (
         Tiling(32, 1, 8, 16), Tiling(32, 1, 8, 8), Tiling(32, 1, 4, 8), Tiling(16, 1, 8, 16), Tiling(64, 2, 8, 8),
-        Tiling(64, 2, 4, 8), Tiling(128, 4, 8, 8),
+        Tiling(64, 2, 4, 8), Tiling(128, 4, 8, 8), Tiling(16, 1, 8, 32), Tiling(16, 1, 8, 64), Tiling(16, 1, 16, 64),
     ),
     "qkv": (Tiling(48, 1, 8, 16), Tiling(48, 1, 8, 8), Tiling(96, 2, 8, 8), Tiling(96, 2, 4, 4), Tiling(48, 2, 8, 8)),
     "gate_up": (
+        Tiling(16, 1, 8, 32), Tiling(16, 1, 8, 64), Tiling(16, 1, 16, 64),
         Tiling(112, 1, 8, 8), Tiling(112, 1, 4, 4), Tiling(112, 2, 8, 8), Tiling(32, 1, 8, 16), Tiling(64, 2, 8, 8),
     ),
-    "down": (Tiling(32, 1, 8, 16), Tiling(64, 2, 8, 16), Tiling(64, 2, 8, 8)),
+    "down": (
+        Tiling(16, 1, 8, 64), Tiling(16, 1, 16, 64), Tiling(32, 1, 8, 16), Tiling(64, 2, 8, 16), Tiling(64, 2, 8, 8),
+    ),
 }  # fmt: skip
 
 

@@ -25,10 +25,13 @@ MAX_TOKENS = 32
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 WEIGHTS = {"bfloat16": 0, "float8_e4m3fn": 1, "int8": 2}
 
-MEGABYTES = {"plain": ((16, 64),), "fused": ((16, 256),)}
+MEGABYTES: dict[str, tuple[tuple[int, int], ...]] = {"plain": (), "fused": ()}
 """Where the kernel is used: for up to so many tokens, weights of up to so many megabytes. "fused": products that save
-kernels for a norm or an activation. XLA reads large matrices at the full speed of memory, so that little else is to be
-gained there; small ones it reads at two thirds of it."""
+kernels for a norm or an activation.
+
+Nowhere as it is split today. Measured on an H200 (jax 0.11.2), the products of a layer of Llama-3.1-8B: 198 us at 1
+token and 365 at 16, where XLA takes 127 and 126. The copies limit it: one takes about 72 ns on a multiprocessor whether
+it brings 512 bytes or 1,024, which 4 KiB and more would hide."""
 
 
 Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
