@@ -1,4 +1,4 @@
-"""The `jaxllm` command: generate, chat, convert, bench, plan.
+"""The `jaxllm` command: generate, chat, serve, convert, bench, plan.
 
 A mistake of the user ends with one line on stderr and exit code 2; `--debug` shows the traceback. Nothing heavy is
 imported before the arguments are understood.
@@ -28,6 +28,8 @@ from jaxllm.options import (
 )
 from jaxllm.plan.command import EXAMPLES as PLAN_EXAMPLES
 from jaxllm.plan.command import fill_parser as fill_plan_parser
+from jaxllm.serve.command import EXAMPLES as SERVE_EXAMPLES
+from jaxllm.serve.command import fill_parser as fill_serve_parser
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -277,6 +279,7 @@ def _note(text: str) -> None:
 _COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "generate": ("continue prompts", _GENERATE_EXAMPLES, _generate_parser),
     "chat": ("talk to a model", _CHAT_EXAMPLES, _chat_parser),
+    "serve": ("answer OpenAI clients over HTTP", SERVE_EXAMPLES, fill_serve_parser),
     "convert": ("write a checkpoint that loads onto any mesh", _CONVERT_EXAMPLES, _convert_parser),
     "bench": ("measure latency, throughput, the host's cost", "", fill_bench_parser),
     "plan": ("tell what a model takes on a layout, and how fast it could be", PLAN_EXAMPLES, fill_plan_parser),
@@ -285,6 +288,7 @@ _EXAMPLES = """\
 examples:
   jaxllm generate smollm2-135m "The capital of France is"
   jaxllm chat smollm2-135m
+  jaxllm serve smollm2-135m --port 8000
   jaxllm bench latency smollm2-135m --compare transformers
   jaxllm plan Llama-3.1-405B --tp 4 --pp 2
 

@@ -73,7 +73,7 @@ def _describe(error: ValidationError, title: str) -> str:
     return "; ".join(problems)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Base of every settings class: no unknown names, no silent conversions, one-line errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -105,7 +105,7 @@ class _Strict(BaseModel):
         return kept
 
 
-class KvCacheConfig(_Strict):
+class KvCacheConfig(Strict):
     """The paged KV cache.
 
     Attributes:
@@ -140,7 +140,7 @@ class KvCacheConfig(_Strict):
         return self
 
 
-class SchedulerConfig(_Strict):
+class SchedulerConfig(Strict):
     """Who runs when the page pool is short.
 
     Attributes:
@@ -153,7 +153,7 @@ class SchedulerConfig(_Strict):
     waiting_queue_policy: Literal["fcfs", "priority"] = "fcfs"
 
 
-class CpConfig(_Strict):
+class CpConfig(Strict):
     """How the context is parallel. Each key but the first belongs to one type.
 
     Attributes:
@@ -209,7 +209,7 @@ class CpConfig(_Strict):
         return StarConfig(block, self.cp_anchor_size or block)
 
 
-class AttentionDpConfig(_Strict):
+class AttentionDpConfig(Strict):
     """How requests are spread over the ranks of attention data parallelism.
 
     Attributes:
@@ -229,7 +229,7 @@ def _one_of(names: Iterable[str], joint: str = "or") -> str:
     return f"{', '.join(most)} {joint} {last}" if most else last
 
 
-class EngineConfig(_Strict):
+class EngineConfig(Strict):
     """Everything an engine needs to know before it starts.
 
     Attributes:
@@ -369,6 +369,11 @@ class EngineConfig(_Strict):
                 f"tokenizer = {self.tokenizer!r} contradicts skip_tokenizer_init = True; leave one of them out"
             )
         return self
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """Whether a setting of this name is understood, if only to say that it is not supported."""
+        return name in cls.model_fields or name in _NOT_SUPPORTED_YET or name == "pytorch_backend_config"
 
     def resolve_mapping(self, devices: int | None, platform: str = "") -> mapping.Mapping:
         """The parallel layout on this many devices. Raises ValueError when the sizes do not fit them."""

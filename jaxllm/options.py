@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import difflib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm.config import EngineConfig, SchedulerConfig, choices, load_yaml, merge_settings
@@ -119,8 +119,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The settings of the engine: the --config file, and the options over it. Raises ConfigError."""
+def engine_config(args: argparse.Namespace, base: Mapping[str, Any] | None = None) -> EngineConfig:
+    """The settings of the engine: `base` or else the --config file, and the options over it. Raises ConfigError."""
     settings: dict[str, Any] = {"model": args.model}
     for name in (
         "tensor_parallel_size", "pipeline_parallel_size", "pp_partition", "context_parallel_size",
@@ -148,7 +148,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         settings["enable_chunked_prefill"] = False
     if args.no_overlap:
         settings["disable_overlap_scheduler"] = True
-    return EngineConfig(**merge_settings(load_yaml(args.config) if args.config else {}, settings))
+    if base is None:
+        base = load_yaml(args.config) if args.config else {}
+    return EngineConfig(**merge_settings(base, settings))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:

@@ -1,6 +1,7 @@
 """The import rule.
 
-cli -> bench -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings -> mapping.
+cli -> (bench, serve) -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings
+-> mapping.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROOT = Path(jaxllm.__file__).parent
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
     [{"cli"}],
-    [{"bench"}],
+    [{"bench"}, {"serve"}],
     [{"plan"}],
     [{"llmapi"}],
     [{"options"}],
@@ -147,8 +148,9 @@ def test_no_jax(module: str) -> None:
     assert reaches_jax(module, modules()) == []
 
 
-def test_the_command_line_starts_without_jax() -> None:
-    assert reaches_jax("cli", modules()) == []
+@pytest.mark.parametrize("module", ["cli", "serve.frontend", "serve.supervisor", "serve.app"])
+def test_starts_without_jax(module: str) -> None:
+    assert reaches_jax(module, modules()) == []
 
 
 @pytest.mark.parametrize(

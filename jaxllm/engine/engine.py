@@ -15,10 +15,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from typing import Any
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.iterations import IterationLog
 from jaxllm.engine.request import FinishReason, Request, Sequence, Update
 from jaxllm.engine.results import ResultMaker
 from jaxllm.engine.runner import InFlight
@@ -26,6 +28,8 @@ from jaxllm.engine.start import Started, start
 from jaxllm.engine.step import Event, LaneSteps, Step
 
 logger = logging.getLogger(__name__)
+
+_BEAT_SECONDS = 0.5  # an idle loop passes this often, so that anyone can tell it from a loop that hangs
 
 
 class EngineDeadError(RuntimeError):
@@ -39,6 +43,7 @@ class Engine:
         tokenizer: None with `skip_tokenizer_init`.
         model_config: the model's sizes.
         start_report: seconds by phase of the start.
+        iterations: what each of the last steps looked like.
     """
 
     def __init__(self, config: EngineConfig):
@@ -51,11 +56,14 @@ class Engine:
         self._slots = parts.slots
         self._scheduler = parts.scheduler
         self._results = ResultMaker(parts.tokenizer)
-        self._inbox: queue.SimpleQueue[Request | int | None] = queue.SimpleQueue()
+        self.iterations = IterationLog()
+        # A request to add, an id to cancel, (id, index) of a sequence to stop, None to shut down.
+        self._inbox: queue.SimpleQueue[Request | int | tuple[int, int] | None] = queue.SimpleQueue()
         self._requests: dict[int, Request] = {}
         self._bad: dict[int, list[tuple[int, ...]]] = {}
         self._death: Exception | None = None
         self._lock = threading.Lock()
+        self._beat = time.monotonic()
         self._clock = self._runner.clock
         self._quiet_tokens = 0
         self._counts = {"steps": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0, "requests": 0}
@@ -91,6 +99,30 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Cancels a request: its pages are free before the next step is scheduled. Unknown ids are ignored."""
         self._inbox.put(request_id)
+
+    def stop(self, request_id: int, index: int) -> None:
+        """Ends one sequence of a request as "stop", when its owner has seen enough of it. Unknown ones are ignored."""
+        self._inbox.put((request_id, index))
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of one sequence, prompt and output."""
+        return self._scheduler.max_seq_len
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, and what the engine's thread has not looked at yet."""
+        return self._scheduler.num_waiting + self._inbox.qsize()
+
+    @property
+    def death(self) -> Exception | None:
+        """Why the engine does not run any more; None while it does."""
+        return self._death
+
+    @property
+    def seconds_silent(self) -> float:
+        """Seconds since the loop last passed: up to half a second while idle, under load the time of a step."""
+        return time.monotonic() - self._beat
 
     def shutdown(self, timeout: float = 60.0) -> None:
         """Stops the thread after the step in flight; pending requests end with an EngineDeadError."""
@@ -166,14 +198,19 @@ class Engine:
         """Moves what arrived into the scheduler; sleeps while there is nothing to do. False when told to stop."""
         while True:
             idle = wait and not self._scheduler.has_work()
+            self._beat = time.monotonic()
             try:
-                item = self._inbox.get(block=idle)
+                item = self._inbox.get(block=idle, timeout=_BEAT_SECONDS)
             except queue.Empty:
+                if idle:
+                    continue
                 return True
             if item is None:
                 return False
             if isinstance(item, Request):
                 self._add(item)
+            elif isinstance(item, tuple):
+                self._stop(*item)
             elif item in self._requests:
                 request = self._requests[item]
                 self._scheduler.abort(request)
@@ -192,6 +229,18 @@ class Engine:
             self._results.open(request)
             self._counts["requests"] += 1
 
+    def _stop(self, request_id: int, index: int) -> None:
+        request = self._requests.get(request_id)
+        if request is None or not 0 <= index < len(request.sequences):
+            return
+        seq = request.sequences[index]
+        if seq.finished or not seq.num_output:
+            return
+        self._scheduler.finish(seq, FinishReason.STOP)
+        self._notify(request, self._results.take(seq, FinishReason.STOP, None))
+        if request.finished:
+            self._forget(request)
+
     def _schedule(self) -> Step | LaneSteps | None:
         started = self._clock.now()
         step = self._scheduler.schedule()
@@ -203,6 +252,7 @@ class Engine:
             self._start(seq)
         self._counts["steps"] += 1
         self._counts["decode_steps"] += not step.prefills
+        self.iterations.launched()
         return self._runner.launch(step)
 
     def _start(self, seq: Sequence) -> None:
@@ -218,6 +268,7 @@ class Engine:
         before = self._clock.now()
         tokens = flight.read()
         arrived = self._clock.add("wait", before)
+        seconds = self.iterations.arrived()
         self._results.add_prompt_logprobs(flight)
         events = self._scheduler.update(flight.step, tokens)
         quiet, self._quiet_tokens = self._quiet_tokens, self._scheduler.num_quiet_tokens
@@ -236,8 +287,20 @@ class Engine:
         # Not before all events: sequences of one request may end in the same step.
         for request in ended:
             self._forget(request)
+        self._note_iteration(flight.step, seconds)
         self._runner.packer.recycle(flight.packed)
         self._clock.add("update", arrived)
+
+    def _note_iteration(self, step: Step | LaneSteps, seconds: float) -> None:
+        scheduler, used, hits, misses, evictions = self._scheduler, 0, 0, 0, 0
+        for pool in scheduler.pools:
+            used += pool.capacity - pool.num_free
+            hits += pool.stats.hits
+            misses += pool.stats.misses
+            evictions += pool.stats.evictions
+        batch = (len(step.prefills), len(step.decodes), step.num_tokens)
+        queue_sizes = (scheduler.num_running, scheduler.num_waiting)
+        self.iterations.add(seconds, *batch, *queue_sizes, used, hits, misses, evictions)
 
     def _deliver(self, event: Event, flight: InFlight) -> None:
         """Tells the owner of a sequence about a token. What goes wrong with one request ends that request only."""

@@ -227,6 +227,7 @@ class Request:
         self.on_update = on_update
         self.prefix_cache = prefix_cache
         self.stream = stream
+        self.num_cached: int | None = None  # prompt tokens found in the prefix cache, known once it was first admitted
         self.arrival = -1  # order of arrival, set by the scheduler
         self.forked = count == 1  # the sequences after the first are in the queue, too
         self.sequences: list[Sequence] = [Sequence(self, i) for i in range(count)]

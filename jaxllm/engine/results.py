@@ -12,43 +12,11 @@ import numpy as np
 from jaxllm.engine.request import FinishReason, Logprob, Request, Sequence, Update
 from jaxllm.engine.runner import InFlight
 from jaxllm.engine.step import Event
+from jaxllm.engine.stop_strings import StopWatch
 from jaxllm.engine.tokenizer import IncrementalDecoder, Tokenizer
 from jaxllm.layers.sampling import SampleOutput
 
 PromptList = list[dict[int, Logprob] | None]
-
-
-@dataclass(slots=True)
-class _StopWatch:
-    """Looks for stop strings in the text of one sequence as it grows."""
-
-    decoder: IncrementalDecoder
-    stops: tuple[str, ...]
-    keep_stop: bool
-    min_tokens: int
-    text: str = ""
-
-    def find(self, token: int, num_outputs: int) -> str | None:
-        """The stop string that this token completes; `text` is then cut at it."""
-        searched = max(0, len(self.text) - max(map(len, self.stops)) + 1)
-        self.text += self.decoder.decode([token])
-        if num_outputs < self.min_tokens:
-            return None
-        found = [(at, stop) for stop in self.stops if (at := self.text.find(stop, searched)) >= 0]
-        if not found:
-            return None
-        at, stop = min(found)
-        self.text = self.text[: at + len(stop) if self.keep_stop else at]
-        return stop
-
-    def safe_text(self) -> str:
-        """The text without an end that may turn out to be the beginning of a stop string, and be cut."""
-        if self.keep_stop:
-            return self.text
-        for at in range(max(0, len(self.text) - max(map(len, self.stops)) + 1), len(self.text)):
-            if any(stop.startswith(self.text[at:]) for stop in self.stops):
-                return self.text[:at]
-        return self.text
 
 
 @dataclass(slots=True)
@@ -57,7 +25,7 @@ class _Record:
 
     num_logprobs: int | None
     num_prompt_logprobs: int | None
-    watches: list[_StopWatch]
+    watches: list[StopWatch]
     logprobs: list[list[dict[int, Logprob]]]
     prompt: PromptList
     prompt_sent: set[int] = field(default_factory=set)
@@ -84,7 +52,7 @@ class ResultMaker:
         if stops and self._tokenizer is not None:
             for _ in request.sequences:
                 decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
-                watches.append(_StopWatch(decoder, stops, params.include_stop_str_in_output, params.min_tokens or 0))
+                watches.append(StopWatch(decoder, stops, params.include_stop_str_in_output, params.min_tokens or 0))
         prompt: PromptList = [] if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
         logprobs: list[list[dict[int, Logprob]]] = [[] for _ in request.sequences]
         self._records[request.request_id] = _Record(params.logprobs, params.prompt_logprobs, watches, logprobs, prompt)

@@ -416,6 +416,8 @@ class Scheduler:
             pool.record_lookup(len(shared), (len(seq.tokens) - 1) // pool.page_size - len(shared))
         seq.pages = shared + pool.allocate(needed)
         seq.num_computed = len(shared) * pool.page_size
+        if seq.index == 0 and seq.request.num_cached is None:
+            seq.request.num_cached = seq.num_computed
         seq.prompt_ready = len(shared) >= self._shared.num_shareable(seq)
         seq.register_at = (matched + 1) * pool.page_size if pool.prefix_cache else _NEVER
         return True

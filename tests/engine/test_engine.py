@@ -324,3 +324,49 @@ def test_shutdown_with_pending_requests(mortal: LLM) -> None:
     runner = mortal._engine._runner
     assert not any(stage.weights or stage.kv for stage in runner.stages), "the memory is free while the LLM lives"
     assert mortal.get_stats()["pages"] == 128
+
+
+def test_one_sequence_can_be_stopped(llm: LLM) -> None:
+    """As the server does it when it finds a stop string: the others go on, and the pages are free."""
+    updates: list[Update] = []
+    params = SamplingParams(max_tokens=30, n=2, ignore_eos=True)
+
+    def on_update(update: Update) -> None:
+        updates.append(update)
+        if update.index == 0 and update.finish_reason is None:
+            llm._engine.stop(10_001, 0)
+            llm._engine.stop(10_001, 7)  # there is no such sequence
+
+    request = submit(llm, 10_001, [5, 6, 7], params, on_update)
+    assert until(lambda: request.finished and all_free(llm))
+    ends = {update.index: update.finish_reason for update in updates if update.finish_reason is not None}
+    assert ends == {0: FinishReason.STOP, 1: FinishReason.LENGTH}
+    assert request.sequences[0].num_output < 30 == request.sequences[1].num_output
+    llm._engine._scheduler.check()
+
+
+def test_the_loop_shows_that_it_passes(llm: LLM) -> None:
+    engine = llm._engine
+    assert engine.death is None and until(lambda: engine.seconds_silent < 0.3) and engine.seconds_silent < 5
+    hold = threading.Event()
+    request = submit(llm, 10_002, [5], SamplingParams(max_tokens=2), lambda update: hold.wait(20) and None)
+    assert until(lambda: engine.seconds_silent > 0.8)  # idle, it never is so long
+    hold.set()
+    assert until(lambda: request.finished and engine.seconds_silent < 0.6)
+
+
+def test_iterations_and_cached_tokens_are_told(llm: LLM) -> None:
+    engine = llm._engine
+    number = max((one.number for one in engine.iterations.since(0)), default=0)
+    prompt = prompts(1, seed=77, low=30, high=30)[0]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    for request_id, cached in ((10_003, 0), (10_004, 28)):
+        request = submit(llm, request_id, prompt, params, lambda update: None)
+        assert until(lambda request=request: request.finished)  # type: ignore[misc]
+        assert request.num_cached == cached
+    assert until(lambda: len(engine.iterations.since(number)) >= 8)
+    found = engine.iterations.since(number)
+    assert [one.number for one in found] == list(range(number + 1, number + 1 + len(found)))
+    assert sum(one.context for one in found) == 2 and sum(one.generation for one in found) == 6
+    assert [one.tokens for one in found if one.context] == [30, 2]
+    assert all(0 < one.seconds < 60 for one in found) and engine.iterations.since(found[-1].number) == []

@@ -1,0 +1,87 @@
+"""The options of `jaxllm serve`, and how they become settings. Imports neither jax nor an HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from typing import Any
+
+from jaxllm.config import ConfigError, EngineConfig, choices, load_yaml, merge_settings
+from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
+from jaxllm.serve.settings import ServeConfig, split_settings
+
+EXAMPLES = """\
+Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; /tokenize, /detokenize; /health,
+/health_generate, /version, /metrics (Prometheus), /iteration_stats. Needs an extra: pip install "jaxllm[serve]".
+--config may hold these settings beside those of the engine; options win over it.
+
+examples:
+  jaxllm serve smollm2-135m
+  jaxllm serve ./Llama-3.1-8B-Instruct --tp_size 4 --max_batch_size 128 --port 8080 --api_key "$KEY" --host 0.0.0.0
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hi"}]}'
+"""
+_PACKAGES = ("starlette", "uvicorn", "msgpack", "prometheus_client")
+
+
+def fill_parser(parser: Parser) -> None:
+    parser.usage = "%(prog)s MODEL [options]"
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, metavar="N", help="0 = a free one (default: 8000)")
+    group.add_argument("--served-model-name", metavar="NAME", help="name that clients use (default: MODEL)")
+    group.add_argument(
+        "--num-serve-frontends", type=positive, metavar="N", help="processes for HTTP and text (default: 1)"
+    )
+    group.add_argument(
+        "--api-key", metavar="KEY", help="bearer token; every route but /health and /metrics asks for it"
+    )
+    group.add_argument("--ssl-certfile", metavar="PEM", help="certificate for https")
+    group.add_argument("--ssl-keyfile", metavar="PEM", help="its key")
+    group.add_argument("--max-queue-size", type=positive, metavar="N", help="requests that may wait (default: 2048)")
+    group.add_argument("--max-body-bytes", type=positive, metavar="N", help="of a request (default: 32 MiB)")
+    group.add_argument("--max-header-bytes", type=positive, metavar="N", help="of a request (default: 32 KiB)")
+    group.add_argument("--body-timeout", type=float, metavar="S", help="for a request's body to arrive (default: 30)")
+    group.add_argument("--request-timeout", type=float, metavar="S", help="cancel requests after (default: never)")
+    group.add_argument("--drain-timeout", type=float, metavar="S", help="for running requests at SIGTERM (default: 30)")
+    group.add_argument("--health-timeout", type=float, metavar="S", help="of a silent step loop (default: 8)")
+    group.add_argument("--engine-start-timeout", type=float, metavar="S", help="(default: 3600)")
+    group.add_argument(
+        "--restart-engine", type=int, metavar="N",
+        help="start a dead engine again, at most N times in ten minutes (default: 0 = exit with 1)",
+    )  # fmt: skip
+    group.add_argument("--log-level", choices=choices(ServeConfig, "log_level"))
+    group.add_argument("--log-format", choices=choices(ServeConfig, "log_format"))
+    group.add_argument("--print-config", action="store_true", help="print the resulting settings as YAML and exit")
+    add_engine_options(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def serve_settings(args: argparse.Namespace) -> tuple[EngineConfig, ServeConfig]:
+    """The settings of the --config file with the options over them. Raises ConfigError."""
+    in_file, engine_in_file = split_settings(load_yaml(args.config) if args.config else {})
+    options: dict[str, Any] = {
+        name: value for name in ServeConfig.model_fields if (value := getattr(args, name, None)) is not None
+    }
+    engine = engine_config(args, engine_in_file)
+    if engine.skip_tokenizer_init:
+        raise ConfigError("skip_tokenizer_init = True cannot be served: the API is about text; leave it out")
+    return engine, ServeConfig(**merge_settings(in_file, options))
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    engine, settings = serve_settings(args)
+    if args.print_config:
+        import yaml  # type: ignore[import-untyped]
+
+        shown = settings.model_dump(mode="json") | {"api_key": "(hidden)" if settings.api_key else None}
+        yaml.safe_dump({**shown, **engine.model_dump(mode="json")}, sys.stdout, sort_keys=False)
+        return 0
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'jaxllm serve needs {", ".join(missing)}: pip install "jaxllm[serve]"')
+    from jaxllm.serve.supervisor import Supervisor
+
+    return Supervisor(engine, settings, args.debug).run()
