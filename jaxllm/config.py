@@ -33,11 +33,12 @@ _NOT_SUPPORTED_YET = {
     "enable_lora": "LoRA",
     "guided_decoding_backend": "guided decoding",
     "host_cache_size": "KV offload",
+    "load_balancer": "balancing the load of experts",
+    "max_num_tokens": "a limit on the tokens that experts take at a time",
     "lora_config": "LoRA",
     "max_attention_window": "overriding the attention windows of a model",
     "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
     "moe_cluster_parallel_size": "expert parallelism",
-    "moe_config": "mixture-of-experts models",
     "orchestrator_type": "several processes",
     "quant_config": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
     "revision": "choosing a hub revision (download it and pass the directory)",
@@ -45,6 +46,7 @@ _NOT_SUPPORTED_YET = {
     "speculative_config": "speculative decoding",
     "tokenizer_revision": "choosing a hub revision (download it and pass the directory)",
     "trust_remote_code": "running code from a checkpoint",
+    "use_low_precision_moe_combine": "adding up experts in less than the dtype of the activations",
     "use_nccl_for_alltoall": "choosing the all-to-all of Helix",
 }
 _HARMLESS: tuple[object, ...] = (None, False, 0, "auto")
@@ -223,6 +225,48 @@ class AttentionDpConfig(Strict):
     batching_wait_iters: int = Field(default=10, ge=0)
 
 
+MOE_BACKENDS = ("AUTO", "XLA")
+MOE_BACKENDS_ELSEWHERE = (
+    "CUTEDSL", "CUTLASS", "DEEPGEMM", "DENSEGEMM", "MARLIN", "MEGAMOE_CUTEDSL", "MEGAMOE_DEEPGEMM", "TRITON", "TRTLLM",
+    "VANILLA", "WIDEEP",
+)  # fmt: skip
+
+
+class MoeConfig(Strict):
+    """How mixtures of experts are computed.
+
+    Attributes:
+        backend: of the experts' products: AUTO takes the fastest that this device has; XLA runs everywhere. The names
+            that TensorRT-LLM has (CUTLASS, TRTLLM, ...) mean AUTO.
+        dispatch: how tokens come to experts on other devices: "replicate" (every device has all tokens, and the sums
+            are added up), "all_to_all" (tokens are sent to their experts), or "auto", by the size of a step.
+        disable_finalize_fusion: without effect: the results of a token's experts are always added in one order.
+    """
+
+    backend: str = "AUTO"
+    dispatch: Literal["auto", "replicate", "all_to_all"] = "auto"
+    disable_finalize_fusion: bool = False
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value.upper() not in (*MOE_BACKENDS, *MOE_BACKENDS_ELSEWHERE):
+            near = difflib.get_close_matches(value.upper(), (*MOE_BACKENDS, *MOE_BACKENDS_ELSEWHERE), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {_one_of(MOE_BACKENDS)}"
+            raise ValueError(f"moe_config.backend = {value!r} is unknown; {hint}")
+        return value.upper()
+
+    @property
+    def alias(self) -> str | None:
+        """The backend, if it is one of another engine's."""
+        return None if self.backend in MOE_BACKENDS else self.backend
+
+    @property
+    def method(self) -> Literal["replicate", "all_to_all"] | None:
+        """The dispatch; None for auto."""
+        return None if self.dispatch == "auto" else self.dispatch
+
+
 def _one_of(names: Iterable[str], joint: str = "or") -> str:
     """ "A, B or C"."""
     *most, last = names
@@ -249,6 +293,7 @@ class EngineConfig(Strict):
         pp_micro_batches: decode steps in flight for each stage; more hide the host, and make each step smaller.
         enable_attention_dp: split the requests, not the heads, over the devices of tensor parallelism.
         attention_dp_config: how; without effect unless enable_attention_dp is set.
+        moe_config: how mixtures of experts are computed.
         max_batch_size: sequences that run at the same time, with attention data parallelism on each rank; None = chosen
             for the device.
         max_num_tokens: tokens computed in one step (decodes + prompt chunks); None = chosen for the device.
@@ -279,6 +324,7 @@ class EngineConfig(Strict):
     pp_micro_batches: int = Field(default=1, ge=1)
     enable_attention_dp: bool = False
     attention_dp_config: AttentionDpConfig = Field(default_factory=AttentionDpConfig)
+    moe_config: MoeConfig = Field(default_factory=MoeConfig)
 
     max_batch_size: int | None = Field(default=None, ge=1)
     max_num_tokens: int | None = Field(default=None, ge=1)
@@ -326,7 +372,9 @@ class EngineConfig(Strict):
     def _path_to_str(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
-    @field_validator("kv_cache_config", "scheduler_config", "cp_config", "attention_dp_config", mode="before")
+    @field_validator(
+        "kv_cache_config", "scheduler_config", "cp_config", "attention_dp_config", "moe_config", mode="before"
+    )
     @classmethod
     def _none_is_default(cls, value: Any) -> Any:
         return {} if value is None else value

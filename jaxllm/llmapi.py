@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import AttentionDpConfig, CpConfig, KvCacheConfig, SchedulerConfig
+from jaxllm.config import AttentionDpConfig, CpConfig, KvCacheConfig, MoeConfig, SchedulerConfig
 from jaxllm.llm import LLM
 from jaxllm.mapping import CpType
 from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
@@ -25,7 +25,6 @@ _NOT_SUPPORTED_YET = {
     "GuidedDecodingParams": "guided decoding",
     "LoRARequest": "LoRA",
     "MTPDecodingConfig": "speculative decoding",
-    "MoeConfig": "mixture-of-experts models",
     "NGramDecodingConfig": "speculative decoding",
     "QuantConfig": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
 }
@@ -39,6 +38,7 @@ __all__ = [
     "GenerationResult",
     "KvCacheConfig",
     "LlmArgs",
+    "MoeConfig",
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",

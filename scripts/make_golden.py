@@ -32,7 +32,7 @@ def make(name: str, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         built = tiny.build(case, seed)
         tiny.save(built, case, directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **tiny.PLAIN)
         prompts = tiny.prompts(seed)
         greedy = [tiny.torch_greedy(model.eval(), prompt, tiny.NEW_TOKENS) for prompt in prompts]
         gap = min(gap for _, gap in greedy)

@@ -30,7 +30,7 @@ LAYERS: list[list[set[str]]] = [
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
     [{"config"}, {"sampling_params"}],
-    [{"mapping"}, {"cache"}],
+    [{"mapping"}, {"cache"}, {"bins"}],
 ]
 
 NO_JAX = [

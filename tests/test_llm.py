@@ -275,7 +275,7 @@ def test_llmapi_names():
     import jaxllm.llmapi as api
 
     assert all(getattr(api, name) is not None for name in api.__all__)
-    with pytest.raises(NotImplementedError, match=r"MoeConfig.*not supported yet"):
-        from jaxllm.llmapi import MoeConfig  # noqa: F401
+    with pytest.raises(NotImplementedError, match=r"MTPDecodingConfig.*not supported yet"):
+        from jaxllm.llmapi import MTPDecodingConfig  # noqa: F401
     with pytest.raises(ImportError):
         from jaxllm.llmapi import Nonsense  # noqa: F401

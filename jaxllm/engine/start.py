@@ -36,6 +36,7 @@ from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh
 from jaxllm.weights.dummy import dummy_params
+from jaxllm.weights.experts import split_experts
 from jaxllm.weights.load import load_params
 from jaxllm.weights.resolve import ModelFiles, resolve_model
 
@@ -72,6 +73,8 @@ def start(config: EngineConfig) -> Started:
     # Read when the first device is looked for; no effect on a CPU, or after that.
     os.environ.update(memory_fraction_variable())
     mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+    if config.moe_config.alias:
+        logger.info("moe_config.backend %s is TensorRT-LLM's: AUTO chooses here", config.moe_config.alias)
     with phase("files"):
         files = resolve_model(config.model, need_weights=config.load_format != "dummy")
         cfg = model_config(files)
@@ -87,7 +90,7 @@ def start(config: EngineConfig) -> Started:
         check_kernels()
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
-        layout = Layout(mapping, dtype)
+        layout = Layout(mapping, dtype, config.moe_config.method)
         stages = [
             StepFunctions(cfg, layout, stage_mesh(mesh, index), layers)
             for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))
@@ -192,6 +195,9 @@ def _load(
     if config.load_format == "dummy":
         return [dummy_params(stage.specs, stage.mesh, config.seed) for stage in stages]
     source = files.open()
+    if cfg.experts is not None:
+        names = cfg.experts.names
+        source = split_experts(source, names.module, names.gate, names.up, names.down)
     try:
         ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
         cpu = stages[0].mesh.devices.flat[0].platform == "cpu"

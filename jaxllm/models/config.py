@@ -9,6 +9,30 @@ from jaxllm.layers.rope import RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a checkpoint calls the parts of a mixture of experts, each a part of a tensor's name."""
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The mixture of experts in a layer: a router gives each token `chosen` of `count` gated MLPs, `width` wide.
+
+    normalise: the weights of the chosen ones are scaled so that they add up to one.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    normalise: bool = True
+    names: ExpertNames = field(default_factory=ExpertNames)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are the model's own, before any padding for parallelism."""
 
@@ -31,6 +55,10 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    experts: ExpertsConfig | None = None
+    """The mixture of experts in place of the MLP, whose width is `intermediate_size`; None for a dense model."""
+    sparse_layers: tuple[bool, ...] = ()
+    """Which layers have experts, where not all of them do."""
     qk_norm: bool = False
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
     attention_scale: float | None = None
@@ -50,6 +78,14 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         return self.attention_scale if self.attention_scale is not None else self.head_dim**-0.5
+
+    @property
+    def num_experts(self) -> int | None:
+        return None if self.experts is None else self.experts.count
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.experts is not None and (not self.sparse_layers or self.sparse_layers[layer])
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -25,9 +25,10 @@ from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.moe import MoE
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import RopeConfig, cos_sin
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
@@ -62,11 +63,23 @@ class Block(nnx.Module):
             q_norm=RMSNorm(specs.norm(attention + "q_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
             k_norm=RMSNorm(specs.norm(attention + "k_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
         )
-        self.mlp = GatedMLP(
-            ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
-            row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn"),
-            cfg.activation,
-        )
+        self.mlp: GatedMLP | MoE
+        if cfg.experts is not None and cfg.sparse(index):
+            self.mlp = MoE(
+                specs.router(cfg.experts),
+                specs.expert_gate_up(cfg.experts),
+                specs.expert_down(cfg.experts),
+                layout,
+                chosen=cfg.experts.chosen,
+                normalise=cfg.experts.normalise,
+                activation=cfg.activation,
+            )
+        else:
+            self.mlp = GatedMLP(
+                ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
+                row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn"),
+                cfg.activation,
+            )
         # Gemma norms the output of each half too, and calls the norm before the MLP "pre_feedforward".
         pre_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
         self.mlp_norm = RMSNorm(specs.norm(pre_mlp, cfg.hidden_size), cfg.norm_eps)
@@ -185,6 +198,8 @@ def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv, D),
         "self_attn.v_proj.weight": (kv, D),
         "self_attn.o_proj.weight": (D, q),
+    }
+    mlp: dict[str, tuple[int, ...]] = {
         "mlp.gate_proj.weight": (F, D),
         "mlp.up_proj.weight": (F, D),
         "mlp.down_proj.weight": (D, F),
@@ -194,16 +209,27 @@ def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     if cfg.o_bias:
         layer["self_attn.o_proj.bias"] = (D,)
     if cfg.mlp_bias:
-        layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
+        mlp |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
     if cfg.qk_norm:
         layer |= {"self_attn.q_norm.weight": (cfg.head_dim,), "self_attn.k_norm.weight": (cfg.head_dim,)}
     if cfg.post_norms:
         layer |= {"pre_feedforward_layernorm.weight": (D,), "post_feedforward_layernorm.weight": (D,)}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (cfg.vocab_size, D), "model.norm.weight": (D,)}
+    experts = {} if cfg.experts is None else _expert_shapes(cfg.experts, D)
     for i in range(cfg.num_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        parts = layer | (experts if cfg.sparse(i) else mlp)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
     if not cfg.tie_embeddings:
         shapes["lm_head.weight"] = (cfg.vocab_size, D)
+    return shapes
+
+
+def _expert_shapes(experts: ExpertsConfig, D: int) -> dict[str, tuple[int, ...]]:
+    names, F = experts.names, experts.width
+    shapes: dict[str, tuple[int, ...]] = {f"{names.module}.gate.weight": (experts.count, D)}
+    for number in range(experts.count):
+        for name, shape in ((names.gate, (F, D)), (names.up, (F, D)), (names.down, (D, F))):
+            shapes[f"{names.module}.experts.{number}.{name}.weight"] = shape
     return shapes
 
 
@@ -216,7 +242,14 @@ class _Specs:
         self.prefix = prefix
         self.heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
 
-    def _spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], segments: list[Segment], axis: int = 0):
+    def _spec(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        segments: list[Segment],
+        axis: int = 0,
+        stacked: bool = False,
+    ) -> ParamSpec:
         merged: list[Segment] = []
         for s in segments:
             last = merged[-1] if merged else None
@@ -224,7 +257,8 @@ class _Specs:
                 merged[-1] = Segment(s.name, last.start, s.stop)
             else:
                 merged.append(s)
-        return ParamSpec(shape, self.layout.dtype, self.layout.mesh_axes(axes), tuple(merged), axis)
+        mesh_axes = self.layout.mesh_axes(axes)
+        return ParamSpec(shape, self.layout.dtype, mesh_axes, tuple(merged), axis, stacked=stacked)
 
     def norm(self, name: str, size: int) -> ParamSpec:
         segment = Segment(f"{self.prefix}{name}.weight", 0, size)
@@ -272,6 +306,37 @@ class _Specs:
         name = f"{self.prefix}mlp.down_proj.weight"
         segments = [s for rank in range(ranks) for s in split_segments(name, F, ranks, rank)]
         return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
+
+    def router(self, experts: ExpertsConfig) -> ParamSpec:
+        name = f"{self.prefix}{experts.names.module}.gate.weight"
+        return self._spec((experts.count, self.cfg.hidden_size), (None, None), [Segment(name, 0, experts.count)])
+
+    def expert_gate_up(self, experts: ExpertsConfig) -> ParamSpec:
+        """Of each expert, each rank's rows are its gate rows, then its up rows."""
+        ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
+        segments = [
+            s
+            for number in range(experts.count)
+            for rank in range(ranks)
+            for part in (names.gate, names.up)
+            for s in split_segments(self._expert(names, number, part), F, ranks, rank)
+        ]
+        shape = (experts.count, 2 * ranks * ceil_div(F, ranks), self.cfg.hidden_size)
+        return self._spec(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
+
+    def expert_down(self, experts: ExpertsConfig) -> ParamSpec:
+        ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
+        segments = [
+            s
+            for number in range(experts.count)
+            for rank in range(ranks)
+            for s in split_segments(self._expert(names, number, names.down), F, ranks, rank)
+        ]
+        shape = (experts.count, self.cfg.hidden_size, ranks * ceil_div(F, ranks))
+        return self._spec(shape, ("experts", None, "expert_ffn"), segments, axis=2, stacked=True)
+
+    def _expert(self, names: ExpertNames, number: int, part: str) -> str:
+        return f"{self.prefix}{names.module}.experts.{number}.{part}.weight"
 
     def vocab(self, name: str) -> ParamSpec:
         ranks, V = self.layout.size("vocab"), self.cfg.vocab_size

@@ -19,6 +19,8 @@ class ModelSizes(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def max_position(self) -> int: ...
+    @property
+    def num_experts(self) -> int | None: ...
 
 
 def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_len: int | None = None) -> None:
@@ -30,10 +32,16 @@ def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_
 
     Raises:
         ValueError: blocks of star attention that are not whole pages, fewer layers than stages, a `pp_partition` of
-            another model, fewer heads than the ranks they are split over, or a context that leaves some ranks of
-            context parallelism without a page.
+            another model, fewer heads than the ranks they are split over, experts that do not divide evenly, or a
+            context that leaves some ranks of context parallelism without a page.
     """
     mapping.stage_layers(cfg.num_layers)
+    if cfg.num_experts is not None and cfg.num_experts % mapping.ep:
+        legal = [size for size in range(1, cfg.num_experts + 1) if cfg.num_experts % size == 0]
+        raise ValueError(
+            f"moe_expert_parallel_size = {mapping.ep} does not divide the model's {cfg.num_experts} experts; use one "
+            f"of {legal}"
+        )
     HeadLayout.plan(cfg.num_heads, cfg.num_kv_heads, head_ranks(mapping))
     if mapping.star is not None and mapping.cp > 1 and mapping.star.block_size % page_size:
         raise ValueError(

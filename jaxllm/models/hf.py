@@ -29,8 +29,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Settings that a checkpoint of a supported architecture may carry and that would change its arithmetic.
 UNSUPPORTED = {
     "quantization_config": "quantised Hugging Face checkpoints are not supported, use the unquantised one or a GGUF",
-    "num_local_experts": "mixtures of experts are not supported",
-    "num_experts": "mixtures of experts are not supported",
     "no_rope_layers": "layers without rotary embeddings are not supported",
     "attention_chunk_size": "chunked attention is not supported",
     "rope_interleaved": "interleaved rotary embeddings are not supported",
@@ -128,10 +126,21 @@ def uniform_windows(windows: tuple[int | None, ...] | None) -> tuple[int | None,
     return windows if windows and any(windows) else ()
 
 
+def chosen_experts(fields: Fields, count: int, default: int) -> int:
+    """How many of `count` experts a token gets."""
+    chosen = fields.integer("num_experts_per_tok", default)
+    if chosen > count:
+        raise fields.error(f"num_experts_per_tok is {chosen}, but there are only {count} experts")
+    return chosen
+
+
 def base_config(fields: Fields, family: str, *, activation_key: str = "hidden_act", **extra: Any) -> ModelConfig:
     """What every family reads the same way; `extra` are the fields of `ModelConfig` that the family decides."""
     for key, why in UNSUPPORTED.items():
         fields.refuse(key, False, 0, [], {}, why=why)
+    if "experts" not in extra:
+        for key in ("num_local_experts", "num_experts"):
+            fields.refuse(key, 0, why="mixtures of experts are not supported for this architecture")
     num_heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     if fields.get("head_dim") is None and hidden % num_heads:

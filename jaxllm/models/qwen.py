@@ -1,9 +1,14 @@
-"""Qwen2 and Qwen2.5 (biases on Q, K and V) and Qwen3 (RMS norms on Q and K, https://arxiv.org/abs/2505.09388)."""
+"""Qwen2 and Qwen2.5 (biases on Q, K and V), Qwen3 (RMS norms on Q and K) and Qwen3-MoE (with experts besides).
+
+https://arxiv.org/abs/2412.15115, https://arxiv.org/abs/2505.09388.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxllm.models import gguf, hf
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ExpertsConfig, ModelConfig
 from jaxllm.models.fields import Fields
 
 QWEN3_HEAD_DIM = 128
@@ -31,6 +36,41 @@ def qwen3_from_hf(fields: Fields) -> ModelConfig:
     fields.defaults = {**fields.defaults, "head_dim": QWEN3_HEAD_DIM}
     bias = fields.flag("attention_bias", False)
     return hf.base_config(fields, "qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True, layer_windows=_windows(fields))
+
+
+def qwen3_moe_from_hf(fields: Fields) -> ModelConfig:
+    bias = fields.flag("attention_bias", False)
+    num_layers = fields.integer("num_hidden_layers")
+    # A window is every layer's here, unlike in the dense models.
+    window = fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    windows = hf.layer_windows(fields, num_layers, window) or (window,) * num_layers
+    # transformers 5 writes the number of experts under the name that Mixtral has for it.
+    count = fields.integer("num_experts", fields.get("num_local_experts", 128))
+    return hf.base_config(
+        fields,
+        "qwen3_moe",
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        layer_windows=hf.uniform_windows(windows),
+        experts=ExpertsConfig(
+            count=count,
+            chosen=hf.chosen_experts(fields, count, 8),
+            width=fields.integer("moe_intermediate_size", 768),
+            normalise=fields.flag("norm_topk_prob", False),
+        ),
+        sparse_layers=_sparse_layers(fields),
+    )
+
+
+def _sparse_layers(fields: Fields) -> tuple[bool, ...]:
+    """Every `decoder_sparse_step`-th layer has experts, but for those of `mlp_only_layers`; empty when all have."""
+    num_layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step", 1)
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, Sequence) or not all(isinstance(i, int) and 0 <= i < num_layers for i in dense):
+        raise fields.error(f"mlp_only_layers is {dense!r}, it must list layers from 0 to {num_layers - 1}")
+    sparse = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    return () if all(sparse) else sparse
 
 
 def qwen2_from_gguf(fields: gguf.GGUFFields) -> ModelConfig:

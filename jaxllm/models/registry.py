@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models import gemma, llama, mistral, qwen
+from jaxllm.models import gemma, llama, mistral, mixtral, qwen
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.fields import Fields, ModelConfigError
 from jaxllm.models.gguf import GGUFFields
@@ -31,8 +31,10 @@ class Family:
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), llama.from_hf, "llama", llama.from_gguf),
     Family("mistral", ("MistralForCausalLM",), ("mistral",), mistral.from_hf),
+    Family("mixtral", ("MixtralForCausalLM",), ("mixtral",), mixtral.from_hf),
     Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), qwen.qwen2_from_hf, "qwen2", qwen.qwen2_from_gguf),
     Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), qwen.qwen3_from_hf, "qwen3", qwen.qwen3_from_gguf),
+    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3_moe",), qwen.qwen3_moe_from_hf),
     Family(
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.mapping import CpType, Mapping
+from jaxllm.parallel.expert import Method
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.mesh import partition
 
@@ -36,6 +37,8 @@ class Layout:
         kv_heads    KV heads of the page pools            as heads; ULYSSES: and cp
         head_out    columns of the output projection      as heads; HELIX: and cp
         ffn, vocab  FFN columns, vocabulary rows          (ep, tp); HELIX: and cp, where tokens are not split
+        experts     experts of a mixture                  ep
+        expert_ffn  FFN columns of each expert            tp; HELIX: and cp
         pages       page pools with pages of their own    RING, STAR, HELIX: cp; attention DP: (ep, tp)
         requests    requests of a step                    attention DP: (ep, tp), else nothing
         prompts     prompt tokens of a request            RING, ULYSSES, STAR: cp, else nothing
@@ -44,6 +47,8 @@ class Layout:
 
     mapping: Mapping
     dtype: np.dtype
+    expert_method: Method | None = None
+    """How tokens and experts come together; None: by the sizes of the step."""
 
     @property
     def cp_type(self) -> CpType | None:
@@ -66,6 +71,8 @@ class Layout:
             "head_out": (*heads, *cp) if helix else heads,
             "ffn": wide,
             "vocab": wide,
+            "experts": ("ep",),
+            "expert_ffn": tuple(axis for axis in wide if axis != "ep"),
             "pages": (*requests, *cp) if self.mapping.stripes > 1 else requests,
             "requests": requests,
             "prompts": prompts,

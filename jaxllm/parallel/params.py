@@ -32,6 +32,9 @@ class ParamSpec:
 
     The `segments`, laid end to end along dimension `axis`, cover it exactly. `offset` is added to every value read from
     the checkpoint (Gemma stores its norm weights minus one), never to padding.
+
+    With `stacked`, the first dimension counts matrices (experts), each of which has segments of its own: those of the
+    first matrix come first, and as many rows along `axis` as the shape has belong to each.
     """
 
     shape: tuple[int, ...]
@@ -40,13 +43,32 @@ class ParamSpec:
     segments: tuple[Segment, ...]
     axis: int = 0
     offset: float = 0.0
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
             raise ValueError(f"axes {self.axes} do not match the shape {self.shape}")
-        covered = sum(s.size for s in self.segments)
-        if covered != self.shape[self.axis]:
-            raise ValueError(f"segments cover {covered} rows of {self.shape[self.axis]} along axis {self.axis}")
+        if self.stacked and self.axis == 0:
+            raise ValueError("the matrices of a stack are not cut along the axis that counts them")
+        covered, rows = sum(s.size for s in self.segments), self.matrices * self.shape[self.axis]
+        if covered != rows:
+            raise ValueError(f"segments cover {covered} rows of {rows} along axis {self.axis}")
+
+    @property
+    def matrices(self) -> int:
+        """The matrices of a stack; 1 without."""
+        return self.shape[0] if self.stacked else 1
+
+    def unstack(self) -> list[ParamSpec]:
+        """The matrices of a stack, each as a parameter of its own."""
+        rows, out = self.shape[self.axis], []
+        segments = iter(self.segments)
+        for _ in range(self.matrices):
+            taken: list[Segment] = []
+            while sum(s.size for s in taken) < rows:
+                taken.append(next(segments))
+            out.append(ParamSpec(self.shape[1:], self.dtype, self.axes[1:], tuple(taken), self.axis - 1, self.offset))
+        return out
 
     @property
     def nbytes(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxllm.mapping import CpType
+from jaxllm.parallel.expert import EP, capacity, choose_method
 from jaxllm.plan.gpus import Gpu
 from jaxllm.plan.sizes import Model, Sizes
 
@@ -52,7 +53,7 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
     own = -(-tokens // (sizes.shards(set(layout.axes("tokens"))) if prompt else sizes.shards(set(lanes))))
     out: list[Collective] = []
 
-    def add(kind: str, where: str, axes: Sequence[str], count: int, size: float, conditional: bool = False) -> None:
+    def add(kind: str, where: str, axes: Collection[str], count: int, size: float, conditional: bool = False) -> None:
         ranks = sizes.shards(set(axes))
         if ranks > 1 and count:
             wide = tuple(axis for axis in axes if sizes.shards({axis}) > 1)
@@ -96,8 +97,29 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
         add("all_gather", "queries to what other ranks have of the context", CP, n, own * cp * heads, conditional=True)
         add("all_to_all", "their partial attention", CP, n, own * cp * partial, conditional=True)
     add_up("attention output", layout.axes("head_out"), n, spread)
-    add("all_gather", "tokens before the FFN", lanes or spread, n, own * row * sizes.shards(set(lanes)))
-    add_up("FFN output", ffn, n, lanes or spread)
+    split = lanes or spread
+    exchanged = 0
+    for chosen in sizes.chosen(layers):
+        here = own // shares
+        method = layout.expert_method or choose_method(layout.mapping.ep, chosen, here, bool(split))
+        if method == "all_to_all" and layout.mapping.ep > 1:
+            exchanged += 1
+            others, between = layout.axes("expert_ffn"), tuple(axis for axis in split if axis not in EP)
+            share = here * sizes.shards(set(between)) if split else -(-here // layout.mapping.ep)
+            room = capacity(share, chosen, layout.mapping.ep)
+            sent = room * layout.mapping.ep
+            add("all_gather", "tokens to the columns of their experts", between, 1, share * row)
+            add("all_reduce", "rounds of the exchange", EP, int(room < share), 4)
+            add("all_to_all", "tokens to their experts", EP, 1, sent * row)
+            add("all_to_all", "numbers and weights of their experts", EP, 1, sent * chosen * 8)
+            add("all_to_all", "sums of their experts", EP, 1, sent * row)
+            if between:
+                add("reduce_scatter", "columns of the experts", between, 1, here * row)
+            add("all_reduce", "columns of the experts", set(others) - set(between), 1, (here if split else share) * row)
+            if not split:
+                add("all_gather", "tokens after their experts", EP, 1, share * row * layout.mapping.ep)
+    add("all_gather", "tokens before the FFN", split, n - exchanged, own * row * sizes.shards(set(lanes)))
+    add_up("FFN output", ffn, n - exchanged, split)
     if layers.stop == model.num_layers:
         rows = 1 if prompt else own
         if prompt:

@@ -114,7 +114,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
     cfg = plan.model.config
     if cfg is None:
         raise ConfigError(f"cannot compile {plan.model.name}: {plan.model.refusal}")
-    layout = Layout(plan.mapping, DTYPES[plan.dtype])
+    layout = Layout(plan.mapping, DTYPES[plan.dtype], plan.config.moe_config.method)
     mesh = make_mesh(plan.mapping, devices)
     page_size = plan.config.kv_cache_config.tokens_per_block
     num_slots = layout.size("requests") * plan.max_batch_size + 1

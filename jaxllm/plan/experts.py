@@ -1,7 +1,7 @@
-"""Mixtures of experts, and multi-head latent attention (MLA), by their sizes alone: the engine has neither yet.
+"""Mixtures of experts with multi-head latent attention (MLA), by their sizes alone: the engine does not have it yet.
 
-Reads the `config.json` of Mixtral and DeepSeek-V2/V3 (and what calls itself so, such as Kimi-K2). When the decoder
-learns to run them, `models.decoder.param_specs` describes them as it does every other model, and this file goes.
+Reads the `config.json` of DeepSeek-V2/V3 (and what calls itself so, such as Kimi-K2). When the decoder learns to run
+them, `models.decoder.param_specs` describes them as it does every other model, and this file goes.
 
 The layout is the design's: attention heads, dense layers, shared experts and the vocabulary over (ep, tp) together,
 experts over ep and the columns of each over tp (HELIX: over tp and cp).
@@ -20,11 +20,11 @@ from jaxllm.models.fields import Fields
 from jaxllm.parallel.layout import Layout
 from jaxllm.plan.sizes import Cache, Model, Sizes, Weight
 
-_KINDS = {"MixtralForCausalLM": "mixtral", "DeepseekV2ForCausalLM": "deepseek", "DeepseekV3ForCausalLM": "deepseek"}
+_KINDS = {"DeepseekV2ForCausalLM": "deepseek", "DeepseekV3ForCausalLM": "deepseek"}
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """`mixtral` or `deepseek`; None for a config of another family."""
+    """`deepseek`; None for a config of another family."""
     names = config.get("architectures")
     return next((_KINDS[name] for name in names if name in _KINDS), None) if isinstance(names, list) else None
 
@@ -43,7 +43,7 @@ def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> 
     dtype = str(fields.get("torch_dtype", fields.get("dtype", "bfloat16")))
     table = Fields(fields.get("quantization_config", {}), "config.json quantization_config")
     fp8 = quantised and table.get("quant_method") == "fp8"
-    describe = partial(_mixtral if kind == "mixtral" else _deepseek, fields, fp8)
+    describe = partial(_deepseek, fields, fp8)
     one = describe(Layout(ParallelMapping(), np.dtype(np.float32)))
     every = [one.embed, one.norm, one.head, *(weight for layer in one.layers for weight in layer)]
     used = [w.elements * w.choice[0] // w.choice[1] if w.choice else w.elements for w in every if not w.lookup]
@@ -61,30 +61,10 @@ def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> 
         dtype=dtype,
         parameters=sum(weight.elements for weight in every),
         active=sum(used),
+        num_experts=fields.integer("n_routed_experts"),
         lay_out=describe,
         refusal=f"the engine does not run {kind} models yet: the bytes are those that the design gives them",
     )
-
-
-def _mixtral(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
-    D, F, E = fields.integer("hidden_size"), fields.integer("intermediate_size"), fields.integer("num_local_experts")
-    num_heads = fields.integer("num_attention_heads")
-    H = fields.integer("head_dim", D // num_heads)
-    heads = layout.heads(num_heads, fields.integer("num_key_value_heads", num_heads))
-    w = _Weights(layout, fp8)
-    rows = heads.ranks * (heads.q_heads + 2 * heads.kv_heads) * H
-    attention = (
-        w.norm("input_norm", D),
-        w.rows("attention.qkv", rows, D, "heads"),
-        w.columns("attention.out", D, heads.ranks * heads.q_heads * H, "head_out"),
-        w.norm("mlp_norm", D),
-    )
-    experts = w.experts(fields.integer("num_experts_per_tok"), E, D, F)
-    flops = 4 * heads.q_heads * H
-    cache = Cache((heads.kv_heads * H,) * 2, flops, flops)
-    layers = (attention + experts,) * fields.integer("num_hidden_layers")
-    ffn = 2 * F // layout.mapping.tp
-    return w.model(fields, layers, cache, heads.q_heads, heads.q_heads * H, ffn)
 
 
 def _deepseek(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
@@ -151,12 +131,12 @@ class _Weights:
         return Weight(path, (rows, columns), self.itemsize, (None, self.layout.axes(axis)))
 
     def experts(self, chosen: int, E: int, D: int, F: int) -> tuple[Weight, ...]:
-        wide = tuple(axis for axis in self.layout.axes("ffn") if axis != "ep")
+        experts, wide = self.layout.axes("experts"), self.layout.axes("expert_ffn")
         choice = (chosen, E)
         return (
             Weight("moe.router", (E, D), self.wide, (None, None)),
-            Weight("moe.gate_up", (E, 2 * F, D), self.itemsize, (("ep",), wide, None), choice),
-            Weight("moe.down", (E, D, F), self.itemsize, (("ep",), None, wide), choice),
+            Weight("moe.gate_up", (E, 2 * F, D), self.itemsize, (experts, wide, None), choice),
+            Weight("moe.down", (E, D, F), self.itemsize, (experts, None, wide), choice),
         )
 
     def model(

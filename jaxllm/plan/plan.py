@@ -112,7 +112,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     try:
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
-        layout = Layout(mapping, dtype)
+        layout = Layout(mapping, dtype, config.moe_config.method)
         sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping)
         span = layout.mapping.page_span(page)
     except ValueError as error:

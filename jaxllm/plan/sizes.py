@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxllm.kernels.grouped_matmul.reference import ROOM
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes, param_specs
 from jaxllm.parallel.layout import Layout
@@ -97,6 +98,14 @@ class Sizes:
             out += [self.norm] if self.tied and first else [self.norm, self.head]
         return out
 
+    def chosen(self, layers: range) -> list[int]:
+        """The experts of a token in each of these layers that has any."""
+        return [
+            next(w.choice[0] for w in self.layers[i] if w.choice)
+            for i in layers
+            if any(w.choice for w in self.layers[i])
+        ]
+
     def elements(self, weight: Weight) -> int:
         """Elements of a parameter on one device."""
         return weight.elements // self.shards(weight.split())
@@ -126,6 +135,7 @@ class Model:
     dtype: str
     parameters: int
     active: int
+    num_experts: int | None
     lay_out: Callable[[Layout], Sizes]
     config: ModelConfig | None = None
     refusal: str | None = None
@@ -133,7 +143,10 @@ class Model:
 
 def dense(name: str, cfg: ModelConfig) -> Model:
     """A model that the engine runs."""
-    parameters = sum(math.prod(shape) for shape in checkpoint_shapes(cfg).values())
+    parameters = active = sum(math.prod(shape) for shape in checkpoint_shapes(cfg).values())
+    if cfg.experts is not None:
+        each = 3 * cfg.experts.width * cfg.hidden_size
+        active -= sum(map(cfg.sparse, range(cfg.num_layers))) * (cfg.experts.count - cfg.experts.chosen) * each
     return Model(
         name=name,
         kind=cfg.family,
@@ -146,33 +159,47 @@ def dense(name: str, cfg: ModelConfig) -> Model:
         windows=cfg.windows,
         dtype=cfg.dtype,
         parameters=parameters,
-        active=parameters,
+        active=active,
+        num_experts=cfg.num_experts,
         lay_out=lambda layout: _dense_sizes(cfg, layout),
         config=cfg,
     )
 
 
 def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
-    # All layers have the same parameters: declare one, so that hundreds of layouts can be looked at in a second.
-    specs = param_specs(replace(cfg, num_layers=1, layer_windows=()), layout)
-    layer = tuple(_weight(path, spec) for path, spec in specs.items() if path.startswith("layers."))
-    embed = _weight("embed.weight", specs["embed.weight"])
+    # Alike layers have the same parameters: declare one, so that hundreds of layouts can be looked at in a second.
+    kinds = [cfg.sparse(index) for index in range(cfg.num_layers)]
+    layers: dict[bool, tuple[Weight, ...]] = {}
+    for sparse in set(kinds):
+        one = replace(cfg, num_layers=1, layer_windows=(), sparse_layers=(sparse,))
+        specs = param_specs(one, layout)
+        layers[sparse] = tuple(_weight(path, spec, cfg) for path, spec in specs.items() if path.startswith("layers."))
+    embed = _weight("embed.weight", specs["embed.weight"], cfg)
     heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
     flops = 4 * heads.q_heads * cfg.head_dim
     return Sizes(
         layout=layout,
         embed=replace(embed, lookup=True),
-        layers=(layer,) * cfg.num_layers,
-        norm=_weight("norm.weight", specs["norm.weight"]),
-        head=embed if cfg.tie_embeddings else _weight("head.weight", specs["head.weight"]),
+        layers=tuple(layers[kind] for kind in kinds),
+        norm=_weight("norm.weight", specs["norm.weight"], cfg),
+        head=embed if cfg.tie_embeddings else _weight("head.weight", specs["head.weight"], cfg),
         tied=cfg.tie_embeddings,
         cache=Cache((heads.kv_heads * cfg.head_dim,) * 2, flops, flops),
         padded_vocab=embed.shape[0],
         query_heads=heads.q_heads,
         query_width=heads.q_heads * cfg.head_dim,
-        ffn_width=-(-cfg.intermediate_size // layout.size("ffn")),
+        ffn_width=max(_ffn_width(cfg, layout, sparse) for sparse in kinds),
     )
 
 
-def _weight(path: str, spec: ParamSpec) -> Weight:
-    return Weight(path, spec.shape, np.dtype(spec.dtype).itemsize, spec.axes)
+def _ffn_width(cfg: ModelConfig, layout: Layout, sparse: bool) -> int:
+    """Of the intermediate of a layer; with experts all that they have for a token."""
+    if cfg.experts is None or not sparse:
+        return -(-cfg.intermediate_size // layout.size("ffn"))
+    share = ROOM * cfg.experts.chosen / layout.size("experts")
+    return math.ceil(share * (cfg.experts.width / layout.size("expert_ffn") + cfg.hidden_size))
+
+
+def _weight(path: str, spec: ParamSpec, cfg: ModelConfig) -> Weight:
+    choice = None if cfg.experts is None or not spec.stacked else (cfg.experts.chosen, cfg.experts.count)
+    return Weight(path, spec.shape, np.dtype(spec.dtype).itemsize, spec.axes, choice)

@@ -34,8 +34,8 @@ def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> d
             signature: tuple[object, ...] = ("ones", spec.shape, spec.dtype, spec.axes)
             arguments: tuple[object, ...] = ()
         else:
-            make = partial(_uniform, spec.shape, spec.dtype, spec.axis)
-            signature = ("uniform", spec.shape, spec.dtype, spec.axes, spec.axis)
+            make = partial(_stack if spec.stacked else _uniform, spec.shape, spec.dtype, spec.axis)
+            signature = ("uniform", spec.shape, spec.dtype, spec.axes, spec.axis, spec.stacked)
             arguments = (np.uint32(seed % 2**32), *_rows(spec), np.float32(_limit(path, spec)))
         if signature not in makers:
             makers[signature] = jax.jit(make, out_shardings=layout)
@@ -44,14 +44,19 @@ def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> d
 
 
 def _rows(spec: ParamSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Per row along `spec.axis`: a number for its checkpoint tensor (0 for padding), and its row there."""
-    tensors, rows = np.zeros(spec.shape[spec.axis], np.uint32), np.zeros(spec.shape[spec.axis], np.uint32)
+    """Per row along `spec.axis`: a number for its checkpoint tensor (0 for padding), and its row there.
+
+    Of a stack, for each of its matrices: [matrices, rows].
+    """
+    tensors, rows = np.zeros((2, spec.matrices * spec.shape[spec.axis]), np.uint32)
     at = 0
     for segment in spec.segments:
         if segment.name is not None:
             tensors[at : at + segment.size] = zlib.crc32(segment.name.encode()) or 1
             rows[at : at + segment.size] = np.arange(segment.start, segment.stop)
         at += segment.size
+    if spec.stacked:
+        return tensors.reshape(spec.matrices, -1), rows.reshape(spec.matrices, -1)
     return tensors, rows
 
 
@@ -86,6 +91,20 @@ def _uniform(
     values = ((bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1.0) * limit
     values = jnp.where((tensors != 0).reshape(row_keys.shape), values, 0.0)
     return jnp.moveaxis(values, 0, axis).astype(dtype)
+
+
+def _stack(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    axis: int,
+    seed: jax.Array,
+    tensors: jax.Array,
+    rows: jax.Array,
+    limit: jax.Array,
+) -> jax.Array:
+    """`_uniform` for each matrix of a stack."""
+    make = partial(_uniform, shape[1:], dtype, axis - 1, seed)
+    return jax.vmap(lambda matrix, row: make(matrix, row, limit))(tensors, rows)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -136,6 +136,11 @@ def _load_one(spec: ParamSpec, packing: Packing | None, layout: NamedSharding, s
 
 def read_slice(spec: ParamSpec, ranges: Sequence[tuple[int, int]], source: Source) -> np.ndarray:
     """The part `ranges` ((start, stop) per dimension) of a parameter, in its dtype."""
+    if spec.stacked:
+        out = np.empty([b - a for a, b in ranges], spec.dtype)
+        for number, matrix in enumerate(spec.unstack()[slice(*ranges[0])]):
+            out[number] = read_slice(matrix, ranges[1:], source)
+        return out
     start, stop = ranges[spec.axis]
     before = [slice(a, b) for a, b in ranges[: spec.axis]]
     after = [slice(a, b) for a, b in ranges[spec.axis + 1 :]]

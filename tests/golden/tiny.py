@@ -34,6 +34,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 HEADS_6_2 = {"num_attention_heads": 6, "num_key_value_heads": 2}
+HEADS_8_2 = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
 HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54}
 
 
@@ -100,6 +101,41 @@ CASES = {
     ),
     "qwen3": Case("qwen3", {**HEADS_6_2, "rope_parameters": rope(theta=1_000_000.0)}),
     "qwen3_tied_bias": Case("qwen3", {**HEADS_9_3, "attention_bias": True, "tie_word_embeddings": True}, legacy=True),
+    "mixtral": Case("mixtral", {**HEADS_8_2, "num_local_experts": 8, "num_experts_per_tok": 2}, legacy=True),
+    "mixtral_window": Case(
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 37, "sliding_window": 8},
+    ),
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        {
+            **HEADS_6_2,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 21,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "rope_parameters": rope(theta=1_000_000.0),
+        },
+    ),
+    "qwen3_moe_step": Case(
+        "qwen3_moe",
+        {
+            **HEADS_9_3,
+            "num_hidden_layers": 4,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        legacy=True,
+    ),
     "gemma3": Case(
         "gemma3_text",
         {
@@ -126,6 +162,10 @@ CASES = {
 }
 
 
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+"""The implementations of transformers that read like the papers, and have no demands on sizes."""
+
+
 def build(case: Case, seed: int) -> Any:
     """A torch model with random weights that are exact in the case's dtype, held in float32."""
     import torch
@@ -134,7 +174,7 @@ def build(case: Case, seed: int) -> Any:
     settings = json.loads(json.dumps({**SIZES, **case.settings}))  # transformers keeps and changes nested tables
     config = AutoConfig.for_model(case.model_type, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, **PLAIN, dtype=torch.float32)
     stored = getattr(torch, case.dtype)
     centre = 0.0 if case.model_type == "gemma3_text" else 1.0
     with torch.no_grad():
@@ -205,6 +245,8 @@ def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
         config["sliding_window_pattern"] = config.pop("layer_types").index("full_attention") + 1
         config.pop("_sliding_window_pattern", None)
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     if config["model_type"] in ("qwen2", "qwen3"):
         config.pop("layer_types", None)
     return config

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.rope import RopeConfig
+from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.registry import ModelConfigError, config_from_gguf, config_from_hf
 from jaxllm.weights.resolve import resolve_model
 
@@ -37,7 +38,7 @@ def test_agrees_with_transformers(name: str) -> None:
     )
     theirs = getattr(theirs, "text_config", theirs)
     ours = config_from_hf(config)
-    assert ours.head_dim == theirs.head_dim if hasattr(theirs, "head_dim") else True
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or ours.head_dim)
     for mine, other in {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -97,6 +98,29 @@ def test_qwen() -> None:
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.layer_windows) == (True, False, False, ())
     qwen3 = config_from_hf(published.QWEN3_8B)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim, qwen3.layer_windows) == (False, True, 128, ())
+
+
+def test_mixtral() -> None:
+    config = config_from_hf(published.MIXTRAL_8X7B)
+    assert config.family == "mixtral" and config.windows == (None,) * 32 and config.rope.theta == 1e6
+    assert config.experts is not None and config.sparse(0) and config.sparse(31)
+    assert (config.experts.count, config.experts.chosen, config.experts.width) == (8, 2, 14336)
+    assert config.experts.normalise
+    assert checkpoint_shapes(config)["model.layers.31.block_sparse_moe.experts.7.w2.weight"] == (4096, 14336)
+
+
+def test_qwen3_moe() -> None:
+    config = config_from_hf(published.QWEN3_30B_A3B)
+    assert config.experts is not None and config.experts.normalise and config.qk_norm
+    assert (config.num_experts, config.experts.chosen, config.experts.width) == (128, 8, 768)
+    assert all(map(config.sparse, range(48)))
+    assert checkpoint_shapes(config)["model.layers.0.mlp.experts.127.down_proj.weight"] == (2048, 768)
+    newer = dict(published.QWEN3_30B_A3B)
+    newer["num_local_experts"] = newer.pop("num_experts")  # as transformers 5 writes it
+    assert config_from_hf(newer) == config
+    some = config_from_hf({**published.QWEN3_30B_A3B, "mlp_only_layers": [1, 3], "decoder_sparse_step": 2})
+    assert [i for i in range(8) if some.sparse(i)] == [5, 7]
+    assert "model.layers.0.mlp.gate_proj.weight" in checkpoint_shapes(some)
 
 
 def test_qwen_window_starts_at_max_window_layers() -> None:
@@ -169,7 +193,14 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
         ({**LLAMA, "eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({**LLAMA, "num_local_experts": 8}, "experts"),
+        ({**LLAMA, "num_local_experts": 8}, "num_local_experts is 8: mixtures of experts are not supported for this"),
+        (
+            {**published.MIXTRAL_8X7B, "num_experts_per_tok": 9},
+            "num_experts_per_tok is 9, but there are only 8 experts",
+        ),
+        ({**published.MIXTRAL_8X7B, "num_local_experts": 0}, "num_local_experts is 0"),
+        ({**published.QWEN3_30B_A3B, "mlp_only_layers": [48]}, "must list layers from 0 to 47"),
+        ({**published.QWEN3_30B_A3B, "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({**LLAMA, "rope_interleaved": True}, "interleaved"),
         ({**LLAMA, "rope_theta": 0}, "rope_theta is 0"),
         ({**LLAMA, "rope_scaling": "linear"}, "expected a table"),

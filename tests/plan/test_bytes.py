@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,6 +94,22 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_tiny(layout: dict[str, Any]) -> None:
     check(MODEL, **SIZES, **layout)
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("mixtral", {"tensor_parallel_size": 2, "moe_expert_parallel_size": 4}),
+        slow("mixtral_window", {"tensor_parallel_size": 3}),  # 5 experts of 37 columns
+        slow("qwen3_moe", {"moe_expert_parallel_size": 2, "pipeline_parallel_size": 2}),  # a dense layer between
+    ],
+    ids=str,
+)
+def test_experts(model: str, layout: dict[str, Any]) -> None:
+    check(MODEL.parent / model, **SIZES, **layout)
 
 
 def test_the_page_pool_is_a_good_part_of_it() -> None:

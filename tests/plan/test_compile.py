@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +25,9 @@ from tests.tiny_llm import MODEL
 pytestmark = pytest.mark.timeout(300)
 
 
-def plan_of(**settings: Any) -> Plan:
+def plan_of(model: Path = MODEL, **settings: Any) -> Plan:
     config = EngineConfig(
-        model=str(MODEL),
+        model=str(model),
         dtype="float32",
         max_batch_size=8,
         max_num_tokens=256,
@@ -54,8 +55,24 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", ["decode", "prompt"])
 def test_arguments_and_collectives(kind: str, layout: dict[str, Any]) -> None:
+    check(plan_of(**layout), kind)
+
+
+EXPERT_LAYOUTS: list[dict[str, Any]] = [
+    {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
+    {"tensor_parallel_size": 2, "moe_expert_parallel_size": 4, "enable_attention_dp": True},
+    {"tensor_parallel_size": 2, "moe_expert_parallel_size": 4, "moe_config": {"dispatch": "all_to_all"}},
+]
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", ["decode", "prompt"])
+def test_arguments_and_collectives_of_experts(kind: str, layout: dict[str, Any]) -> None:
+    check(plan_of(MODEL.parent / "mixtral", **layout), kind)
+
+
+def check(plan: Plan, kind: str) -> None:
     """Compiled for the CPU, whose programs have the same arguments and collectives."""
-    plan = plan_of(**layout)
     bucket = plan.decode_bucket if kind == "decode" else Bucket(0, 2)
     stages = compile_step(plan, jax.devices(), bucket)
     assert len(stages) == len(plan.stages)
@@ -83,9 +100,9 @@ def test_collectives_are_counted_in_all_their_forms() -> None:
 def test_what_cannot_be_compiled() -> None:
     with pytest.raises(ConfigError, match="gpu 'l4' cannot be compiled for; use h200"):
         described_devices("l4", 1)
-    config = EngineConfig(model="Mixtral-8x7B")
-    plan = make_plan(find_model("Mixtral-8x7B"), config, config.resolve_mapping(None), find_gpu("h200"))
-    with pytest.raises(ConfigError, match="cannot compile Mixtral-8x7B: the engine does not run mixtral"):
+    config = EngineConfig(model="DeepSeek-V3", tensor_parallel_size=16)
+    plan = make_plan(find_model("DeepSeek-V3"), config, config.resolve_mapping(None), find_gpu("h200"))
+    with pytest.raises(ConfigError, match="cannot compile DeepSeek-V3: the engine does not run deepseek"):
         compile_step(plan, jax.devices())
 
 

@@ -6,6 +6,9 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm.mapping import Mapping
+from jaxllm.parallel.heads import split_segments
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.dummy import dummy_params
 
@@ -52,6 +55,17 @@ def test_same_function_in_every_layout(mesh_of: Callable[[int], Mesh]) -> None:
         assert one.keys() == other.keys()
         for key in one:
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def test_experts_are_the_same_in_every_layout() -> None:
+    found = []
+    for ep, tp in ((1, 1), (2, 4)):
+        segments = [s for e in range(4) for r in range(tp) for s in split_segments(f"down{e}", 12, tp, r)]
+        spec = ParamSpec((4, 8, 12), F32, (("ep",), None, ("tp",)), tuple(segments), axis=2, stacked=True)
+        found.append(np.asarray(dummy_params({"down": spec}, make_mesh(Mapping(ep=ep, tp=tp)), 7)["down"]))
+    np.testing.assert_array_equal(*found)
+    alone = ParamSpec((8, 12), F32, (None, None), (Segment("down2", 0, 12),), axis=1)
+    np.testing.assert_array_equal(found[0][2], dummy_params({"x": alone}, make_mesh(Mapping()), 7)["x"])
 
 
 def test_values(mesh_of: Callable[[int], Mesh]) -> None:

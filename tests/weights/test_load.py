@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxllm.mapping import CpType, Mapping
+from jaxllm.parallel.heads import split_segments
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 from jaxllm.weights.load import load_params
@@ -61,6 +62,52 @@ def build(spec: ParamSpec) -> np.ndarray:
         part = np.zeros(shape, F32) if s.name is None else ARRAYS[s.name][tuple(index)].astype(F32) + spec.offset
         parts.append(part.astype(spec.dtype))
     return np.concatenate(parts, spec.axis)
+
+
+def expert_arrays(count: int = 4) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {"gate": (5, 16), "up": (5, 16), "down": (16, 5)}
+    return {f"{n}{e}": rng.normal(size=s).astype(F32) for e in range(count) for n, s in shapes.items()}
+
+
+def expert_specs(tp: int, count: int = 4) -> dict[str, ParamSpec]:
+    """Stacks of experts, 5 columns each, cut over tp ranks and padded."""
+    up, down = [], []
+    for expert in range(count):
+        for rank in range(tp):
+            up += [s for n in ("gate", "up") for s in split_segments(f"{n}{expert}", 5, tp, rank)]
+            down += split_segments(f"down{expert}", 5, tp, rank)
+    F = -(-5 // tp) * tp
+    return {
+        "gate_up": ParamSpec((count, 2 * F, 16), F32, (("ep",), ("tp",), None), tuple(up), axis=1, stacked=True),
+        "down": ParamSpec((count, 16, F), F32, (("ep",), None, ("tp",)), tuple(down), axis=2, stacked=True),
+    }
+
+
+@pytest.mark.parametrize(("ep", "tp"), [(1, 1), (4, 2), (2, 3)])
+def test_experts(memory_source: Any, ep: int, tp: int) -> None:
+    arrays = expert_arrays()
+    source = memory_source(arrays)
+    mesh = make_mesh(Mapping(ep=ep, tp=tp))
+    params = load_params(expert_specs(tp), {n: a.shape for n, a in arrays.items()}, source, mesh)
+    part = -(-5 // tp)
+    for index, device in np.ndenumerate(mesh.devices[0, 0]):
+        (found_up,) = (s.data for s in params["gate_up"].addressable_shards if s.device == device)
+        (found_down,) = (s.data for s in params["down"].addressable_shards if s.device == device)
+        for local in range(4 // ep):
+            expert, columns = index[0] * 4 // ep + local, slice(index[1] * part, (index[1] + 1) * part)
+            padding = ((0, part * tp - 5), (0, 0))
+            gate, up = (np.pad(arrays[f"{n}{expert}"], padding)[columns] for n in ("gate", "up"))
+            np.testing.assert_array_equal(found_up[local], np.concatenate([gate, up]))
+            np.testing.assert_array_equal(found_down[local], np.pad(arrays[f"down{expert}"].T, padding)[columns].T)
+
+
+def test_a_stack_must_be_covered() -> None:
+    segments = (Segment("a", 0, 4), Segment("b", 0, 3))
+    with pytest.raises(ValueError, match="segments cover 7 rows of 8 along axis 1"):
+        ParamSpec((2, 4, 8), F32, (None, None, None), segments, axis=1, stacked=True)
+    with pytest.raises(ValueError, match="are not cut along the axis that counts them"):
+        ParamSpec((2, 4, 8), F32, (None, None, None), segments, stacked=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -1,0 +1,67 @@
+"""Experts by XLA: a batched product over all of them, each with room for more than its share of the tokens.
+
+What finds no room goes in another round, up to one expert that gets every token. Few tokens need no rounds: then every
+expert computes all of them, and the weights are read once, which is what takes the time.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.bins import Bins
+from jaxllm.kernels.linear.reference import ACTIVATIONS
+
+FEW = 64
+"""Tokens up to which every expert computes all of them."""
+ROOM = 2
+"""Places of an expert in a round, in even shares of the tokens."""
+
+
+def places(tokens: int, chosen: int, experts: int) -> int:
+    """Tokens that an expert takes in a round."""
+    share = -(-ROOM * tokens * chosen // experts)
+    return min(tokens, FEW) if tokens <= FEW else min(tokens, -(-share // 8) * 8)
+
+
+def experts(
+    x_TD: jax.Array,
+    chosen_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    activation: str,
+    of: int,
+) -> jax.Array:
+    """See `api.experts`."""
+    (T, D), E = x_TD.shape, gate_up_EFD.shape[0]
+    room = places(T, chosen_TX.shape[1], of)
+    if room == T:
+        weight_TE = (weights_TX[:, :, None] * (chosen_TX[:, :, None] == jnp.arange(E))).sum(axis=1)
+        y_ETD = _mlp(jnp.broadcast_to(x_TD, (E, T, D)), gate_up_EFD, down_EDF, activation)
+        return jnp.einsum("etd,te->td", y_ETD, weight_TE)
+    bins = Bins.sort(chosen_TX, E)
+
+    def more(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return (state[0] < bins.count_B).any()
+
+    def one_round(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start, out_TD = state
+        token_EC = bins.tokens(start, room)
+        y_ECD = _mlp(x_TD.at[token_EC].get(mode="fill", fill_value=0), gate_up_EFD, down_EDF, activation)
+        place_TX, here_TX = bins.places(chosen_TX, start, room)
+        y_TXD = jnp.where(here_TX[:, :, None], y_ECD.reshape(-1, D)[place_TX], 0)
+        return start + room, out_TD + jnp.einsum("txd,tx->td", y_TXD, weights_TX)
+
+    _, out_TD = lax.while_loop(more, one_round, (jnp.int32(0), jnp.zeros((T, D), jnp.float32)))
+    return out_TD
+
+
+def _mlp(x_ECD: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array, activation: str) -> jax.Array:
+    """float32 [E, C, D]; gate_up_EFD has the gate's rows, then those of up."""
+    y = jnp.einsum("ecd,efd->ecf", x_ECD, gate_up_EFD, preferred_element_type=jnp.float32).astype(x_ECD.dtype)
+    gate, up = jnp.split(y, 2, axis=-1)
+    y = ACTIVATIONS[activation](gate) * up
+    return jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32)

@@ -1,0 +1,94 @@
+"""Experts on their tokens, against a loop over tokens and experts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.bins import Bins
+from jaxllm.kernels.grouped_matmul import api, reference
+
+CHOICES = ("even", "one", "few", "elsewhere")
+
+
+def choose(kind: str, rng: np.random.Generator, T: int, X: int, E: int) -> np.ndarray:
+    """The experts of each token: random, all the same, among X + 1 of them, or half of them somebody else's."""
+    if kind == "one":
+        return np.tile(np.arange(X) + E - X, (T, 1))
+    among = X + 1 if kind == "few" else E
+    chosen = np.stack([rng.permutation(among)[:X] for _ in range(T)])
+    return np.where(rng.random((T, X)) < 0.5, E + 3, chosen) if kind == "elsewhere" else chosen
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def plain(x, chosen, weights, gate_up, down) -> np.ndarray:
+    out = np.zeros(x.shape, np.float64)
+    for t, e, w in zip(np.repeat(np.arange(len(x)), chosen.shape[1]), chosen.flat, weights.flat, strict=True):
+        if 0 <= e < len(gate_up):
+            gate, up = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
+            out[t] += w * (down[e].astype(np.float64) @ (silu(gate) * up))
+    return out
+
+
+def case(kind: str, T: int, X: int, E: int, D: int = 12, F: int = 10):
+    rng = np.random.default_rng(T + X + E)
+    x = rng.standard_normal((T, D), np.float32)
+    chosen = choose(kind, rng, T, X, E).astype(np.int32)
+    weights = rng.random((T, X), np.float32)
+    gate_up = rng.standard_normal((E, 2 * F, D), np.float32)
+    down = rng.standard_normal((E, D, F), np.float32)
+    return x, chosen, weights, gate_up, down
+
+
+@pytest.mark.parametrize(("T", "X", "E"), [(1, 2, 8), (reference.FEW, 3, 5), (200, 2, 16), (200, 1, 1), (129, 4, 4)])
+def test_experts(T: int, X: int, E: int) -> None:
+    run = jax.jit(lambda *a: api.experts(*a, activation="silu", of=E))
+    for kind in CHOICES:
+        arrays = case("even" if kind == "few" and X == E else kind, T, X, E)
+        out = run(*arrays)
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out, plain(*arrays), atol=1e-4, err_msg=kind)
+
+
+def test_rounds_are_as_many_as_the_fullest_expert_needs() -> None:
+    """Otherwise the test above would see no overflow: here one expert has 200 tokens and room for 32."""
+    assert reference.places(200, 1, 16) == 32
+    x, _, weights, gate_up, down = case("even", 200, 1, 16)
+    chosen = np.full((200, 1), 9, np.int32)
+    out = reference.experts(*map(jnp.asarray, (x, chosen, weights, gate_up, down)), activation="silu", of=16)
+    np.testing.assert_allclose(out, plain(x, chosen, weights, gate_up, down), atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [8, 200])
+def test_a_token_of_no_number_spoils_no_other(T: int) -> None:
+    x, chosen, weights, gate_up, down = case("even", T, 2, 8)
+    wanted = plain(x, chosen, weights, gate_up, down)
+    x[3] = np.nan
+    out = np.asarray(reference.experts(*map(jnp.asarray, (x, chosen, weights, gate_up, down)), activation="silu", of=8))
+    rest = np.arange(T) != 3
+    np.testing.assert_allclose(out[rest], wanted[rest], atol=1e-4)
+
+
+def test_bfloat16() -> None:
+    x, chosen, weights, gate_up, down = case("even", 100, 2, 8)
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (x, gate_up, down)]
+    out = api.experts(low[0], chosen, weights, low[1], low[2], activation="silu", of=8)
+    x, gate_up, down = (np.asarray(a, np.float32) for a in low)
+    wanted = plain(x, chosen, weights, gate_up, down)
+    assert np.abs(np.asarray(out) - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_bins() -> None:
+    wanted = np.array([[0, 2], [2, 5], [2, 0], [-1, 1], [2, 2]], np.int32)
+    bins = Bins.sort(wanted, 3)
+    assert bins.count_B.tolist() == [2, 1, 4]
+    assert bins.tokens(0, 2).tolist() == [[0, 2], [3, 5], [0, 1]]
+    assert bins.tokens(2, 2).tolist() == [[5, 5], [5, 5], [2, 4]]
+    place, here = bins.places(wanted, 2, 2)
+    assert here.tolist() == [[False] * 2, [False] * 2, [True, False], [False] * 2, [True, True]]
+    assert place[2, 0] == 4 and place[4].tolist() == [5, 5]
