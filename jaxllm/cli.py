@@ -28,6 +28,7 @@ from jaxllm.options import (
 )
 from jaxllm.plan.command import EXAMPLES as PLAN_EXAMPLES
 from jaxllm.plan.command import fill_parser as fill_plan_parser
+from jaxllm.serve.command import BATCH_EXAMPLES, fill_batch_parser
 from jaxllm.serve.command import EXAMPLES as SERVE_EXAMPLES
 from jaxllm.serve.command import fill_parser as fill_serve_parser
 
@@ -280,6 +281,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "generate": ("continue prompts", _GENERATE_EXAMPLES, _generate_parser),
     "chat": ("talk to a model", _CHAT_EXAMPLES, _chat_parser),
     "serve": ("answer OpenAI clients over HTTP", SERVE_EXAMPLES, fill_serve_parser),
+    "run-batch": ("answer a file of requests", BATCH_EXAMPLES, fill_batch_parser),
     "convert": ("write a checkpoint that loads onto any mesh", _CONVERT_EXAMPLES, _convert_parser),
     "bench": ("measure latency, throughput, the host's cost", "", fill_bench_parser),
     "plan": ("tell what a model takes on a layout, and how fast it could be", PLAN_EXAMPLES, fill_plan_parser),

@@ -1,6 +1,6 @@
 """The import rule.
 
-cli -> (bench, serve) -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings
+cli -> bench -> serve -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings
 -> mapping.
 """
 
@@ -20,7 +20,8 @@ ROOT = Path(jaxllm.__file__).parent
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
     [{"cli"}],
-    [{"bench"}, {"serve"}],
+    [{"bench"}],
+    [{"serve"}],
     [{"plan"}],
     [{"llmapi"}],
     [{"options"}],

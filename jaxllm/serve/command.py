@@ -22,12 +22,45 @@ examples:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hi"}]}'
 """
+BATCH_EXAMPLES = """\
+A line of the input is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}. The output
+has {"id": ..., "custom_id": "1", "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null} for
+each, in the order in which they end. Run it again after an interruption and it goes on where it stopped.
+
+examples:
+  jaxllm run-batch -i in.jsonl -o out.jsonl --model smollm2-135m
+  jaxllm run-batch -i in.jsonl -o out.jsonl --base-url http://127.0.0.1:8000      # a server that runs already
+"""
 _PACKAGES = ("starlette", "uvicorn", "msgpack", "prometheus_client")
 
 
 def fill_parser(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--print-config", action="store_true", help="print the resulting settings as YAML and exit")
+    add_server_options(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def fill_batch_parser(parser: Parser) -> None:
+    parser.usage = "%(prog)s -i IN -o OUT (--model MODEL | --base-url URL) [options]"
+    parser.add_argument("-i", "--input-file", required=True, metavar="JSONL")
+    parser.add_argument("-o", "--output-file", required=True, metavar="JSONL")
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--base-url", metavar="URL", help="use this server instead of starting one")
+    parser.add_argument("--max-concurrency", type=positive, default=512, metavar="N", help="(default: %(default)s)")
+    add_server_options(parser)
+    parser.set_defaults(run=_run_batch)
+
+
+def _run_batch(args: argparse.Namespace) -> int:
+    from jaxllm.serve.batch import run
+
+    return run(args)
+
+
+def add_server_options(parser: Parser) -> None:
+    """Options for the settings of the server and of the engine."""
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", type=int, metavar="N", help="0 = a free one (default: 8000)")
@@ -54,9 +87,7 @@ def fill_parser(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--log-level", choices=choices(ServeConfig, "log_level"))
     group.add_argument("--log-format", choices=choices(ServeConfig, "log_format"))
-    group.add_argument("--print-config", action="store_true", help="print the resulting settings as YAML and exit")
     add_engine_options(parser)
-    parser.set_defaults(run=run_serve)
 
 
 def serve_settings(args: argparse.Namespace) -> tuple[EngineConfig, ServeConfig]:
@@ -79,9 +110,14 @@ def run_serve(args: argparse.Namespace) -> int:
         shown = settings.model_dump(mode="json") | {"api_key": "(hidden)" if settings.api_key else None}
         yaml.safe_dump({**shown, **engine.model_dump(mode="json")}, sys.stdout, sort_keys=False)
         return 0
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'jaxllm serve needs {", ".join(missing)}: pip install "jaxllm[serve]"')
+    check_packages()
     from jaxllm.serve.supervisor import Supervisor
 
     return Supervisor(engine, settings, args.debug).run()
+
+
+def check_packages() -> None:
+    """ConfigError when what the server needs is not installed."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'a server needs {", ".join(missing)}: pip install "jaxllm[serve]"')

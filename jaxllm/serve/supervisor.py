@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,15 @@ def listen(host: str, port: int) -> socket.socket:
 class Supervisor:
     """Starts the children, and ends when they do or when it is told to."""
 
-    def __init__(self, engine: EngineConfig, settings: ServeConfig, debug: bool = False) -> None:
+    def __init__(
+        self,
+        engine: EngineConfig,
+        settings: ServeConfig,
+        debug: bool = False,
+        on_ready: Callable[[str], None] | None = None,
+    ) -> None:
         self._settings = settings
+        self._on_ready = on_ready
         self._model = settings.served_model_name or engine.model
         self._listener = listen(settings.host, settings.port)
         self._key = secrets.token_bytes(32)
@@ -139,6 +147,10 @@ class Supervisor:
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if self._settings.ssl_certfile else "http"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    def stop(self) -> None:
+        """Ends `run` as a signal does."""
+        self._stop.set()
 
     def run(self) -> int:
         """Serves until a signal or a death; returns the exit code."""
@@ -187,6 +199,9 @@ class Supervisor:
             pid = self._engine.process.pid
             if not self._announced and self._engine.ready and all(one.engine == pid for one in self._frontends):
                 self._announced = True
+                if self._on_ready is not None:
+                    self._on_ready(self.url)
+                    self._on_ready = None
                 _say(f"serving {self._model} at {self.url} (engine: process {pid})")
         _say("shutting down")
         return 0

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}a {% endif %}"
 )
+KEY = "sk-of-this-test"
 READY = re.compile(r"serving (\S+) at (\S+) \(engine: process (\d+)\)")
 TINY: dict[str, Any] = {
     "dtype": "float32",

@@ -17,36 +17,16 @@ import openai
 import pytest
 
 from jaxllm.engine.tokenizer import Tokenizer
-from tests.serve.live import Live, children_of, events, serving
+from tests.serve.live import KEY, Live, children_of, events
 from tests.tiny_llm import MAX_SEQ_LEN, VOCAB, full_logits, log_softmax
 
 pytestmark = pytest.mark.timeout(300)
 
-KEY = "sk-of-this-test"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server")
-
-
-@pytest.fixture(scope="module")
-def live(directory: Path) -> Iterator[Live]:
-    options = ["--api_key", KEY, "--num_serve_frontends", "2", "--log_format", "json", "--max_queue_size", "30"]
-    with serving(directory, *options, "--max_body_bytes", "100000", "--body_timeout", "3") as server:
-        server.http.headers["authorization"] = f"Bearer {KEY}"
-        yield server
-        assert server.end() == 0
-
-
-@pytest.fixture(scope="module")
-def tokenizer(live: Live, directory: Path) -> Tokenizer:
-    return Tokenizer.from_directory(directory / "tokenizer")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as found:
         yield found
