@@ -90,7 +90,8 @@ class StepFunctions:
     def kv_shape(self, page_size: int) -> tuple[int, int, int, int]:
         """Y, K, O, H of the page pools, over all ranks."""
         heads = self.layout.heads(self.cfg.num_heads, self.cfg.num_kv_heads)
-        return (2, heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
+        planes = 2 if self.cfg.latent is None else 1
+        return (planes, heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
 
     def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
         """The arrays that the programs take: on a CPU norm weights of one length stacked, then all others."""

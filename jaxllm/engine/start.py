@@ -199,7 +199,7 @@ def _load(
         names = cfg.experts.names
         source = split_experts(source, names.module, names.gate, names.up, names.down)
     try:
-        ignore = (r"^lm_head\.weight$",) if cfg.tie_embeddings else ()
+        ignore = (*cfg.unused_tensors, *((r"^lm_head\.weight$",) if cfg.tie_embeddings else ()))
         cpu = stages[0].mesh.devices.flat[0].platform == "cpu"
         load = partial(
             load_params,

@@ -54,6 +54,10 @@ class RowLinear(nnx.Module):
         self.bias = None if bias is None else param(bias)
         self.axes = axes
 
+    def partial(self, x_TD: jax.Array) -> jax.Array:
+        """This rank's part of the sum, without the bias."""
+        return api.linear(x_TD, self.weight[...])
+
     def __call__(self, x_TD: jax.Array, tokens: Axes = (), *, residual: jax.Array | None = None) -> jax.Array:
         """The product with x, added to the residual.
 
@@ -62,6 +66,6 @@ class RowLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if ranks((*self.axes, *tokens)) == 1:
             return api.linear(x_TD, self.weight[...], bias_F=bias, residual=residual)
-        y = sum_partial(api.linear(x_TD, self.weight[...]), self.axes, tokens)
+        y = sum_partial(self.partial(x_TD), self.axes, tokens)
         y = y if bias is None else y + bias
         return y if residual is None else residual + y

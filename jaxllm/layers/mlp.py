@@ -16,6 +16,10 @@ class GatedMLP(nnx.Module):
         self.down = down
         self.activation = activation
 
+    def partial(self, x_TD: jax.Array) -> jax.Array:
+        """This rank's part of the layer on x, to be added up over the ranks that the columns are split over."""
+        return self.down.partial(self.gate_up(x_TD, activation=self.activation))
+
     def __call__(
         self, x_TD: jax.Array, norm: RMSNorm, tokens: Axes = (), residual: jax.Array | None = None
     ) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxllm.kernels.grouped_matmul import api
 from jaxllm.kernels.linear.api import matmul
 from jaxllm.layers.linear import param
+from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.expert import choose_method, experts
@@ -19,26 +20,83 @@ from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec
 
 
-class MoE(nnx.Module):
-    """In place of a `GatedMLP`; gate_up [E, 2 * F, D] and down [E, D, F] are the experts'."""
+class Router(nnx.Module):
+    """Chooses the experts of a token, and weighs them; see `ExpertsConfig` for the ways to do so."""
 
     def __init__(
         self,
-        router: ParamSpec,
-        gate_up: ParamSpec,
-        down: ParamSpec,
-        layout: Layout,
+        weight: ParamSpec,
+        bias: ParamSpec | None,
         *,
         chosen: int,
         normalise: bool,
-        activation: str,
+        sigmoid: bool = False,
+        groups: int = 1,
+        groups_chosen: int = 1,
+        scale: float = 1.0,
     ):
-        self.router = param(router)
-        self.gate_up = param(gate_up)
-        self.down = param(down)
-        self.layout = layout
+        self.weight = param(weight)
+        self.bias = None if bias is None else param(bias)
         self.chosen = chosen
         self.normalise = normalise
+        self.sigmoid = sigmoid
+        self.groups = groups
+        self.groups_chosen = groups_chosen
+        self.scale = scale
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Each token's experts, int32 [T, X], the best first, and their weights, float32.
+
+        Computed in float32 throughout. Ties go to the expert with the lowest number.
+        """
+        logits_TE = matmul(x_TD, self.weight[...])
+        score_TE = jax.nn.sigmoid(logits_TE) if self.sigmoid else jax.nn.softmax(logits_TE, axis=-1)
+        choice_TE = score_TE if self.bias is None else score_TE + self.bias[...]
+        if self.groups > 1:
+            choice_TE = self._best_groups(choice_TE)
+        weights_TX, chosen_TX = top(choice_TE, self.chosen)
+        if choice_TE is not score_TE:
+            weights_TX = jnp.take_along_axis(score_TE, chosen_TX, axis=1)
+        if self.normalise:
+            weights_TX = weights_TX / (weights_TX.sum(axis=-1, keepdims=True) + TINY)
+        return chosen_TX, weights_TX if self.scale == 1.0 else weights_TX * self.scale
+
+    def _best_groups(self, choice_TE: jax.Array) -> jax.Array:
+        """-inf for the experts outside of the groups whose two best experts are the best."""
+        T, E = choice_TE.shape
+        size = E // self.groups
+        best, _ = top(choice_TE.reshape(T * self.groups, size), 2)
+        _, groups_TX = top(best.sum(axis=1).reshape(T, self.groups), self.groups_chosen)
+        inside_TE = (jnp.arange(E) // size == groups_TX[:, :, None]).any(axis=1)
+        return jnp.where(inside_TE, choice_TE, -jnp.inf)
+
+
+TINY = 1e-20
+"""Keeps a sum of weights from being zero, as DeepSeek has it."""
+
+
+class MoE(nnx.Module):
+    """In place of a `GatedMLP`; gate_up [E, 2 * F, D] and down [E, D, F] are the experts'. shared: every token's."""
+
+    def __init__(
+        self,
+        router: Router,
+        gate_up: ParamSpec,
+        down: ParamSpec,
+        shared: GatedMLP | None,
+        layout: Layout,
+        *,
+        activation: str,
+    ):
+        self.router = router
+        self.gate_up = param(gate_up)
+        self.down = param(down)
+        self.shared = shared
+        self.layout = layout
         self.activation = activation
 
     def __call__(
@@ -46,12 +104,13 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`."""
         y_TD = norm(x_TD)
-        num_experts, ep = self.router.shape[0], self.layout.size("experts")
-        method = self.layout.expert_method or choose_method(ep, self.chosen, x_TD.shape[0], bool(tokens))
+        num_experts, chosen = self.router.num_experts, self.router.chosen
+        ep = self.layout.size("experts")
+        method = self.layout.expert_method or choose_method(ep, chosen, x_TD.shape[0], bool(tokens))
 
-        def routed(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def route(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.named_scope("router"):
-                return route(x_TD, self.router[...], self.chosen, self.normalise)
+                return self.router(x_TD)
 
         def compute(x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
             weights = self.gate_up[...], self.down[...]
@@ -60,26 +119,15 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             y_TD = experts(
                 y_TD,
-                routed,
+                route,
                 compute,
                 num_experts=num_experts,
                 axes=(*self.layout.axes("experts"), *self.layout.axes("expert_ffn")),
                 tokens=tokens,
                 method=method,
+                shared=None if self.shared is None else self.shared.partial,
             )
         return y_TD if residual is None else residual + y_TD
-
-
-def route(x_TD: jax.Array, router_ED: jax.Array, chosen: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
-    """The likeliest experts of each token, int32 [T, X], and their weights, float32: a softmax over all of them.
-
-    Ties go to the expert with the lowest number. normalise: the weights are scaled to add up to one.
-    """
-    probability_TE = jax.nn.softmax(matmul(x_TD, router_ED), axis=-1)
-    weights_TX, chosen_TX = top(probability_TE, chosen)
-    if normalise:
-        weights_TX = weights_TX / weights_TX.sum(axis=-1, keepdims=True)
-    return chosen_TX, weights_TX
 
 
 def top(values_TE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxllm.layers.mla import LatentConfig
 from jaxllm.layers.rope import RopeConfig
 
 
@@ -23,12 +24,22 @@ class ExpertsConfig:
     """The mixture of experts in a layer: a router gives each token `chosen` of `count` gated MLPs, `width` wide.
 
     normalise: the weights of the chosen ones are scaled so that they add up to one.
+    sigmoid: the weights come from a sigmoid of the router's output, not from a softmax.
+    bias: a number for each expert is added to the weights for the choice, and only for it.
+    groups, groups_chosen: experts are chosen from the best groups of experts, by the two best of each.
+    scale: of the weights, at the end. shared: width of an MLP that every token goes through besides; 0 for none.
     """
 
     count: int
     chosen: int
     width: int
     normalise: bool = True
+    sigmoid: bool = False
+    bias: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    scale: float = 1.0
+    shared: int = 0
     names: ExpertNames = field(default_factory=ExpertNames)
 
 
@@ -61,6 +72,8 @@ class ModelConfig:
     """Which layers have experts, where not all of them do."""
     qk_norm: bool = False
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    latent: LatentConfig | None = None
+    """Multi-head latent attention: then there is one KV head, and head_dim is the width of what is kept of a token."""
     attention_scale: float | None = None
     """Factor on q·k; None means head_dim ** -0.5."""
     attention_softcap: float | None = None
@@ -70,6 +83,8 @@ class ModelConfig:
     """Norms after attention and after the MLP as well as before them (Gemma)."""
     norm_offset: float = 0.0
     """Added to norm weights at load time: 1.0 for Gemma, which stores them minus one."""
+    unused_tensors: tuple[str, ...] = ()
+    """Regular expressions of the checkpoint's tensors that the decoder does without."""
     dtype: str = "float32"
     """The checkpoint's own dtype."""
     bos_token_id: int | None = None
@@ -78,6 +93,16 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         return self.attention_scale if self.attention_scale is not None else self.head_dim**-0.5
+
+    @property
+    def rope_dim(self) -> int:
+        """The part of a head that is rotated."""
+        return self.head_dim if self.latent is None else self.latent.rope
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether latents are kept of a token, not keys and values."""
+        return self.latent is not None
 
     @property
     def num_experts(self) -> int | None:

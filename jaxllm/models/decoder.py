@@ -24,8 +24,9 @@ from flax import nnx
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
 from jaxllm.layers.linear import ColumnLinear, RowLinear
+from jaxllm.layers.mla import MLA, LatentConfig
 from jaxllm.layers.mlp import GatedMLP
-from jaxllm.layers.moe import MoE
+from jaxllm.layers.moe import MoE, Router
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
@@ -33,6 +34,9 @@ from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec, Segment
+
+LATENT_NORM_EPS = 1e-6
+"""Of the norms inside MLA."""
 
 
 class Block(nnx.Module):
@@ -51,33 +55,54 @@ class Block(nnx.Module):
             return RMSNorm(specs.norm(name, cfg.hidden_size), cfg.norm_eps) if cfg.post_norms else None
 
         self.input_norm = RMSNorm(specs.norm("input_layernorm", cfg.hidden_size), cfg.norm_eps)
-        self.attention = Attention(
-            ColumnLinear(specs.qkv("weight"), specs.qkv("bias") if cfg.qkv_bias else None),
-            row(specs.attention_out(), attention + "o_proj.bias" if cfg.o_bias else None, "head_out"),
-            specs.heads,
-            layout,
-            head_dim=cfg.head_dim,
-            scale=cfg.scale,
-            window=cfg.windows[index],
-            softcap=cfg.attention_softcap,
-            q_norm=RMSNorm(specs.norm(attention + "q_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
-            k_norm=RMSNorm(specs.norm(attention + "k_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+        out = row(specs.attention_out(), attention + "o_proj.bias" if cfg.o_bias else None, "head_out")
+        self.attention: Attention | MLA
+        self.attention = (
+            self._mla(cfg, specs, out)
+            if cfg.latent is not None
+            else Attention(
+                ColumnLinear(specs.qkv("weight"), specs.qkv("bias") if cfg.qkv_bias else None),
+                out,
+                specs.heads,
+                layout,
+                head_dim=cfg.head_dim,
+                scale=cfg.scale,
+                window=cfg.windows[index],
+                softcap=cfg.attention_softcap,
+                q_norm=RMSNorm(specs.norm(attention + "q_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+                k_norm=RMSNorm(specs.norm(attention + "k_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+            )
         )
         self.mlp: GatedMLP | MoE
         if cfg.experts is not None and cfg.sparse(index):
+            experts, shared = cfg.experts, None
+            if experts.shared:
+                parts = (mlp + "shared_experts.", experts.shared)
+                shared = GatedMLP(
+                    ColumnLinear(specs.gate_up("weight", *parts)), row(specs.down(*parts), None, "ffn"), cfg.activation
+                )
             self.mlp = MoE(
-                specs.router(cfg.experts),
-                specs.expert_gate_up(cfg.experts),
-                specs.expert_down(cfg.experts),
+                Router(
+                    specs.router(experts),
+                    specs.router_bias(experts) if experts.bias else None,
+                    chosen=experts.chosen,
+                    normalise=experts.normalise,
+                    sigmoid=experts.sigmoid,
+                    groups=experts.groups,
+                    groups_chosen=experts.groups_chosen,
+                    scale=experts.scale,
+                ),
+                specs.expert_gate_up(experts),
+                specs.expert_down(experts),
+                shared,
                 layout,
-                chosen=cfg.experts.chosen,
-                normalise=cfg.experts.normalise,
                 activation=cfg.activation,
             )
         else:
+            parts = (mlp, cfg.intermediate_size)
             self.mlp = GatedMLP(
-                ColumnLinear(specs.gate_up("weight"), specs.gate_up("bias") if cfg.mlp_bias else None),
-                row(specs.down(), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn"),
+                ColumnLinear(specs.gate_up("weight", *parts), specs.gate_up("bias", *parts) if cfg.mlp_bias else None),
+                row(specs.down(*parts), mlp + "down_proj.bias" if cfg.mlp_bias else None, "ffn"),
                 cfg.activation,
             )
         # Gemma norms the output of each half too, and calls the norm before the MLP "pre_feedforward".
@@ -85,6 +110,27 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(specs.norm(pre_mlp, cfg.hidden_size), cfg.norm_eps)
         self.post_attention_norm = post_norm("post_attention_layernorm")
         self.post_mlp_norm = post_norm("post_feedforward_layernorm")
+
+    def _mla(self, cfg: ModelConfig, specs: _Specs, out: RowLinear) -> MLA:
+        sizes = cfg.latent
+        assert sizes is not None
+
+        def norm(name: str, size: int) -> RMSNorm:
+            # DeepSeek's latents have norms of transformers' default epsilon, whatever the model's is.
+            return RMSNorm(specs.norm(f"self_attn.{name}_a_layernorm", size), LATENT_NORM_EPS)
+
+        return MLA(
+            ColumnLinear(specs.latents(sizes)),
+            ColumnLinear(specs.latent_queries(sizes)),
+            specs.latent_up(sizes),
+            out,
+            specs.heads,
+            self.layout,
+            sizes=sizes,
+            scale=cfg.scale,
+            query_norm=None if sizes.query_rank is None else norm("q", sizes.query_rank),
+            latent_norm=norm("kv", sizes.rank),
+        )
 
     def __call__(
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
@@ -142,7 +188,7 @@ class Decoder(nnx.Module):
         for layer, pages, window in zip(self.layers, kv, self.windows, strict=True):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
-                ropes[config] = cos_sin(config, cfg.head_dim, batch.positions_T)
+                ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
             x_TD, pages = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
             written.append(pages)
         if self.norm is None:
@@ -194,11 +240,12 @@ def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (D,),
         "post_attention_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (q, D),
-        "self_attn.k_proj.weight": (kv, D),
-        "self_attn.v_proj.weight": (kv, D),
-        "self_attn.o_proj.weight": (D, q),
     }
+    if cfg.latent is not None:
+        layer |= _latent_shapes(cfg.latent, cfg.num_heads, D)
+    else:
+        layer |= {f"self_attn.{n}_proj.weight": (rows, D) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        layer["self_attn.o_proj.weight"] = (D, q)
     mlp: dict[str, tuple[int, ...]] = {
         "mlp.gate_proj.weight": (F, D),
         "mlp.up_proj.weight": (F, D),
@@ -224,9 +271,33 @@ def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _latent_shapes(sizes: LatentConfig, num_heads: int, D: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a_proj_with_mqa.weight": (sizes.width, D),
+        "kv_a_layernorm.weight": (sizes.rank,),
+        "kv_b_proj.weight": (num_heads * (sizes.nope + sizes.value), sizes.rank),
+        "o_proj.weight": (D, num_heads * sizes.value),
+    }
+    queries = num_heads * (sizes.nope + sizes.rope)
+    if sizes.query_rank is None:
+        shapes["q_proj.weight"] = (queries, D)
+    else:
+        shapes |= {
+            "q_a_proj.weight": (sizes.query_rank, D),
+            "q_a_layernorm.weight": (sizes.query_rank,),
+            "q_b_proj.weight": (queries, sizes.query_rank),
+        }
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
 def _expert_shapes(experts: ExpertsConfig, D: int) -> dict[str, tuple[int, ...]]:
     names, F = experts.names, experts.width
     shapes: dict[str, tuple[int, ...]] = {f"{names.module}.gate.weight": (experts.count, D)}
+    if experts.bias:
+        shapes[f"{names.module}.gate.e_score_correction_bias"] = (experts.count,)
+    if experts.shared:
+        for name, shape in (("gate", (experts.shared, D)), ("up", (experts.shared, D)), ("down", (D, experts.shared))):
+            shapes[f"{names.module}.shared_experts.{name}_proj.weight"] = shape
     for number in range(experts.count):
         for name, shape in ((names.gate, (F, D)), (names.up, (F, D)), (names.down, (D, F))):
             shapes[f"{names.module}.experts.{number}.{name}.weight"] = shape
@@ -280,9 +351,33 @@ class _Specs:
         rows = self.heads.ranks * (self.heads.q_heads + 2 * self.heads.kv_heads) * H
         return self._rows(kind, rows, "heads", segments)
 
+    def latents(self, sizes: LatentConfig) -> ParamSpec:
+        """The latent of queries, if there is one, that of keys and values, and the heads' common key: on every rank."""
+        attention, rank = f"{self.prefix}self_attn.", sizes.query_rank or 0
+        segments = [Segment(attention + "q_a_proj.weight", 0, rank)] if rank else []
+        segments.append(Segment(attention + "kv_a_proj_with_mqa.weight", 0, sizes.width))
+        return self._spec((rank + sizes.width, self.cfg.hidden_size), (None, None), segments)
+
+    def latent_queries(self, sizes: LatentConfig) -> ParamSpec:
+        """The query heads of each rank, made from their latent or from x."""
+        name = "q_proj" if sizes.query_rank is None else "q_b_proj"
+        return self._head_rows(name, sizes.nope + sizes.rope, sizes.query_rank or self.cfg.hidden_size)
+
+    def latent_up(self, sizes: LatentConfig) -> ParamSpec:
+        """Keys and values of the heads of each rank, made from their latent."""
+        return self._head_rows("kv_b_proj", sizes.nope + sizes.value, sizes.rank)
+
+    def _head_rows(self, name: str, width: int, columns: int) -> ParamSpec:
+        ranks = range(self.heads.ranks)
+        name = f"{self.prefix}self_attn.{name}.weight"
+        segments = [s for rank in ranks for s in self.heads.q_segments(name, rank, width)]
+        return self._spec((len(ranks) * self.heads.q_heads * width, columns), ("heads", None), segments)
+
     def attention_out(self) -> ParamSpec:
         """Columns are the query heads of each rank, padded so that they can be split further (HELIX)."""
         name, H = f"{self.prefix}self_attn.o_proj.weight", self.cfg.head_dim
+        if self.cfg.latent is not None:
+            H = self.cfg.latent.value
         parts = self.layout.size("head_out") // self.layout.size("heads")
         padding = [Segment(None, 0, H)] * (-self.heads.q_heads % parts)
         ranks = range(self.heads.ranks)
@@ -290,26 +385,30 @@ class _Specs:
         columns = self.heads.ranks * (self.heads.q_heads + len(padding)) * H
         return self._spec((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
 
-    def gate_up(self, kind: str) -> ParamSpec:
+    def gate_up(self, kind: str, mlp: str, F: int) -> ParamSpec:
         """Each rank's rows are its gate rows, then its up rows."""
-        ranks, F = self.layout.size("ffn"), self.cfg.intermediate_size
+        ranks = self.layout.size("ffn")
         segments = [
             s
             for rank in range(ranks)
             for n in ("gate", "up")
-            for s in split_segments(f"{self.prefix}mlp.{n}_proj.{kind}", F, ranks, rank)
+            for s in split_segments(f"{self.prefix}{mlp}{n}_proj.{kind}", F, ranks, rank)
         ]
         return self._rows(kind, 2 * ranks * ceil_div(F, ranks), "ffn", segments)
 
-    def down(self) -> ParamSpec:
-        ranks, F = self.layout.size("ffn"), self.cfg.intermediate_size
-        name = f"{self.prefix}mlp.down_proj.weight"
+    def down(self, mlp: str, F: int) -> ParamSpec:
+        ranks = self.layout.size("ffn")
+        name = f"{self.prefix}{mlp}down_proj.weight"
         segments = [s for rank in range(ranks) for s in split_segments(name, F, ranks, rank)]
         return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
 
     def router(self, experts: ExpertsConfig) -> ParamSpec:
         name = f"{self.prefix}{experts.names.module}.gate.weight"
         return self._spec((experts.count, self.cfg.hidden_size), (None, None), [Segment(name, 0, experts.count)])
+
+    def router_bias(self, experts: ExpertsConfig) -> ParamSpec:
+        name = f"{self.prefix}{experts.names.module}.gate.e_score_correction_bias"
+        return ParamSpec((experts.count,), np.dtype(np.float32), (None,), (Segment(name, 0, experts.count),))
 
     def expert_gate_up(self, experts: ExpertsConfig) -> ParamSpec:
         """Of each expert, each rank's rows are its gate rows, then its up rows."""

@@ -18,7 +18,7 @@ from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.merge import Partial
 
 KVPages = jax.Array
-"""Keys and values of one layer, kv_PYKOH. Page 0 is nobody's and absorbs the writes of padding tokens.
+"""Keys and values of one layer, kv_PYKOH; with Y = 1 latents (MLA). Page 0 is nobody's and absorbs what padding writes.
 
 One array and not two: each array that a program takes and gives back costs the host, and a page is one piece of memory.
 """

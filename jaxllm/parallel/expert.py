@@ -29,6 +29,8 @@ Route = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 """The experts of each of x_TD's tokens, int32 [T, X], of all there are, and their weights, float32 [T, X]."""
 Compute = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """The experts of this rank: (x_TD, chosen_TX, weights_TX) -> float32 [T, D], where chosen counts from its first one."""
+Shared = Callable[[jax.Array], jax.Array]
+"""What every token gets besides: x_TD -> this rank's part of a sum over all ranks, [T, D]."""
 EP: Axes = ("ep",)
 FEW = 64
 """Tokens of a rank below which the latency of exchanges counts more than their bytes."""
@@ -50,9 +52,17 @@ def choose_method(ep: int, chosen: int, tokens: int, split: bool) -> Method:
 
 
 def experts(
-    x_TD: jax.Array, route: Route, compute: Compute, *, num_experts: int, axes: Axes, tokens: Axes, method: Method
+    x_TD: jax.Array,
+    route: Route,
+    compute: Compute,
+    *,
+    num_experts: int,
+    axes: Axes,
+    tokens: Axes,
+    method: Method,
+    shared: Shared | None = None,
 ) -> jax.Array:
-    """The weighted sum of each token's experts, [T, D] in x's dtype.
+    """The weighted sum of each token's experts and what is shared, [T, D] in x's dtype.
 
     Args:
       num_experts: over all ranks.
@@ -60,20 +70,30 @@ def experts(
       tokens: those of them that the tokens are split over, `ep` first, or none; the result is split in the same way.
     """
     method = method if ranks(EP) > 1 else "replicate"
-    return METHODS[method](x_TD, route, compute, num_experts // ranks(EP), axes, tokens)
+    return METHODS[method](x_TD, route, compute, num_experts // ranks(EP), axes, tokens, shared)
 
 
-def replicate(x_TD: jax.Array, route: Route, compute: Compute, local: int, axes: Axes, tokens: Axes) -> jax.Array:
+def replicate(
+    x_TD: jax.Array, route: Route, compute: Compute, local: int, axes: Axes, tokens: Axes, shared: Shared | None = None
+) -> jax.Array:
     """Every rank computes its own experts for all tokens; `local` is how many it has."""
     # Gathered first and routed by every rank: a collective less than with the routes beside the tokens.
     x_TD = gather_rows(x_TD, tokens)
     chosen_TX, weights_TX = route(x_TD)
-    return sum_partial(compute(x_TD, chosen_TX - rank(EP) * local, weights_TX).astype(x_TD.dtype), axes, tokens)
+    out_TD = compute(x_TD, chosen_TX - rank(EP) * local, weights_TX)
+    if shared is not None:  # no collective of its own
+        out_TD = out_TD + shared(x_TD).astype(jnp.float32)
+    return sum_partial(out_TD.astype(x_TD.dtype), axes, tokens)
 
 
-def dispatch(x_TD: jax.Array, route: Route, compute: Compute, local: int, axes: Axes, tokens: Axes) -> jax.Array:
+def dispatch(
+    x_TD: jax.Array, route: Route, compute: Compute, local: int, axes: Axes, tokens: Axes, shared: Shared | None = None
+) -> jax.Array:
     """all_to_all: tokens go to the ranks of ep that have their experts, and the weighted sums come back."""
     T, dtype = x_TD.shape[0], x_TD.dtype
+    if shared is not None:
+        extra_TD = sum_partial(shared(gather_rows(x_TD, tokens)), axes, tokens)
+        return extra_TD + dispatch(x_TD, route, compute, local, axes, tokens)
     others = tuple(axis for axis in axes if axis not in EP)
     split = tuple(axis for axis in tokens if axis not in EP)
     if tokens:

@@ -99,11 +99,11 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
     add_up("attention output", layout.axes("head_out"), n, spread)
     split = lanes or spread
     exchanged = 0
-    for chosen in sizes.chosen(layers):
+    for chosen, shared in sizes.chosen(layers):
         here = own // shares
         method = layout.expert_method or choose_method(layout.mapping.ep, chosen, here, bool(split))
         if method == "all_to_all" and layout.mapping.ep > 1:
-            exchanged += 1
+            exchanged += 0 if shared else 1  # what is shared goes the way of a dense layer besides
             others, between = layout.axes("expert_ffn"), tuple(axis for axis in split if axis not in EP)
             share = here * sizes.shards(set(between)) if split else -(-here // layout.mapping.ep)
             room = capacity(share, chosen, layout.mapping.ep)

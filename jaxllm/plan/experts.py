@@ -1,7 +1,7 @@
-"""Mixtures of experts with multi-head latent attention (MLA), by their sizes alone: the engine does not have it yet.
+"""DeepSeek-V2, and DeepSeek-V3 in fp8, by their sizes alone: the engine does not run them yet.
 
-Reads the `config.json` of DeepSeek-V2/V3 (and what calls itself so, such as Kimi-K2). When the decoder learns to run
-them, `models.decoder.param_specs` describes them as it does every other model, and this file goes.
+Reads the `config.json` of these (and what calls itself so, such as Kimi-K2). When the decoder learns to run them,
+`models.decoder.param_specs` describes them as it does every other model, and this file goes.
 
 The layout is the design's: attention heads, dense layers, shared experts and the vocabulary over (ep, tp) together,
 experts over ep and the columns of each over tp (HELIX: over tp and cp).
@@ -23,10 +23,12 @@ from jaxllm.plan.sizes import Cache, Model, Sizes, Weight
 _KINDS = {"DeepseekV2ForCausalLM": "deepseek", "DeepseekV3ForCausalLM": "deepseek"}
 
 
-def kind_of(config: Mapping[str, Any]) -> str | None:
-    """`deepseek`; None for a config of another family."""
+def kind_of(config: Mapping[str, Any], quantised: bool) -> str | None:
+    """`deepseek`; None for a config that the engine runs. quantised: see `mixture`."""
     names = config.get("architectures")
-    return next((_KINDS[name] for name in names if name in _KINDS), None) if isinstance(names, list) else None
+    kind = next((_KINDS[name] for name in names if name in _KINDS), None) if isinstance(names, list) else None
+    wide = names == ["DeepseekV3ForCausalLM"] and not (quantised and config.get("quantization_config"))
+    return None if wide else kind
 
 
 def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> Model:
@@ -38,7 +40,7 @@ def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> 
     Raises:
         ModelConfigError: a size is missing or senseless.
     """
-    kind = kind_of(config)
+    kind = kind_of(config, quantised)
     fields = Fields(config, "config.json")
     dtype = str(fields.get("torch_dtype", fields.get("dtype", "bfloat16")))
     table = Fields(fields.get("quantization_config", {}), "config.json quantization_config")
@@ -62,8 +64,10 @@ def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> 
         parameters=sum(weight.elements for weight in every),
         active=sum(used),
         num_experts=fields.integer("n_routed_experts"),
+        has_latents=True,
         lay_out=describe,
-        refusal=f"the engine does not run {kind} models yet: the bytes are those that the design gives them",
+        refusal=f"the engine does not run {kind} models in {'fp8' if fp8 else dtype} yet: the bytes are those that the "
+        "design gives them",
     )
 
 

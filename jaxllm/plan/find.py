@@ -67,8 +67,10 @@ def _shipped_name(name: str) -> str | None:
 
 
 def _from_config(name: str, config: dict[str, Any], quantised: bool) -> Model:
-    if kind_of(config) is not None:
+    if kind_of(config, quantised) is not None:
         return mixture(name, config, quantised=quantised)
+    if not quantised:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     return dense(name, config_from_hf(config))
 
 

@@ -98,12 +98,13 @@ class Sizes:
             out += [self.norm] if self.tied and first else [self.norm, self.head]
         return out
 
-    def chosen(self, layers: range) -> list[int]:
-        """The experts of a token in each of these layers that has any."""
+    def chosen(self, layers: range) -> list[tuple[int, bool]]:
+        """For each of these layers with experts, how many a token gets, and whether there are shared ones besides."""
         return [
-            next(w.choice[0] for w in self.layers[i] if w.choice)
+            (w.choice[0], any(".shared." in other.path for other in self.layers[i]))
             for i in layers
-            if any(w.choice for w in self.layers[i])
+            for w in self.layers[i]
+            if w.choice and w.path.endswith("down")
         ]
 
     def elements(self, weight: Weight) -> int:
@@ -136,6 +137,7 @@ class Model:
     parameters: int
     active: int
     num_experts: int | None
+    has_latents: bool
     lay_out: Callable[[Layout], Sizes]
     config: ModelConfig | None = None
     refusal: str | None = None
@@ -161,6 +163,7 @@ def dense(name: str, cfg: ModelConfig) -> Model:
         parameters=parameters,
         active=active,
         num_experts=cfg.num_experts,
+        has_latents=cfg.has_latents,
         lay_out=lambda layout: _dense_sizes(cfg, layout),
         config=cfg,
     )
@@ -184,7 +187,7 @@ def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
         norm=_weight("norm.weight", specs["norm.weight"], cfg),
         head=embed if cfg.tie_embeddings else _weight("head.weight", specs["head.weight"], cfg),
         tied=cfg.tie_embeddings,
-        cache=Cache((heads.kv_heads * cfg.head_dim,) * 2, flops, flops),
+        cache=Cache((heads.kv_heads * cfg.head_dim,) * (1 if cfg.has_latents else 2), flops, flops),
         padded_vocab=embed.shape[0],
         query_heads=heads.q_heads,
         query_width=heads.q_heads * cfg.head_dim,

@@ -71,6 +71,7 @@ YARN_TUNED = rope(
     attention_factor=0.9,
     truncate=False,
 )
+YARN_MSCALE = rope("yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.2)
 GEMMA3_ROPES = {
     "full_attention": rope("linear", 1_000_000.0, factor=8.0),
     "sliding_attention": rope("default", 10_000.0),
@@ -136,6 +137,28 @@ CASES = {
         },
         legacy=True,
     ),
+    "deepseek_v3": Case(
+        "deepseek_v3",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "head_dim": 6,
+            "q_lora_rank": 22,
+            "kv_lora_rank": 14,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 9,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 19,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN_MSCALE,
+        },
+    ),
     "gemma3": Case(
         "gemma3_text",
         {
@@ -186,6 +209,9 @@ def build(case: Case, seed: int) -> Any:
             else:
                 value = 0.25 * torch.randn_like(parameter)
             parameter.copy_(value.to(stored).float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_((0.2 * torch.randn_like(buffer)).to(stored).float())
     return model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,22 @@ def test_qwen3_moe() -> None:
     assert "model.layers.0.mlp.gate_proj.weight" in checkpoint_shapes(some)
 
 
+def test_deepseek_v3() -> None:
+    config = config_from_hf(published.DEEPSEEK_V3)
+    assert config.latent is not None and config.experts is not None
+    assert (config.latent.width, config.head_dim, config.num_kv_heads, config.rope_dim) == (576, 576, 1, 64)
+    assert [config.sparse(layer) for layer in (0, 2, 3, 60)] == [False, False, True, True]
+    assert (config.num_experts, config.experts.groups, config.experts.groups_chosen) == (256, 8, 4)
+    assert (config.experts.scale, config.experts.shared) == (2.5, 2048)
+    assert config.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert config.max_position == 163840
+    shapes = checkpoint_shapes(config)
+    assert shapes["model.layers.3.mlp.gate.e_score_correction_bias"] == (256,)
+    assert shapes["model.layers.60.self_attn.kv_b_proj.weight"] == (128 * 256, 512)
+    (pattern,) = config.unused_tensors
+    assert re.search(pattern, "model.layers.61.enorm.weight") and not re.search(pattern, "model.layers.6.mlp.x")
+
+
 def test_qwen_window_starts_at_max_window_layers() -> None:
     config = config_from_hf({**published.QWEN2_5_7B, "use_sliding_window": True, "max_window_layers": 21})
     assert config.windows == (None,) * 21 + (131072,) * 7
@@ -199,6 +216,11 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
             "num_experts_per_tok is 9, but there are only 8 experts",
         ),
         ({**published.MIXTRAL_8X7B, "num_local_experts": 0}, "num_local_experts is 0"),
+        ({**published.DEEPSEEK_V3, "n_group": 7}, "n_group is 7, but 256 experts do not make groups"),
+        ({**published.DEEPSEEK_V3, "topk_group": 9}, "topk_group is 9, but 8 experts do not fit"),
+        ({**published.DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({**published.DEEPSEEK_V3, "kv_lora_rank": None}, "kv_lora_rank is missing"),
+        ({**published.DEEPSEEK_V3, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({**published.QWEN3_30B_A3B, "mlp_only_layers": [48]}, "must list layers from 0 to 47"),
         ({**published.QWEN3_30B_A3B, "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({**LLAMA, "rope_interleaved": True}, "interleaved"),

@@ -1,5 +1,5 @@
 """Layouts of tensor, expert, pipeline and context parallelism and attention DP, and both ways of bringing tokens to
-experts: the greedy tokens of a Mixtral and a Qwen3-MoE that transformers computed.
+experts: the greedy tokens of a Mixtral, a Qwen3-MoE and a DeepSeek-V3 that transformers computed.
 
 A chosen subset runs by default; all of them with
 
@@ -22,8 +22,8 @@ from jaxllm.mapping import CpType
 from tests.parallel.test_matrix import DEVICES, only_greedy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LAYERS = {"mixtral": 2, "qwen3_moe": 3}
-HEADS = {"mixtral": 8, "qwen3_moe": 6}
+LAYERS = {"mixtral": 2, "qwen3_moe": 3, "deepseek_v3": 3}
+HEADS = {"mixtral": 8, "qwen3_moe": 6, "deepseek_v3": 5}
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,11 @@ class Case:
 
     @property
     def possible(self) -> bool:
-        """Whether there are layers for the stages, and heads for the ranks."""
+        """Whether there are layers for the stages, and heads for the ranks; and no latents over cp."""
         ranks = 1 if self.attention_dp else self.tp * self.ep
         ranks *= self.cp if self.kind is CpType.ULYSSES else 1
+        if self.model == "deepseek_v3" and self.cp > 1:
+            return False
         return self.pp <= LAYERS[self.model] and ranks <= HEADS[self.model]
 
 
@@ -115,6 +117,7 @@ CHOSEN = [
     Case("mixtral", tp=2, ep=4),
     Case("qwen3_moe", tp=2, ep=4, attention_dp=True, dispatch="all_to_all"),
     Case("qwen3_moe", tp=2, ep=2, cp=2, kind=CpType.HELIX),
+    Case("deepseek_v3", tp=2, ep=2),
 ]
 
 
@@ -131,6 +134,11 @@ def test_experts_as_a_part_of_tensor_parallelism(caplog: pytest.LogCaptureFixtur
         found, wanted = answers(Case("mixtral", tp=8, ep=4))
     assert "tp x pp x cp = 8 devices, expert groups being a part of tp" in caplog.text
     assert found == wanted
+
+
+def test_latents_over_cp_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"context parallelism \(RING\) of models with latent attention"):
+        answers(Case("deepseek_v3", cp=2, kind=CpType.RING))
 
 
 @pytest.mark.slow

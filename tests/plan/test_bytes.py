@@ -103,6 +103,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     ("model", "layout"),
     [
         ("mixtral", {"tensor_parallel_size": 2, "moe_expert_parallel_size": 4}),
+        slow("deepseek_v3", {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2}),
         slow("mixtral_window", {"tensor_parallel_size": 3}),  # 5 experts of 37 columns
         slow("qwen3_moe", {"moe_expert_parallel_size": 2, "pipeline_parallel_size": 2}),  # a dense layer between
     ],

@@ -71,6 +71,12 @@ def test_arguments_and_collectives_of_experts(kind: str, layout: dict[str, Any])
     check(plan_of(MODEL.parent / "mixtral", **layout), kind)
 
 
+@pytest.mark.parametrize("dispatch", ["replicate", "all_to_all"])
+def test_arguments_and_collectives_of_latents_and_shared_experts(dispatch: str) -> None:
+    layout = {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2, "moe_config": {"dispatch": dispatch}}
+    check(plan_of(MODEL.parent / "deepseek_v3", **layout), "decode")
+
+
 def check(plan: Plan, kind: str) -> None:
     """Compiled for the CPU, whose programs have the same arguments and collectives."""
     bucket = plan.decode_bucket if kind == "decode" else Bucket(0, 2)

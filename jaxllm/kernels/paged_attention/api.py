@@ -33,7 +33,7 @@ def paged_attention(
 
     Args:
       q_RQNH: queries, any float dtype; N is a multiple of K.
-      kv_PYKOH: the page pool of one layer; Y is keys, then values.
+      kv_PYKOH: the page pool of one layer; Y is keys, then values; where Y is 1, the keys are the values too.
       pages_RW: int32, the pages of each row in order of position; entries past a row's end are never attended.
       positions_RQ: int32, the last key that each query token sees, which is its own position where a row holds the
         whole context. -1 where it sees nothing: its output is undefined but finite, its lse about -1e30.
@@ -48,7 +48,8 @@ def paged_attention(
     """
     first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
     branches: dict[str, Implementation] = {}
-    for platform, modules in PLATFORMS.items():
+    # No kernel has values that are their keys.
+    for platform, modules in PLATFORMS.items() if kv_PYKOH.shape[1] == 2 else ():
         for module in modules:
             try:
                 branches[platform] = module.choose(q_RQNH, kv_PYKOH, pages_RW, scale=scale, softcap=softcap)

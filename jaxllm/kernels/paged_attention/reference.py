@@ -58,14 +58,15 @@ def attend(
     last = (positions_RQ.max() + block) // block
 
     def pages_of(ids: jax.Array) -> jax.Array:
-        pages = kv_PYKOH[ids].transpose(2, 0, 3, 1, 4, 5).reshape(2, R, K, block, H)
+        pages = kv_PYKOH[ids].transpose(2, 0, 3, 1, 4, 5).reshape(-1, R, K, block, H)
         # Weights rounded to eight bits would lose more than the pages did.
         return pages if kv_PYKOH.dtype.itemsize > 1 else pages.astype(q_RQNH.dtype)
 
     def step(carry: Carry) -> Carry:
         i, max_RKM, sum_RKM, out_RKMH = carry
         ids = lax.dynamic_slice_in_dim(pages_RW, i * per_block, per_block, axis=1)
-        k_RKSH, v_RKSH = pages_of(ids)
+        pages = pages_of(ids)
+        k_RKSH, v_RKSH = pages[0], pages[-1]
         scores = lax.dot_general(
             q_RKMH, k_RKSH, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )  # R K M S

@@ -1,0 +1,125 @@
+"""Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): keys and values are kept as one latent.
+
+A token's page slot holds `rank` numbers, from which the keys and values of all heads could be made, and a rotated key
+of `rope` numbers that the heads share. They are never made: the projection that would make the keys goes to the
+queries, and the one that would make the values comes after attention ("absorbed"). Attention is then that of many query
+heads over one KV head whose values are a part of its keys:
+
+    q [N, nope + rope] -> nope part through W_k -> [N, rank + rope] . (latent, rotated key) -> softmax
+    -> latents [N, rank] -> W_v -> [N, value] -> output projection
+
+Every rank has the whole latent and its own query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.kernels.paged_attention.api import paged_attention
+from jaxllm.kernels.rope_write.reference import rotate
+from jaxllm.layers.linear import ColumnLinear, RowLinear, param
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.parallel.collectives import Axes, gather_rows
+from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
+from jaxllm.parallel.heads import HeadLayout
+from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.params import ParamSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Widths of a head: `nope` of a query without position, `rope` with it, `value`; and of what heads share.
+
+    rank: of the latent of keys and values. query_rank: of the one that queries are made from; None: from x itself.
+    interleaved: neighbours are rotated against each other, not halves.
+    """
+
+    query_rank: int | None
+    rank: int
+    nope: int
+    rope: int
+    value: int
+    interleaved: bool = True
+
+    @property
+    def width(self) -> int:
+        """What is kept of a token."""
+        return self.rank + self.rope
+
+
+class MLA(nnx.Module):
+    """In place of an `Attention`.
+
+    latents: makes the queries' latent (or none), that of keys and values, and the key that heads share. queries: makes
+    the heads' queries. kv_up [N * (nope + value), rank]: of each head the rows for keys, then those for values.
+    """
+
+    def __init__(
+        self,
+        latents: ColumnLinear,
+        queries: ColumnLinear,
+        kv_up: ParamSpec,
+        out: RowLinear,
+        heads: HeadLayout,
+        layout: Layout,
+        *,
+        sizes: LatentConfig,
+        scale: float,
+        query_norm: RMSNorm | None,
+        latent_norm: RMSNorm,
+    ):
+        self.latents = latents
+        self.queries = queries
+        self.kv_up = param(kv_up)
+        self.out = out
+        self.query_norm = query_norm
+        self.latent_norm = latent_norm
+        self.heads = heads
+        self.layout = layout
+        self.sizes = sizes
+        self.scale = scale
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        norm: RMSNorm,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        spread: Axes = (),
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVPages]:
+        """As `Attention.__call__`; kv holds latents, kv_PYKOH with Y = K = 1 and H = rank + rope."""
+        sizes, N = self.sizes, self.heads.q_heads
+        x_TD = gather_rows(norm(x_TD), spread)
+        T, dtype = x_TD.shape[0], x_TD.dtype
+        latents = self.latents(x_TD)
+        query, latent, key = jnp.split(latents, [latents.shape[1] - sizes.width, latents.shape[1] - sizes.rope], axis=1)
+        q_TNH = self.queries(x_TD if self.query_norm is None else self.query_norm(query)).reshape(T, N, -1)
+        kept = jnp.concatenate([self.latent_norm(latent), self._rotate(key[:, None], rope)[:, 0]], axis=1)
+        kernel = Kernel(partial(paged_attention, scale=self.scale), None, self.layout)
+        stripes = kernel.stripes(kv)
+        with jax.named_scope("kv_write"):
+            page_T, slot_T = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
+            kv = kv.at[page_T, 0, 0, slot_T].set(kept.astype(kv.dtype))
+        up = self.kv_up[...].reshape(N, sizes.nope + sizes.value, sizes.rank)
+        with jax.named_scope("absorb"):
+            q_nope, q_rope = q_TNH[:, :, : sizes.nope], self._rotate(q_TNH[:, :, sizes.nope :], rope)
+            absorbed = jnp.einsum("tnh,nhl->tnl", q_nope, up[:, : sizes.nope], preferred_element_type=jnp.float32)
+            q_TNH = jnp.concatenate([absorbed.astype(dtype), q_rope], axis=2)
+        with jax.named_scope("paged_attention"):
+            out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+        with jax.named_scope("values"):
+            found = out_TNH[:, :, : sizes.rank]
+            values = jnp.einsum("tnl,nhl->tnh", found, up[:, sizes.nope :], preferred_element_type=jnp.float32)
+        return self.out(values.astype(dtype).reshape(T, -1), spread, residual=residual), kv
+
+    def _rotate(self, x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if self.sizes.interleaved:
+            x_TNH = jnp.concatenate([x_TNH[..., 0::2], x_TNH[..., 1::2]], axis=-1)
+        return rotate(x_TNH, *rope)
