@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
 
@@ -211,20 +212,26 @@ def _run_bench_serve(args: argparse.Namespace) -> int:
     return asyncio.run(measure())
 
 
+def _load(args: argparse.Namespace) -> dict[str, Any]:
+    """What all loads of random prompts take."""
+    return {name: getattr(args, name) for name in ("input_len", "output_len", "repeat", "seed")}
+
+
+def _compared(args: argparse.Namespace) -> dict[str, Any]:
+    """What loads take that other libraries can run beside."""
+    compare = _names(args.compare)
+    return {"compare": compare, "compare_repeat": args.compare_repeat, "profile": args.profile}
+
+
 def _run_bench_latency(args: argparse.Namespace) -> int:
     from jaxllm.bench.latency import run_latency
 
     report = run_latency(
         engine_config(args),
         batch_size=args.batch_size,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        repeat=args.repeat,
-        seed=args.seed,
-        compare=_names(args.compare),
-        compare_repeat=args.compare_repeat,
+        **_load(args),
+        **_compared(args),
         host_profile=args.host_profile,
-        profile=args.profile,
     )
     report.emit(args.json)
     return 0
@@ -236,14 +243,9 @@ def _run_bench_throughput(args: argparse.Namespace) -> int:
     report = run_throughput(
         engine_config(args),
         num_requests=args.num_requests,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        repeat=args.repeat,
-        seed=args.seed,
-        compare=_names(args.compare),
-        compare_repeat=args.compare_repeat,
+        **_load(args),
+        **_compared(args),
         compare_batch=args.compare_batch,
-        profile=args.profile,
     )
     report.emit(args.json)
     return 0
@@ -255,10 +257,7 @@ def _run_bench_host(args: argparse.Namespace) -> int:
     report = run_host(
         engine_config(args),
         batch_size=args.batch_size,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        repeat=args.repeat,
-        seed=args.seed,
+        **_load(args),
     )
     report.emit(args.json)
     return 0
