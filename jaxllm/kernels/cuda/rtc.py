@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from jaxllm.cache import cache_dir
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -65,12 +67,6 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def cache_dir() -> Path:
-    """Where PTX is kept."""
-    root = os.environ.get("JAXLLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "jaxllm") / "cuda"
-
-
 def compile_ptx(name: str, macros: Mapping[str, object]) -> str:
     """The PTX of `<name>.cu` of this folder with these macros defined; from memory or disk where it was made before.
 
@@ -83,7 +79,7 @@ def compile_ptx(name: str, macros: Mapping[str, object]) -> str:
     key = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]
     with _lock:
         if key not in _compiled:
-            path = cache_dir() / f"{name}-{key}.ptx"
+            path = cache_dir("cuda") / f"{name}-{key}.ptx"
             ptx = _read(path)
             if ptx is None:
                 ptx = lower_version(_compile(f"{name}.cu", source, headers, options))

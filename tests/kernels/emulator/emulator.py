@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxllm.cache import cache_dir
 from jaxllm.kernels.cuda import rtc
 
 HERE = Path(__file__).parent
@@ -100,7 +101,7 @@ def _build(source: Path, macros: tuple[tuple[str, str], ...]) -> Path:
     files = [source, *sorted(rtc.SOURCES.glob("*.cuh")), *sorted(HERE.glob("*.h")), HERE / "emulate.cc"]
     parts = [*(path.read_text() for path in files), *FLAGS, *map(str, macros)]
     key = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]
-    path = rtc.cache_dir() / "emulated" / f"{source.stem}-{key}.so"
+    path = cache_dir("emulated") / f"{source.stem}-{key}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
