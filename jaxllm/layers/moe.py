@@ -33,6 +33,7 @@ class Router(nnx.Module):
         sigmoid: bool = False,
         groups: int = 1,
         groups_chosen: int = 1,
+        group_best: int = 2,
         scale: float = 1.0,
     ):
         self.weight = param(weight)
@@ -42,6 +43,7 @@ class Router(nnx.Module):
         self.sigmoid = sigmoid
         self.groups = groups
         self.groups_chosen = groups_chosen
+        self.group_best = group_best
         self.scale = scale
 
     @property
@@ -66,10 +68,10 @@ class Router(nnx.Module):
         return chosen_TX, weights_TX if self.scale == 1.0 else weights_TX * self.scale
 
     def _best_groups(self, choice_TE: jax.Array) -> jax.Array:
-        """-inf for the experts outside of the groups whose two best experts are the best."""
+        """-inf for the experts outside of the groups whose best experts are the best."""
         T, E = choice_TE.shape
         size = E // self.groups
-        best, _ = top(choice_TE.reshape(T * self.groups, size), 2)
+        best, _ = top(choice_TE.reshape(T * self.groups, size), self.group_best)
         _, groups_TX = top(best.sum(axis=1).reshape(T, self.groups), self.groups_chosen)
         inside_TE = (jnp.arange(E) // size == groups_TX[:, :, None]).any(axis=1)
         return jnp.where(inside_TE, choice_TE, -jnp.inf)

@@ -26,7 +26,7 @@ class ExpertsConfig:
     normalise: the weights of the chosen ones are scaled so that they add up to one.
     sigmoid: the weights come from a sigmoid of the router's output, not from a softmax.
     bias: a number for each expert is added to the weights for the choice, and only for it.
-    groups, groups_chosen: experts are chosen from the best groups of experts, by the two best of each.
+    groups, groups_chosen: experts come from the best groups, by the sum of the `group_best` best experts of each.
     scale: of the weights, at the end. shared: width of an MLP that every token goes through besides; 0 for none.
     """
 
@@ -38,6 +38,7 @@ class ExpertsConfig:
     bias: bool = False
     groups: int = 1
     groups_chosen: int = 1
+    group_best: int = 2
     scale: float = 1.0
     shared: int = 0
     names: ExpertNames = field(default_factory=ExpertNames)

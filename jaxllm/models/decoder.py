@@ -90,6 +90,7 @@ class Block(nnx.Module):
                     sigmoid=experts.sigmoid,
                     groups=experts.groups,
                     groups_chosen=experts.groups_chosen,
+                    group_best=experts.group_best,
                     scale=experts.scale,
                 ),
                 specs.expert_gate_up(experts),

@@ -35,6 +35,7 @@ FAMILIES = (
     Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), qwen.qwen2_from_hf, "qwen2", qwen.qwen2_from_gguf),
     Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), qwen.qwen3_from_hf, "qwen3", qwen.qwen3_from_gguf),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3_moe",), qwen.qwen3_moe_from_hf),
+    Family("deepseek_v2", ("DeepseekV2ForCausalLM",), ("deepseek_v2",), deepseek.v2_from_hf),
     Family("deepseek_v3", ("DeepseekV3ForCausalLM",), ("deepseek_v3",), deepseek.v3_from_hf),
     Family(
         "gemma3",

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, and DeepSeek-V3 in fp8, by their sizes alone: the engine does not run them yet.
+"""DeepSeek-V2 and V3 in fp8, by their sizes alone: the engine does not run quantised checkpoints of them yet.
 
 Reads the `config.json` of these (and what calls itself so, such as Kimi-K2). When the decoder learns to run them,
 `models.decoder.param_specs` describes them as it does every other model, and this file goes.
@@ -27,8 +27,7 @@ def kind_of(config: Mapping[str, Any], quantised: bool) -> str | None:
     """`deepseek`; None for a config that the engine runs. quantised: see `mixture`."""
     names = config.get("architectures")
     kind = next((_KINDS[name] for name in names if name in _KINDS), None) if isinstance(names, list) else None
-    wide = names == ["DeepseekV3ForCausalLM"] and not (quantised and config.get("quantization_config"))
-    return None if wide else kind
+    return kind if quantised and config.get("quantization_config") else None
 
 
 def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> Model:

@@ -25,11 +25,11 @@ def test_top_takes_the_lowest_of_equals() -> None:
     np.testing.assert_array_equal(found, np.take_along_axis(values, np.asarray(places), 1))
 
 
-def route(scores: np.ndarray, bias: np.ndarray, groups: int, groups_chosen: int) -> list[int]:
+def route(scores: np.ndarray, bias: np.ndarray, groups: int, groups_chosen: int, best: int) -> list[int]:
     """The experts of one token."""
     choice = scores + bias
     size = E // groups
-    of_group = [np.sort(choice[g * size : (g + 1) * size])[-2:].sum() for g in range(groups)]
+    of_group = [np.sort(choice[g * size : (g + 1) * size])[-best:].sum() for g in range(groups)]
     open_groups = np.argsort(of_group)[-groups_chosen:] if groups > 1 else range(groups)
     open_experts = [e for e in range(E) if e // size in open_groups]
     return sorted(open_experts, key=lambda e: -choice[e])[:X]
@@ -37,8 +37,8 @@ def route(scores: np.ndarray, bias: np.ndarray, groups: int, groups_chosen: int)
 
 @pytest.mark.parametrize(("groups", "groups_chosen"), [(1, 1), (4, 2), (3, 1)])
 @pytest.mark.parametrize("sigmoid", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_router(groups: int, groups_chosen: int, sigmoid: bool, with_bias: bool) -> None:
+@pytest.mark.parametrize(("with_bias", "best"), [(False, 1), (True, 2)])
+def test_router(groups: int, groups_chosen: int, sigmoid: bool, with_bias: bool, best: int) -> None:
     rng = np.random.default_rng(groups)
     x, weight = rng.standard_normal((T, D), np.float32), rng.standard_normal((E, D), np.float32)
     bias = rng.standard_normal(E).astype(np.float32) if with_bias else np.zeros(E, np.float32)
@@ -53,6 +53,7 @@ def test_router(groups: int, groups_chosen: int, sigmoid: bool, with_bias: bool)
             sigmoid=sigmoid,
             groups=groups,
             groups_chosen=groups_chosen,
+            group_best=best,
             scale=2.5,
         )
         nnx.update(router, {"weight": jnp.asarray(weight), **({"bias": jnp.asarray(bias)} if with_bias else {})})
@@ -62,7 +63,7 @@ def test_router(groups: int, groups_chosen: int, sigmoid: bool, with_bias: bool)
     logits = x @ weight.T
     scores = 1 / (1 + np.exp(-logits)) if sigmoid else np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for t in range(T):
-        wanted = route(scores[t], bias, groups, groups_chosen)
+        wanted = route(scores[t], bias, groups, groups_chosen, best)
         assert chosen[t].tolist() == wanted
         # the bias chooses, it does not weigh
         np.testing.assert_allclose(weights[t], 2.5 * scores[t][wanted] / scores[t][wanted].sum(), rtol=1e-4)

@@ -217,7 +217,11 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
         ),
         ({**published.MIXTRAL_8X7B, "num_local_experts": 0}, "num_local_experts is 0"),
         ({**published.DEEPSEEK_V3, "n_group": 7}, "n_group is 7, but 256 experts do not make groups"),
-        ({**published.DEEPSEEK_V3, "topk_group": 9}, "topk_group is 9, but 8 experts do not fit"),
+        ({**published.DEEPSEEK_V3, "topk_group": 9}, "topk_group is 9, but 8 experts do not fit 9 of 8"),
+        (
+            {**published.DEEPSEEK_V3, "architectures": ["DeepseekV2ForCausalLM"]},
+            "scoring_func is 'sigmoid': DeepSeek-V2",
+        ),
         ({**published.DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({**published.DEEPSEEK_V3, "kv_lora_rank": None}, "kv_lora_rank is missing"),
         ({**published.DEEPSEEK_V3, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
