@@ -40,8 +40,10 @@ def experts(
     room = places(T, chosen_TX.shape[1], of)
     if room == T:
         weight_TE = (weights_TX[:, :, None] * (chosen_TX[:, :, None] == jnp.arange(E))).sum(axis=1)
-        y_ETD = _mlp(jnp.broadcast_to(x_TD, (E, T, D)), gate_up_EFD, down_EDF, activation)
-        return jnp.einsum("etd,te->td", y_ETD, weight_TE)
+        # One product with all experts' rows, which no batched one is as fast as.
+        y_ETF = jnp.einsum("td,efd->etf", x_TD, gate_up_EFD, preferred_element_type=jnp.float32)
+        y_ETD = _down(y_ETF.astype(x_TD.dtype), down_EDF, activation)
+        return (y_ETD.astype(jnp.float32) * weight_TE.T[:, :, None]).sum(axis=0)
     bins = Bins.sort(chosen_TX, E)
 
     def more(state: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -50,18 +52,19 @@ def experts(
     def one_round(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start, out_TD = state
         token_EC = bins.tokens(start, room)
-        y_ECD = _mlp(x_TD.at[token_EC].get(mode="fill", fill_value=0), gate_up_EFD, down_EDF, activation)
+        x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
+        y_ECF = jnp.einsum("ecd,efd->ecf", x_ECD, gate_up_EFD, preferred_element_type=jnp.float32)
+        y_ECD = _down(y_ECF.astype(x_TD.dtype), down_EDF, activation)
         place_TX, here_TX = bins.places(chosen_TX, start, room)
         y_TXD = jnp.where(here_TX[:, :, None], y_ECD.reshape(-1, D)[place_TX], 0)
-        return start + room, out_TD + jnp.einsum("txd,tx->td", y_TXD, weights_TX)
+        return start + room, out_TD + (y_TXD.astype(jnp.float32) * weights_TX[:, :, None]).sum(axis=1)
 
     _, out_TD = lax.while_loop(more, one_round, (jnp.int32(0), jnp.zeros((T, D), jnp.float32)))
     return out_TD
 
 
-def _mlp(x_ECD: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array, activation: str) -> jax.Array:
-    """float32 [E, C, D]; gate_up_EFD has the gate's rows, then those of up."""
-    y = jnp.einsum("ecd,efd->ecf", x_ECD, gate_up_EFD, preferred_element_type=jnp.float32).astype(x_ECD.dtype)
-    gate, up = jnp.split(y, 2, axis=-1)
+def _down(y_ECF: jax.Array, down_EDF: jax.Array, activation: str) -> jax.Array:
+    """The second half of an MLP, [E, C, D] in y's dtype; y_ECF has the gate's columns, then those of up."""
+    gate, up = jnp.split(y_ECF, 2, axis=-1)
     y = ACTIVATIONS[activation](gate) * up
-    return jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32)
+    return jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32).astype(y_ECF.dtype)
