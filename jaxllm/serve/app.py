@@ -21,6 +21,7 @@ from jaxllm.serve.answers import sse, to_json, token_text
 from jaxllm.serve.completions import ChatJob, CompletionJob, Job
 from jaxllm.serve.errors import ApiError, as_api_error, bad_request, internal_error
 from jaxllm.serve.gate import Gate, logger
+from jaxllm.serve.openapi import openapi
 from jaxllm.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -183,7 +184,7 @@ def make_app(server: Server) -> ASGIApp:
             tokens = await server.encode(body.prompt, body.add_special_tokens)
         else:
             chat = validate(ChatRequest, {"messages": body.messages})
-            tokens = await server.chat_tokens(chat.conversation(), body.add_generation_prompt, None)
+            tokens = await server.chat_tokens(chat.conversation(), body.add_generation_prompt)
         found: dict[str, Any] = {
             "count": len(tokens), "max_model_len": server.hello["max_seq_len"], "tokens": tokens
         }  # fmt: skip
@@ -229,6 +230,9 @@ def make_app(server: Server) -> ASGIApp:
     async def version(request: Request) -> Response:
         return Answer({"version": __version__})
 
+    async def describe(request: Request) -> Response:
+        return Answer(openapi())
+
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -250,6 +254,7 @@ def make_app(server: Server) -> ASGIApp:
         Route("/version", version),
         Route("/metrics", metrics),
         Route("/iteration_stats", iteration_stats),
+        Route("/openapi.json", describe),
     ]
 
     @contextlib.asynccontextmanager

@@ -11,6 +11,7 @@ from jaxllm.serve.errors import bad_request
 from jaxllm.serve.generation import Delta, Generation
 from jaxllm.serve.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Generate
 from jaxllm.serve.server import Server
+from jaxllm.serve.tools import ToolCall, ToolText
 
 
 class Job(ABC):
@@ -109,22 +110,31 @@ class ChatJob(Job):
         super().__init__(server, body)
         self.chat = body
         self.envelope = Envelope("chat.completion", "chatcmpl", server.model)
+        self._tools: list[ToolText] = []
 
     async def start(self) -> None:
         body, server = self.chat, self.server
         params = body.engine_params()
+        names, parser = body.tool_names, server.tool_parser
+        if names and parser is None:
+            raise bad_request("this model's chat template tells of no tools; serve it with --tool_parser", "tools")
+        if names and parser is not None:
+            self._tools = [ToolText(parser, names) for _ in range(self.n)]
         if body.logprobs:
             params["logprobs"] = body.top_logprobs or 0
         prompt = body.prompt_token_ids
         if prompt is None:
             generation_prompt = body.add_generation_prompt is not False
-            prompt = await server.chat_tokens(body.conversation(), generation_prompt, body.chat_template_kwargs)
+            tools = body.tools if body.tool_names else None
+            kwargs = body.chat_template_kwargs
+            prompt = await server.chat_tokens(body.conversation(), generation_prompt, kwargs, tools)
         if body.truncate_prompt_tokens is None:
             server.check_length(prompt, body.token_limit, "messages")
         if body.token_limit is not None:
             params["max_tokens"] = body.token_limit
         _check_min_tokens(params)
-        self.generations = [server.submit(body, prompt, params)]
+        # The marks of a call are special tokens in some vocabularies.
+        self.generations = [server.submit(body, prompt, params, False if self._tools else None)]
 
     def usage(self) -> dict[str, Any]:
         return usage(self.generations)
@@ -145,11 +155,24 @@ class ChatJob(Job):
             for index in range(self.n)
         ]
 
+    def _said(self, index: int, text: str, reason: str | None) -> tuple[str, list[ToolCall], str | None]:
+        """(text for the client, calls, finish reason) of new text of the model."""
+        if not self._tools:
+            return text, [], reason
+        text = self._tools[index].feed(text)
+        if reason is None:
+            return text, [], None
+        rest, calls = self._tools[index].finish()
+        return text + rest, calls, "tool_calls" if calls and reason == "stop" else reason
+
     def choice(self, number: int, delta: Delta) -> dict[str, Any]:
-        content: dict[str, Any] = {"content": delta.text} if delta.text or delta.finish_reason is None else {}
+        text, calls, reason = self._said(delta.index, delta.text, delta.finish_reason)
+        content: dict[str, Any] = {"content": text} if text or reason is None else {}
+        if calls:
+            content["tool_calls"] = [call.body(index) for index, call in enumerate(calls)]
         logprobs = self._logprobs(delta.tokens, delta.logprobs) if delta.tokens else None
         choice = {
-            "index": delta.index, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish_reason
+            "index": delta.index, "delta": content, "logprobs": logprobs, "finish_reason": reason
         }  # fmt: skip
         if delta.stop_reason is not None:
             choice["stop_reason"] = delta.stop_reason
@@ -160,12 +183,15 @@ class ChatJob(Job):
     async def whole(self) -> dict[str, Any]:
         choices = []
         for index, found in enumerate((await self._collect())[0]):
-            message = {"role": "assistant", "content": found.text, "refusal": None}
+            text, calls, reason = self._said(index, found.text, found.finish_reason)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text or None, "tool_calls": [call.body() for call in calls]}
             choice = {
                 "index": index,
                 "message": message,
                 "logprobs": self._logprobs(found.tokens, found.rows),
-                "finish_reason": found.finish_reason,
+                "finish_reason": reason,
                 "stop_reason": found.stop_reason,
             }
             if self.body.return_token_ids:

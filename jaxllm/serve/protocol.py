@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jaxllm.sampling_params import MAX_LOGPROBS
 from jaxllm.serve.errors import ApiError, bad_request
+from jaxllm.serve.tools import check_tools, with_parsed_arguments
 
 MAX_N = 128
 MAX_PROMPTS = 1024
@@ -39,7 +40,6 @@ _REFUSED: dict[str, str] = {
     "function_call": "is not supported; it was replaced by tool_choice",
     "chat_template": "is not accepted from clients: a template is a program",
     "lora_request": _MISSING,
-    "tools": _MISSING,
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # 0 is one of them, as False is
 
@@ -167,7 +167,8 @@ class ChatRequest(Generate):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
-    tool_choice: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -178,7 +179,20 @@ class ChatRequest(Generate):
         kind = (self.response_format or {}).get("type", "text")
         if kind != "text":
             raise ValueError(f"response_format of type {kind!r} is not supported yet; leave it out")
+        names = check_tools(self.tools or [])
+        choice = self.tool_choice
+        if isinstance(choice, dict) or choice == "required":
+            raise ValueError("tool_choice: to force a call is not supported yet; use auto or none")
+        if choice not in (None, "auto", "none"):
+            raise ValueError(f"tool_choice = {choice!r} must be auto or none")
+        if choice == "auto" and not names:
+            raise ValueError("tool_choice = 'auto' needs tools")
         return self
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The functions that may be called."""
+        return [] if self.tool_choice == "none" else check_tools(self.tools or [])
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages with plain text as content. Raises ApiError for anything else than text."""
@@ -230,6 +244,10 @@ def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
         content = ""
     if not isinstance(content, str):
         raise bad_request(f"{where}.content must be text", f"{where}.content")
+    try:
+        message = with_parsed_arguments(message)
+    except ValueError as error:
+        raise bad_request(f"{where}.tool_calls: {error}", f"{where}.tool_calls") from None
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 

@@ -14,6 +14,7 @@ from jaxllm.serve.generation import Generation, Output, TextOptions
 from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.protocol import Generate
 from jaxllm.serve.settings import ServeConfig
+from jaxllm.serve.tools import choose_parser
 
 _INLINE_CHARACTERS = 4096  # a longer text is tokenised in a thread, or other requests would wait for it
 
@@ -39,6 +40,7 @@ class Server:
 
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.backend.get_vocab(with_added_tokens=True)
+        self.tool_parser = choose_parser(self.settings.tool_parser, self.tokenizer.chat_template)
         self._longest_token = max(map(len, vocabulary), default=1)
 
     @property
@@ -91,13 +93,19 @@ class Server:
         except ValueError as error:
             raise bad_request(str(error), param) from None
 
-    async def chat_tokens(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: Any) -> list[int]:
+    async def chat_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids that the model's template makes of a conversation. Raises ApiError when it refuses it."""
 
         def render() -> Any:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt, None, tokenize=False, **kwargs)
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt, tools, tokenize=False, **given)
 
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name not in _TEMPLATE_ARGUMENTS}
+        given = {name: value for name, value in (kwargs or {}).items() if name not in _TEMPLATE_ARGUMENTS}
         try:
             text = await asyncio.to_thread(render)
         except ValueError as error:
@@ -117,8 +125,12 @@ class Server:
             "context_length_exceeded",
         )
 
-    def submit(self, body: Generate, prompt: list[int], params: dict[str, Any]) -> Generation:
-        """Sends a prompt to the engine. Raises ApiError."""
+    def submit(
+        self, body: Generate, prompt: list[int], params: dict[str, Any], skip_special_tokens: bool | None = None
+    ) -> Generation:
+        """Sends a prompt to the engine; the text has no special tokens unless the body wants them. Raises ApiError."""
+        if skip_special_tokens is None:
+            skip_special_tokens = body.skip_special_tokens is not False
         vocabulary = self.hello["vocab_size"]
         if not prompt:
             raise bad_request("the prompt is empty; give at least one token", "prompt")
@@ -127,9 +139,7 @@ class Server:
         if body.truncate_prompt_tokens is not None:
             prompt = prompt[-body.truncate_prompt_tokens :]
         stops = body.stops
-        options = TextOptions(
-            stops, bool(body.include_stop_str_in_output), body.skip_special_tokens is not False, body.min_tokens or 0
-        )
+        options = TextOptions(stops, bool(body.include_stop_str_in_output), skip_special_tokens, body.min_tokens or 0)
         n = params["n"]
         try:
             call = self.client.submit(

@@ -19,6 +19,7 @@ class ServeConfig(Strict):
         num_serve_frontends: processes that speak HTTP, tokenise and make text.
         api_key: bearer token that every route but /health and /metrics asks for; None = none.
         ssl_certfile, ssl_keyfile: PEM files; both or neither.
+        tool_parser: the form in which the model writes tool calls; "auto" goes by its chat template.
         max_queue_size: sequences that may wait for the engine; more are refused with 503.
         max_body_bytes, max_header_bytes: of a request.
         body_timeout: seconds in which the body of a request has to arrive.
@@ -34,6 +35,7 @@ class ServeConfig(Strict):
     port: int = Field(default=8000, ge=0, le=65535)
     served_model_name: str | None = None
     num_serve_frontends: int = Field(default=1, ge=1, le=64)
+    tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "deepseek"] = "auto"
     api_key: str | None = Field(default=None, min_length=1)
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None

@@ -102,7 +102,15 @@ def test_refused_completions(body: dict[str, Any], word: str) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.0"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "'a b'"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}] * 129}, "129"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice"),
+        ({"tool_choice": "auto"}, "needs tools"),
+        ({"tool_choice": "maybe"}, "maybe"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "JSON"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "tool_calls"),
         ({"response_format": {"type": "json_object"}}, "json_object"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ],
@@ -146,3 +154,10 @@ def test_not_json(body: bytes) -> None:
 
 def test_json() -> None:
     assert parse_json(b'{"a": [1.5, "\\ud800"]}') == {"a": [1.5, "\ud800"]}
+
+
+def test_calls_of_the_history_are_objects_for_the_template() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": '{"b": [1]}'}}
+    body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+    (message,) = validate(ChatRequest, body).conversation()
+    assert message["tool_calls"][0]["function"] == {"name": "a", "arguments": {"b": [1]}} and message["content"] == ""

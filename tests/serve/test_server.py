@@ -165,6 +165,16 @@ def test_models_version_and_health(live: Live, client: openai.OpenAI) -> None:
     assert live.get("/health").status_code == 200 and live.get("/health_generate").status_code == 200
 
 
+def test_openapi_describes_what_is_there(live: Live) -> None:
+    found = live.get("/openapi.json").json()
+    for path in found["paths"]:
+        method = "GET" if "get" in found["paths"][path] else "POST"
+        answer = live.http.request(method, path.replace("{name}", "tiny"), json={} if method == "POST" else None)
+        assert answer.status_code == (200 if method == "GET" else 400), path
+    fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "temperature", "stream_options", "top_k", "tools"} <= fields.keys()
+
+
 def test_only_the_engine_has_jax(live: Live) -> None:
     """What speaks HTTP shares no interpreter, and no fate, with XLA."""
 
@@ -276,6 +286,11 @@ def test_who_needs_no_key(live: Live) -> None:
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": 5}]}', 400),
         ("/v1/completions", b'{"prompt": "' + b"x" * 200_000 + b'"}', 413),
+        (
+            "/v1/chat/completions",
+            json.dumps({**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}).encode(),
+            400,
+        ),
         ("/tokenize", b"{}", 400),
         ("/detokenize", b'{"tokens": [1000000]}', 400),
         ("/nothing", b"{}", 404),
