@@ -231,7 +231,8 @@ def make_app(server: Server) -> ASGIApp:
         return Answer({"version": __version__})
 
     async def describe(request: Request) -> Response:
-        return Answer(openapi())
+        hello = server.client.hello or {}
+        return Answer(openapi(hello.get("vocab_size"), server.settings.api_key is not None))
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

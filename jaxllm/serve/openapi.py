@@ -65,33 +65,75 @@ def _json(name: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
 
-def _operation(path: str, summary: str, answer: str, errors: tuple[int, ...]) -> dict[str, Any]:
+def _completed(schema: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
+    """A body's schema with what its model checks in code: what must be there, and token ids of the vocabulary."""
+    fields = schema["properties"]
+    if schema["title"] == "CompletionRequest":
+        schema["anyOf"] = _either("prompt")
+        fields["prompt"]["anyOf"] = [
+            {**kind, **({"minLength": 1} if kind["type"] == "string" else {"minItems": 1})}
+            for kind in fields["prompt"]["anyOf"]
+            if kind["type"] != "null"
+        ]
+    elif schema["title"] == "ChatRequest":
+        schema["anyOf"] = _either("messages")
+        roles = {"enum": ["system", "developer", "user", "assistant", "tool"]}
+        fields["messages"] |= {"minItems": 1, "items": _object({"role": roles, "content": _STRING})}
+    elif schema["title"] == "TokenizeRequest":
+        schema["oneOf"] = [
+            {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
+            for one, other in (("prompt", "messages"), ("messages", "prompt"))
+        ]
+    if vocab_size is not None:
+        _lower_token_limits(schema, vocab_size)
+    return schema
+
+
+def _either(name: str) -> list[dict[str, Any]]:
+    """That field, or token ids in its place."""
+    ids = {"required": ["prompt_token_ids"], "properties": {"prompt_token_ids": {"type": "array"}}}
+    return [{"required": [name]}, ids]
+
+
+def _lower_token_limits(schema: Any, vocab_size: int) -> None:
+    if isinstance(schema, list):
+        for item in schema:
+            _lower_token_limits(item, vocab_size)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "array" and "exclusiveMaximum" in schema.get("items", {}):
+            schema["items"]["exclusiveMaximum"] = vocab_size
+        for item in schema.values():
+            _lower_token_limits(item, vocab_size)
+
+
+def _operation(path: str, summary: str, answer: str, errors: tuple[int, ...], guarded: bool = False) -> dict[str, Any]:
     responses = {"200": {"description": "OK", "content": _json(answer)}}
-    for status in errors if path in OPEN_ROUTES else (*errors, 401):
+    guarded = guarded and path not in OPEN_ROUTES
+    for status in (*errors, 401) if guarded else errors:
         name = answer if answer == "Health" and status == 503 else "Error"
         responses[str(status)] = {"description": "see the message", "content": _json(name)}
-    security: list[dict[str, list[str]]] = [] if path in OPEN_ROUTES else [{"key": []}]
+    security: list[dict[str, list[str]]] = [{"key": []}] if guarded else []
     return {"summary": summary, "responses": dict(sorted(responses.items())), "security": security}
 
 
-def openapi() -> dict[str, Any]:
-    """The document."""
+def openapi(vocab_size: int | None, guarded: bool) -> dict[str, Any]:
+    """The document. `vocab_size` is None while the engine starts; `guarded`: a key is asked for."""
     schemas, paths = dict(_ANSWERS), {}
     for path, (model, summary, answer) in _BODIES.items():
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-        operation = _operation(path, summary, answer, (400, 404, 408, 413, 500, 503, 504))
+        schemas[model.__name__] = _completed(schema, vocab_size)
+        operation = _operation(path, summary, answer, (400, 404, 408, 413, 500, 503, 504), guarded)
         operation["requestBody"] = {"required": True, "content": _json(model.__name__)}
         if path.startswith("/v1/"):
-            operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _STRING}
+            operation["responses"]["200"]["content"]["text/event-stream"] = {}
         paths[path] = {"post": operation}
     for path, (summary, answer) in _READS.items():
-        operation = _operation(path, summary, answer, (503,) if answer == "Health" else (400, 404))
+        operation = _operation(path, summary, answer, (503,) if answer == "Health" else (400, 404), guarded)
         if path.endswith("{name}"):
             operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
         if path == "/iteration_stats":
-            since = {"type": "integer", "minimum": 0, "maximum": 10**17}
+            since = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
             operation["parameters"] = [{"name": "since", "in": "query", "required": False, "schema": since}]
         paths[path] = {"get": operation}
     text = {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": _STRING}}}}
