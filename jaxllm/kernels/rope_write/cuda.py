@@ -98,12 +98,11 @@ def check() -> None:
         weights = [jnp.asarray(rng.uniform(0.5, 2, H), jnp.float32) if norm else None for _ in range(2)]
         arguments: Any = (qkv, jnp.cos(angle), jnp.sin(angle), kv, *places, *weights)
         found = jax.jit(choose(*arguments, eps=1e-5))(*arguments)
-        wanted = jax.jit(partial(reference.rope_write, eps=1e-5))(*arguments)
+        # Not under jit, where XLA leaves out the rounding between norm and rotation; the kernel rounds.
+        wanted = reference.rope_write(*arguments, eps=1e-5)
         for a, b in zip(found, wanted, strict=True):
             x, y = np.asarray(a, np.float32), np.asarray(b, np.float32)
-            # Relative to the largest number of a head: what rotation makes of two that nearly cancel has the error of
-            # those. One may round up what the other rounds down, or not round between norm and rotation: a step of
-            # e4m3 is an eighth, one of bfloat16 1 / 128, twice.
-            error = (np.abs(x - y) / np.abs(y).max(-1, keepdims=True)).max()
-            if not error < (0.13 if a.dtype == jnp.float8_e4m3fn else 0.02):
+            # One may round up what the other rounds down: a step of e4m3 is an eighth.
+            error = (np.abs(x - y) / np.maximum(np.abs(y), 0.05)).max()
+            if not error < (0.13 if a.dtype == jnp.float8_e4m3fn else 0.01):
                 raise ArithmeticError(f"wrong by {error:.1e} at head dim {H}")
