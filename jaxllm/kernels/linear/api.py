@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.kernels.linear import cpu, cuda, packed, reference
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.reference import Norm
 
-IMPLEMENTATIONS = (packed.matmul, cpu.matmul, cuda.matmul, reference.matmul)
+IMPLEMENTATIONS = (packed.matmul, cpu.matmul, cuda.matmul)
 
 
-def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
-    """`x[..., D] @ weight.T`, `[..., F]` in float32 whatever the dtypes, accumulated in float32; or a packed weight."""
+def matmul(x: jax.Array, weight_FD: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """`x[..., D] @ weight.T`, `[..., F]` in `dtype`, accumulated in float32 whatever the dtypes; or a packed weight."""
     reasons = []
     for implementation in IMPLEMENTATIONS:
         try:
-            return implementation(x, weight_FD)
+            return implementation(x, weight_FD).astype(dtype)
         except NotImplementedError as reason:
             reasons.append(f"{implementation.__module__}: {reason}")
-    raise NotImplementedError("no implementation of matmul applies: " + "; ".join(reasons))
+    if packed.is_packed(weight_FD):
+        raise NotImplementedError("no implementation of matmul applies: " + "; ".join(reasons))
+    return reference.matmul(x, weight_FD, dtype)
 
 
 def linear(
