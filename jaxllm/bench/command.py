@@ -287,7 +287,8 @@ def _run_bench_layouts(args: argparse.Namespace) -> int:
 
     config = engine_config(args)
     batch_sizes, prompt_lens = _numbers(args.batch_sizes, "--batch-sizes"), _numbers(args.prompt_lens, "--prompt-lens")
-    emit(config, run_layouts(config, _names(args.layouts), batch_sizes, prompt_lens, args.repeat), args.json)
+    rows = run_layouts(config, _names(args.layouts), batch_sizes, prompt_lens, args.repeat, args.json)
+    emit(config, rows, args.json)
     return 0
 
 

@@ -67,9 +67,17 @@ def parse_layout(text: str) -> dict[str, Any]:
 
 
 def run_layouts(
-    config: EngineConfig, layouts: Sequence[str], batch_sizes: Sequence[int], prompt_lens: Sequence[int], repeat: int
+    config: EngineConfig,
+    layouts: Sequence[str],
+    batch_sizes: Sequence[int],
+    prompt_lens: Sequence[int],
+    repeat: int,
+    json_path: str | None = None,
 ) -> list[LayoutRow]:
-    """Measures every layout; the first one is what the others are compared with."""
+    """Measures every layout; the first one is what the others are compared with.
+
+    json_path: is written after every row, so that a run that ends early loses nothing; "-": stdout, at the end.
+    """
     parsed = [(text, parse_layout(text)) for text in layouts]
     rows: list[LayoutRow] = []
     reference: list[float] | None = None
@@ -86,6 +94,8 @@ def run_layouts(
             row.largest_difference, row.mean_difference = max(differences), statistics.fmean(differences)
         rows.append(row)
         print("\n".join(render(rows).splitlines()[-1:]), file=sys.stderr, flush=True)
+        if json_path and json_path != "-":
+            Path(json_path).write_text(_to_json(config, rows) + "\n", encoding="utf-8")
     return rows
 
 
@@ -126,12 +136,13 @@ def _measure(
                 steps = OUTPUT - 1
                 tpots.append(1e3 * (done - last) / steps)
             row.tpot_ms[batch] = statistics.median(tpots[1:])
-        for length in prompt_lens:
+        for number, length in enumerate(prompt_lens):
             ttfts = []
-            for _ in range(1 + repeat):
+            # Prompts of all lengths run the same programs, which the first warms up.
+            for _ in range(repeat + (number == 0)):
                 (output,) = llm.generate([prompt(length)], SamplingParams(max_tokens=1), use_tqdm=False)
                 ttfts.append(1e3 * (output.timing.first_token - output.timing.submitted))
-            row.ttft_ms[length] = statistics.median(ttfts[1:])
+            row.ttft_ms[length] = statistics.median(ttfts[number == 0 :])
     return row, logprobs
 
 
@@ -151,15 +162,13 @@ def render(rows: Sequence[LayoutRow]) -> str:
 
 
 def emit(config: EngineConfig, rows: Sequence[LayoutRow], json_path: str | None) -> None:
-    """Prints the table; writes it with the machine and the settings to `json_path` ("-": to stdout)."""
+    """Prints the table, or with "-" its JSON."""
+    print(_to_json(config, rows) if json_path == "-" else render(rows))
+
+
+def _to_json(config: EngineConfig, rows: Sequence[LayoutRow]) -> str:
+    """The rows with the machine and the settings."""
     from jaxllm.bench.report import machine
 
-    if json_path != "-":
-        print(render(rows))
-    if json_path:
-        settings = config.model_dump(exclude_unset=True, mode="json")
-        text = json.dumps({"machine": machine(), "settings": settings, "rows": [asdict(r) for r in rows]}, indent=2)
-        if json_path == "-":
-            print(text)
-        else:
-            Path(json_path).write_text(text + "\n", encoding="utf-8")
+    settings = config.model_dump(exclude_unset=True, mode="json")
+    return json.dumps({"machine": machine(), "settings": settings, "rows": [asdict(r) for r in rows]}, indent=2)
