@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from jaxllm.bench.suite import Result, Row, Suite, choose
+from jaxllm import LLM
+from jaxllm.bench.suite import BARE_TOKENS, Result, Row, Suite, choose, decode_input
 from jaxllm.config import ConfigError
 from tests.tiny_llm import MODEL
 
@@ -59,6 +60,14 @@ def test_rows_of_an_engine(tmp_path: Path) -> None:
     assert again.run() == 0
     assert [r.row.name for r in again.results] == ["decode-2"], "only what has no figures is measured"
     assert len(json.loads(path.read_text())["rows"]) == 5
+
+
+def test_the_bare_step_has_the_context_of_the_row() -> None:
+    """A step that reads less than the row's own steps would make the engine look slow."""
+    with LLM(**ENGINE) as llm:
+        packed = decode_input(llm, 4, 40, 203)
+    _, positions_R = packed.sampled()
+    assert len(positions_R) == 4 and 40 - BARE_TOKENS <= positions_R.min() <= positions_R.max() < 40
 
 
 def test_a_row_or_an_engine_that_fails_is_a_result(tmp_path: Path) -> None:
