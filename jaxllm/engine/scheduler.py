@@ -53,6 +53,7 @@ class Scheduler:
     priority_queue   True: the queue is ordered by priority, then arrival; False: by arrival
     micro_batches    steps that the decoding sequences take turns in, so that as many can be in flight without
                      waiting for each other's tokens
+    tile_counts      of the compiled steps: a micro-batch's part of a prompt fills one of them
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         priority_queue: bool = False,
         micro_batches: int = 1,
+        tile_counts: Iterable[int] = (),
     ) -> None:
         if max_tiles is None:
             max_tiles = max_num_tokens
@@ -92,6 +94,7 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.eos_token_ids = frozenset(eos_token_ids)
         self.micro_batches = micro_batches
+        self._tile_counts = sorted(tile_counts)
         self.num_preemptions = 0
         self.num_quiet_tokens = 0  # those that `update` returned no event for
         self._num_steps = 0  # scheduled so far
@@ -349,6 +352,7 @@ class Scheduler:
         known += self._waiting.num_tokens(rounds * self.max_num_tokens)
         before = self._share if self._prefilling else 0
         tiles = max(-(-known // (rounds * self.tile)), _LEAST_TILES)
+        tiles = next((count for count in self._tile_counts if count >= tiles), tiles)
         self._share = max(before, tiles * self.tile)
         return self._share
 

@@ -174,6 +174,7 @@ def _make_scheduler(
             eos_token_ids=eos_token_ids,
             priority_queue=by_priority,
             micro_batches=sizes.micro_batches,
+            tile_counts={bucket.tiles for bucket in sizes.buckets if bucket.tiles},
         )
         for lane in range(lanes)
     ]

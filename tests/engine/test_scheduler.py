@@ -551,6 +551,14 @@ def test_a_prompt_that_fits_one_step_is_spread_over_the_stages() -> None:
     assert step is not None and chunks(step) == [(1, 0, 8, False)], "short prompts are not cut into crumbs"
 
 
+@pytest.mark.parametrize(("counts", "lengths"), [((), [8] * 4), ((3, 6), [12, 12, 8]), ((16,), [32]), ((2,), [8] * 4)])
+def test_a_part_of_a_prompt_fills_a_compiled_step(counts: tuple[int, ...], lengths: list[int]) -> None:
+    scheduler = make(micro_batches=2, tile=2, tile_counts=counts)
+    add(scheduler, prompt(32), max_tokens=2)
+    steps = [scheduler.schedule() for _ in lengths]
+    assert [stop - start for step in steps if step for _, start, stop, _ in chunks(step)] == lengths
+
+
 def test_whoever_is_preempted_in_a_micro_batch_is_not_in_it() -> None:
     scheduler = make(pages=1 + 14, page_size=1, micro_batches=2)
     for _ in range(4):
