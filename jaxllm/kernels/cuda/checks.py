@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
@@ -15,4 +16,5 @@ def check_kernels() -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used."""
     checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
+    checks |= {experts_cuda.KERNEL: experts_cuda.check}
     call.check_all(checks)

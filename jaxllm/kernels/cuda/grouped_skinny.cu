@@ -1,0 +1,156 @@
+// The products of mixtures of experts with few tokens for each expert: of the weights, only those of experts that
+// somebody chose are read, once, at the speed of memory.
+//
+// A pair is a token and one of its experts. A block has a tile of ROWS rows of one expert's weight and the expert's
+// pairs, up to COLUMNS of them; an expert with more has several blocks for a tile. The rows are the left operand of the
+// tensor cores' products (16 rows x 16 inputs) and go from memory straight to registers: a product may take its inputs
+// in any order as long as both sides take the same, so a lane reads 16 consecutive bytes of a row, and the same inputs
+// of its pair. Each warp has its own part of the inputs; their sums are added up in a fixed order, in float32. All loads
+// of a warp are under way together, and there are more blocks than run at once: the chip does the rest.
+//
+//   PAIRS EXPERTS    pairs, and experts that are here; a pair with an expert outside of [0, EXPERTS) has no result
+//   SHARED_BY        pairs that have one row of x: the X of a token, or 1
+//   FEATURES INPUTS  rows of an expert's weight (of both halves, where gated), and their length
+//   GATED            0: no; 1: silu(first half) * second half; 2: gelu with tanh
+//   LIST             1: `work` are records of 1 + COLUMNS integers, one for each blockIdx.y: an expert, or -1 for no work,
+//                    and its pairs, or -1 (see grouped_list.cu). 0: `work` are the experts of all pairs, 64 at most, and
+//                    the block of the first pair of each expert does the work
+//   MS NS            products of a block in rows (ROWS = 16 * MS) and columns (COLUMNS = 8 * NS)
+//   WARPS DEPTH      of a block; groups of 64 bytes of each row that a lane loads at a time
+//   BLOCKS           of a multiprocessor
+#include "stream.cuh"
+
+constexpr int THREADS = WARPS * 32, ROWS = MS * 16, COLUMNS = NS * 8;
+constexpr int GROUP = 32;  // inputs in 64 bytes of a row
+constexpr int ROW_GROUPS = INPUTS / GROUP;
+constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
+constexpr bool WHOLE = ROW_GROUPS % (WARPS * DEPTH) == 0;  // every load of every warp is needed
+constexpr int SUM_STRIDE = ROWS + 4;                       // floats; the lanes of a warp then write to all banks
+// Shared memory: the warps' sums [WARPS, COLUMNS, SUM_STRIDE], and the pairs [COLUMNS].
+constexpr int PAIRS_AT = WARPS * COLUMNS * SUM_STRIDE * 4;
+static_assert(INPUTS % GROUP == 0 && (LIST || PAIRS <= 64), "sizes");
+
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
+DEVICE float activation(float x) {
+  return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
+}
+
+// The row of the weight that lies at `row` of a tile. Gated: 8 rows of the gate, the same 8 of up, the next 8 of the gate.
+DEVICE int weight_row(int tile, int row) {
+  if (!GATED) return min(tile * ROWS + row, FEATURES - 1);
+  const int out = min(tile * OUT_ROWS + row / 16 * 8 + row % 8, OUT_FEATURES - 1);
+  return row % 16 < 8 ? out : OUT_FEATURES + out;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
+    const u16* __restrict__ x,       // [PAIRS / SHARED_BY, INPUTS]
+    const u16* __restrict__ weight,  // [EXPERTS, FEATURES, INPUTS]
+    const int* __restrict__ work,
+    u16* __restrict__ out            // [PAIRS, OUT_FEATURES]
+) {
+  DYNAMIC_SHARED(shared);
+  float* const sums = (float*)shared;
+  int* const pairs = (int*)(shared + PAIRS_AT);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int row = lane / 4, quarter = lane % 4;  // of a product: row of the weight and pair; quarter of a group
+  const int tile = blockIdx.x;
+
+  int pair[NS];  // of this lane's columns, or -1
+#if LIST
+  const int* const record = work + blockIdx.y * (1 + COLUMNS);
+  const int expert = __ldg(record);
+#pragma unroll
+  for (int n = 0; n < NS; n++) pair[n] = __ldg(record + 1 + n * 8 + row);
+  if (expert < 0) return;
+#else
+  const int expert = __ldg(work + blockIdx.y);
+  const int low = lane < PAIRS ? __ldg(work + lane) : -1, high = lane + 32 < PAIRS ? __ldg(work + lane + 32) : -1;
+  u64 same = __ballot_sync(~0u, low == expert) | (u64)__ballot_sync(~0u, high == expert) << 32;
+  if (expert < 0 || expert >= EXPERTS || __ffsll(same) - 1 != (int)blockIdx.y) return;
+  for (int i = 0; i < row; i++) same &= same - 1;
+#pragma unroll
+  for (int n = 0; n < NS; n++) {
+    pair[n] = __ffsll(same) - 1;
+    for (int i = 0; i < 8; i++) same &= same - 1;
+  }
+#endif
+
+  const u16* rows[MS][2];
+#pragma unroll
+  for (int m = 0; m < MS; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      rows[m][half] = weight + ((size_t)expert * FEATURES + weight_row(tile, m * 16 + half * 8 + row)) * INPUTS + quarter * 8;
+  const u16* inputs[NS];
+#pragma unroll
+  for (int n = 0; n < NS; n++) inputs[n] = x + (size_t)(max(pair[n], 0) / SHARED_BY) * INPUTS + quarter * 8;
+  if (warp == 0 && quarter == 0)
+#pragma unroll
+    for (int n = 0; n < NS; n++) pairs[n * 8 + row] = pair[n];
+
+  float acc[MS][NS][4] = {};
+  const int first = warp * ROW_GROUPS / WARPS, last = (warp + 1) * ROW_GROUPS / WARPS;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int group = first; group < last; group += DEPTH) {
+    uint4 a[DEPTH][MS][2], b[DEPTH][NS];
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+      const bool real = WHOLE || group + i < last;
+#pragma unroll
+      for (int m = 0; m < MS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          a[i][m][half] = zero;
+          if (real) a[i][m][half] = load_streamed(rows[m][half] + (group + i) * GROUP);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++)
+#pragma unroll
+      for (int n = 0; n < NS; n++) {
+        b[i][n] = zero;
+        if ((WHOLE || group + i < last) && pair[n] >= 0) b[i][n] = load_kept(inputs[n] + (group + i) * GROUP);
+      }
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++)
+#pragma unroll
+      for (int m = 0; m < MS; m++) {
+        const uint4 top = a[i][m][0], bottom = a[i][m][1];
+        const u32 low[4] = {top.x, bottom.x, top.y, bottom.y}, high[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+        for (int n = 0; n < NS; n++) {
+          mma_bf16(acc[m][n], low, b[i][n].x, b[i][n].y);
+          mma_bf16(acc[m][n], high, b[i][n].z, b[i][n].w);
+        }
+      }
+  }
+
+#pragma unroll
+  for (int m = 0; m < MS; m++)
+#pragma unroll
+    for (int n = 0; n < NS; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        sums[(warp * COLUMNS + n * 8 + quarter * 2 + j % 2) * SUM_STRIDE + m * 16 + row + j / 2 * 8] = acc[m][n][j];
+  __syncthreads();
+  auto total = [&](int column, int r) {
+    const float* const of = sums + column * SUM_STRIDE + r;
+    float sum = of[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) sum += of[w * COLUMNS * SUM_STRIDE];
+    return sum;
+  };
+  for (int i = thread; i < COLUMNS * OUT_ROWS; i += THREADS) {
+    const int column = i / OUT_ROWS, r = i % OUT_ROWS, feature = tile * OUT_ROWS + r, to = pairs[column];
+    if (to < 0 || feature >= OUT_FEATURES) continue;
+    float value;
+    if (GATED) {
+      const int gate = r / 8 * 16 + r % 8;
+      value = activation(total(column, gate)) * total(column, gate + 8);
+    } else {
+      value = total(column, r);
+    }
+    out[(size_t)to * OUT_FEATURES + feature] = (u16)pack_bf16(value, 0.f);
+  }
+}

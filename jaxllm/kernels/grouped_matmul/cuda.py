@@ -1,0 +1,192 @@
+"""Experts of few tokens each on a Hopper GPU, by `cuda/grouped_skinny.cu`: two kernels, which read the chosen ones only.
+
+The first has gate and up and what comes after them, the second the way down; its results, one of each token and expert,
+are weighted and added up by XLA, in the kernel that adds the residual. The order of all sums is fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.grouped_matmul import reference
+
+KERNEL, LIST = "grouped_skinny", "grouped_list"
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+GROUP = 32
+"""Inputs in 64 bytes of a row."""
+FEW = 8
+"""Tokens up to which a block finds its work by itself, where there are no more than 64 pairs."""
+MAX_COLUMNS = 32
+MAX_PAIRS = 8192
+"""Of one list, which one block makes."""
+MEAN = 24
+"""Tokens that an expert can expect, up to which the weights are what takes the time."""
+REGISTERS = 104
+"""Of a thread, for its sums and what it loads at a time."""
+BLOCK_BYTES = 40_000
+"""Of the weight, that a block of few tokens has at least."""
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the work is split; see the kernel. rows and columns in tiles of 16 and 8."""
+
+    ms: int
+    ns: int
+    warps: int
+    depth: int
+    blocks: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.warps * self.ns * 8 * (self.ms * 16 + 4) * 4 + self.ns * 8 * 4
+
+
+def columns(tokens: int, chosen: int, of: int) -> int:
+    """Pairs of a block: what an expert gets that is not unusually popular."""
+    mean = tokens * chosen / of
+    return min(MAX_COLUMNS, *(-(-math.ceil(most) // 8) * 8 for most in (tokens, mean + 2 * math.sqrt(mean))))
+
+
+def tiling(tokens: int, ns: int, inputs: int) -> Tiling:
+    """A good split: blocks of some 50 KB, of which two are on each multiprocessor; few that read the same tokens."""
+    warps, blocks = 8, 2
+    ms = 2 if tokens > FEW or 16 * inputs * 2 < BLOCK_BYTES else 1
+    groups = -(-inputs // (GROUP * warps))
+    most = max(1, min(groups, (REGISTERS // 4 - ms * ns) // (2 * ms + ns)))
+    depth = min(range(1, most + 1), key=lambda depth: (-(-groups // depth) * depth - groups, -depth))
+    return Tiling(ms, ns, warps, depth, blocks)
+
+
+def records(pairs: int, experts: int, columns: int) -> int:
+    """Records that are enough however the pairs are spread over the experts."""
+    return (pairs + min(experts, pairs) * (columns - 1)) // columns
+
+
+def product(
+    pairs: int,
+    shared_by: int,
+    weight_EFD: jax.Array | jax.ShapeDtypeStruct,
+    split: Tiling,
+    *,
+    listed: bool,
+    activation: str | None = None,
+) -> Kernel:
+    """One product: (x [pairs / shared_by, D], weight, work) -> [pairs, F], or half of F with an activation.
+
+    Raises NotImplementedError where NVRTC refuses the kernel.
+    """
+    E, F, D = weight_EFD.shape
+    macros = {
+        "PAIRS": pairs, "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D,
+        "GATED": ACTIVATIONS[activation], "LIST": int(listed),
+        "MS": split.ms, "NS": split.ns, "WARPS": split.warps, "DEPTH": split.depth, "BLOCKS": split.blocks,
+    }  # fmt: skip
+    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    rows, out = split.ms * 16, F // 2 if activation else F
+    grid = -(-out // (rows // 2 if activation else rows)), records(pairs, E, split.ns * 8) if listed else pairs
+    result = jax.ShapeDtypeStruct((pairs, out), jnp.bfloat16)
+
+    def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array) -> jax.Array:
+        arguments = [x, weight_EFD, work]
+        threads = split.warps * 32
+        return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=threads, shared=split.shared)[0]
+
+    return run
+
+
+def make_list(pairs: int, experts: int, columns: int) -> Callable[[jax.Array], jax.Array]:
+    """chosen, int32 of any shape with so many elements -> the records of `cuda/grouped_list.cu`."""
+    threads, count = min(1024, -(-pairs // 32) * 32), records(pairs, experts, columns)
+    macros = {"PAIRS": pairs, "EXPERTS": experts, "COLUMNS": columns, "RECORDS": count, "THREADS": threads}
+    ptx = call.compile_or_refuse(KERNEL, LIST, macros)
+    result = jax.ShapeDtypeStruct((count, 1 + columns), jnp.int32)
+    return lambda chosen: call.launch(LIST, ptx, [chosen], [result], grid=(1,), threads=threads)[0]
+
+
+def choose(
+    x_TD: jax.Array | jax.ShapeDtypeStruct,
+    chosen_TX: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
+    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    activation: str,
+    of: int,
+) -> Callable[..., jax.Array]:
+    """See `api.PLATFORMS`."""
+    call.require(KERNEL)
+    if x_TD.shape[0] * chosen_TX.shape[1] > MEAN * of:
+        raise NotImplementedError("many tokens for each expert")
+    return implementation(x_TD, chosen_TX, gate_up_EFD, down_EDF, activation=activation, of=of)
+
+
+def implementation(
+    x_TD: jax.Array | jax.ShapeDtypeStruct,
+    chosen_TX: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
+    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    activation: str,
+    of: int,
+    splits: tuple[Tiling, Tiling] | None = None,
+) -> Callable[..., jax.Array]:
+    """What `api.experts` does, as a function of (x, chosen, weights, gate_up, down) in a program for an H100 or H200.
+
+    Args:
+      splits: of the first and the second product, with equal `ns`; None for good ones.
+
+    Raises:
+      NotImplementedError: there is no kernel for these shapes and dtypes.
+    """
+    (T, D), X, (E, _, F) = x_TD.shape, chosen_TX.shape[1], down_EDF.shape
+    if any(a.dtype != jnp.bfloat16 for a in (x_TD, gate_up_EFD, down_EDF)) or activation not in ACTIVATIONS:
+        raise NotImplementedError(f"{gate_up_EFD.dtype} weights, {x_TD.dtype} activations and {activation}")
+    if D % GROUP or F % GROUP or not 0 < T * X <= MAX_PAIRS:
+        raise NotImplementedError(f"{T * X} pairs of {D} inputs and {F} columns")
+    if splits is None:
+        ns = columns(T, X, of) // 8
+        splits = tiling(T, ns, D), tiling(T, ns, F)
+    first, second = splits
+    listed = min(FEW, first.ns * 8) < T or T * X > 64
+    up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation)
+    down = product(T * X, 1, down_EDF, second, listed=listed)
+    list_work = make_list(T * X, E, first.ns * 8) if listed else lambda chosen: chosen
+
+    def run(
+        x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
+    ) -> jax.Array:
+        work = list_work(chosen_TX)
+        y_TXD = down(up(x_TD, gate_up_EFD, work), down_EDF, work).reshape(T, X, D)
+        here_TX = (chosen_TX >= 0) & (chosen_TX < E)
+        y_TXD = jnp.where(here_TX[:, :, None], y_TXD, 0).astype(jnp.float32)
+        return (y_TXD * weights_TX[:, :, None]).sum(axis=1)
+
+    return run
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernels are wrong on a small input; to be run on a GPU."""
+    rng = np.random.default_rng(0)
+    for T, X, E, D, F in ((2, 4, 16, 512, 96), (40, 2, 5, 256, 64)):
+        x, gate_up, down = (
+            jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for shape in ((T, D), (E, 2 * F, D), (E, D, F))
+        )
+        chosen = jnp.asarray(np.stack([rng.permutation(E + 2)[:X] for _ in range(T)]), jnp.int32)
+        weights = jnp.asarray(rng.random((T, X)), jnp.float32)
+        arguments = x, chosen, weights, gate_up, down
+        run = implementation(x, chosen, gate_up, down, activation="silu", of=E + 2)
+        out = np.asarray(jax.jit(run)(*arguments))
+        wanted = np.asarray(jax.jit(lambda *a, of=E + 2: reference.experts(*a, activation="silu", of=of))(*arguments))
+        error = float(np.linalg.norm(out - wanted) / np.linalg.norm(wanted))
+        if not error < 0.02:
+            raise ArithmeticError(f"{KERNEL} is wrong by {error:.1e} at T={T} X={X} E={E} D={D} F={F}")

@@ -1,0 +1,126 @@
+"""Mixtures of experts: against float32, and their speed beside the bytes of the experts that somebody chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_rows._measure import Row, difference, rate, time_call
+
+from jaxllm.kernels.grouped_matmul import cuda, reference
+from jaxllm.kernels.grouped_matmul.cuda import Tiling
+
+BF16 = jnp.bfloat16
+SHAPES: dict[str, tuple[int, int, int, int]] = {
+    # E, X, D, F
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "mixtral-8x7b tp2": (8, 2, 4096, 7168),
+}
+TOKENS = {"qwen3-30b-a3b": (1, 8, 16, 64, 256), "mixtral-8x7b": (1, 16, 64), "mixtral-8x7b tp2": (1,)}
+SWEEPS: dict[int, dict[str, tuple[Tiling, Tiling]]] = {
+    # tokens (Qwen3-30B-A3B) -> splits of the two products: tiles of rows, of columns, warps, depth, blocks
+    1: {
+        "half the loads": (Tiling(1, 1, 8, 4, 3), Tiling(2, 1, 8, 3, 3)),
+        "large blocks": (Tiling(2, 1, 8, 4, 2), Tiling(4, 1, 4, 2, 2)),
+        "many warps": (Tiling(1, 1, 16, 4, 1), Tiling(1, 1, 8, 3, 4)),
+    },
+    64: {
+        "small blocks": (Tiling(1, 1, 8, 8, 2), Tiling(2, 1, 4, 3, 4)),
+        "half the loads": (Tiling(2, 1, 8, 2, 3), Tiling(2, 1, 8, 3, 3)),
+        "large blocks": (Tiling(4, 1, 8, 2, 2), Tiling(4, 1, 8, 1, 2)),
+        "two columns": (Tiling(2, 2, 8, 4, 2), Tiling(2, 2, 8, 3, 2)),
+    },
+    256: {
+        "large blocks": (Tiling(4, 3, 8, 1, 2), Tiling(4, 3, 8, 1, 2)),
+        "small blocks": (Tiling(1, 3, 8, 4, 2), Tiling(1, 3, 8, 3, 2)),
+        "four columns": (Tiling(2, 4, 8, 2, 2), Tiling(2, 4, 8, 1, 2)),
+    },
+}
+
+
+@cache
+def weights(shape: str) -> tuple[jax.Array, jax.Array]:
+    """Gate and up, and down, of a size that keeps the results near one."""
+    E, _, D, F = SHAPES[shape]
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def make(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+        return jax.random.normal(key, shape, BF16) * scale
+
+    first, second = jax.random.split(jax.random.key(0))
+    return make(first, (E, 2 * F, D), D**-0.5), make(second, (E, D, F), F**-0.5)
+
+
+def choices(E: int, X: int, T: int, count: int) -> np.ndarray:
+    """Even routing: int32 [count, T, X]."""
+    rng = np.random.default_rng(T)
+    return np.argsort(rng.random((count, T, E)), axis=2)[:, :, :X].astype(np.int32)
+
+
+def speed(shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None) -> dict[str, Any]:
+    """Of the experts and the addition of the residual, each call with other experts."""
+    E, X, D, F = SHAPES[shape]
+    calls = 8 if T <= 64 else 3
+    chosen = choices(E, X, T, calls)
+    gate_up, down = weights(shape)
+    x = jax.random.normal(jax.random.key(1), (T, D), BF16)
+    weight_TX = jnp.full((T, X), 1 / X, jnp.float32)
+    kernel = cuda.implementation(x, chosen[0], gate_up, down, activation="silu", of=E, splits=splits)
+
+    def chain(experts: Any, x: jax.Array, chosen: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        for choice in chosen:
+            x = x + experts(x, choice, weight_TX, gate_up, down).astype(BF16)
+        return x
+
+    arguments = x, jnp.asarray(chosen), gate_up, down
+    seconds = time_call(jax.jit(partial(chain, kernel)), *arguments, calls=calls)
+    active = np.mean([len(np.unique(choice)) for choice in chosen])
+    moved = active * 3 * F * D * 2
+    return {**rate(seconds, moved=moved, flops=T * X * 6 * F * D), "active": float(active)}
+
+
+def right() -> dict[str, Any]:
+    """Error against float32, of even and of uneven choices, some of them somebody else's."""
+    found: dict[str, Any] = {}
+    worst, count = 0.0, 0
+    plain = jax.jit(partial(reference.experts, activation="silu", of=16))
+    for T, X, E, D, F in ((1, 8, 16, 2048, 768), (8, 2, 8, 1024, 1792), (64, 8, 16, 512, 384), (200, 2, 16, 256, 96)):
+        rng = np.random.default_rng(T)
+        x, gate_up, down = (
+            jnp.asarray(rng.standard_normal(s, np.float32) / s[-1] ** 0.5, BF16)
+            for s in ((T, D), (E, 2 * F, D), (E, D, F))
+        )
+        weight = jnp.asarray(rng.random((T, X)), jnp.float32)
+        kernel = jax.jit(cuda.implementation(x, choices(E, X, T, 1)[0], gate_up, down, activation="silu", of=16))
+        for kind in ("even", "one", "elsewhere"):
+            chosen = choices(E, X, T, 1)[0]
+            if kind == "one":
+                chosen = np.tile(np.arange(X, dtype=np.int32) + E - X, (T, 1))
+            if kind == "elsewhere":
+                chosen = np.where(rng.random((T, X)) < 0.5, E + 1, chosen).astype(np.int32)
+            out = kernel(x, chosen, weight, gate_up, down)
+            again = kernel(x, chosen, weight, gate_up, down)
+            with jax.default_matmul_precision("highest"):
+                wide = (a.astype(jnp.float32) for a in (gate_up, down))
+                wanted = plain(x.astype(jnp.float32), chosen, weight, *wide)
+            error = difference(out, wanted)
+            worst, count = max(worst, error if error == error else np.inf), count + 1
+            if not np.array_equal(out, again):
+                found["not reproducible"] = f"T={T} {kind}"
+    return {"difference": worst, "cases": count, "wrong": not worst < 6e-3 or bool(found), **found}
+
+
+def rows() -> Iterator[Row]:
+    yield Row("right", right)
+    for shape, tokens in TOKENS.items():
+        for T in tokens:
+            yield Row(f"decode {shape} T={T}", partial(speed, shape, T))
+        for T, splits in SWEEPS.items() if shape == "qwen3-30b-a3b" else ():
+            for name, split in splits.items():
+                yield Row(f"sweep T={T} {name}", partial(speed, shape, T, split))
+        weights.cache_clear()

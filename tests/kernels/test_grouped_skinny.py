@@ -1,0 +1,163 @@
+"""The kernels for experts of few tokens, run on the emulator, against float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.grouped_matmul import cuda
+from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from tests.kernels.emulator.emulator import Kernels
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Launches go to the emulator, with the seed that is set; the names of the kernels that ran."""
+
+    def compile_ptx(kernel, source, macros):
+        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
+
+    def launch(name, kernels, operands, results, *, grid, threads, shared=0):
+        ran.append(name)
+        wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
+        operands = [np.asarray(operand) for operand in operands]
+        return kernels.run(name, operands, wanted, grid=grid, threads=threads, shared=shared, seed=seed[0])
+
+    seed, ran = [0], []
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
+    monkeypatch.setattr(call, "launch", launch)
+    return seed, ran
+
+
+def operands(kind: str, T: int, X: int, E: int, D: int, F: int, seed: int = 0):
+    """One token's experts are all different; `elsewhere`: half of them are somebody else's."""
+    rng = np.random.default_rng(seed)
+    chosen = np.stack([rng.permutation(E)[:X] for _ in range(T)])
+    if kind == "one":
+        chosen = np.tile(np.arange(X) + E - X, (T, 1))
+    if kind == "elsewhere":
+        chosen = np.where(rng.random((T, X)) < 0.5, np.where(rng.random((T, X)) < 0.5, -1, E), chosen)
+    x, gate_up, down = (rng.standard_normal(s).astype(BF16) for s in ((T, D), (E, 2 * F, D), (E, D, F)))
+    weights = rng.random((T, X), np.float32)
+    return x, chosen.astype(np.int32), weights, gate_up, down
+
+
+def expected(x, chosen, weights, gate_up, down, slope=lambda gate: gate) -> np.ndarray:
+    out = np.zeros(x.shape)
+    for t, e, w in zip(np.repeat(np.arange(len(x)), chosen.shape[1]), chosen.flat, weights.flat, strict=True):
+        if 0 <= e < len(gate_up):
+            gate, up = np.split(gate_up[e].astype(np.float64) @ x[t].astype(np.float64), 2)
+            y = (gate / (1 + np.exp(-slope(gate))) * up).astype(BF16).astype(np.float64)
+            out[t] += w * (down[e].astype(np.float64) @ y)
+    return out
+
+
+CASES = [
+    # kind, T, X, E, D, F, splits
+    ("even", 1, 8, 16, 96, 32, (Tiling(1, 1, 4, 1, 2), Tiling(2, 1, 2, 3, 1))),
+    ("elsewhere", 7, 4, 6, 64, 64, None),
+    ("elsewhere", 40, 3, 5, 320, 96, (Tiling(2, 3, 8, 2, 2), Tiling(4, 3, 4, 1, 2))),
+    ("one", 40, 2, 5, 64, 32, None),
+]
+MORE = [
+    ("even", 1, 2, 8, 512, 96, None),
+    ("even", 8, 3, 5, 288, 160, (Tiling(1, 1, 8, 2, 2), Tiling(1, 1, 4, 2, 2))),
+    ("one", 8, 8, 11, 64, 32, None),
+    ("even", 16, 4, 8, 256, 64, None),
+    ("even", 70, 2, 3, 64, 32, (Tiling(1, 2, 2, 1, 2), Tiling(2, 2, 2, 2, 2))),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
+def test_equals_float64(case, seed: int, emulated) -> None:
+    *sizes, splits = case
+    arrays = operands(*sizes)
+    emulated[0][0] = seed
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], arrays[1], arrays[3], arrays[4])]
+    run = cuda.implementation(*shapes, activation="silu", of=sizes[3] + 2, splits=splits)
+    out = np.asarray(run(*map(jnp.asarray, arrays)))
+    wanted = expected(*arrays)
+    assert out.dtype == np.float32
+    assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
+    few = sizes[1] <= 8 and sizes[1] * sizes[2] <= 64
+    assert emulated[1] == ([] if few else [cuda.LIST]) + [cuda.KERNEL, cuda.KERNEL]
+
+
+def test_gelu(emulated) -> None:
+    arrays = operands("even", 3, 2, 4, 64, 32)
+    arrays = (*arrays[:3], (arrays[3].astype(np.float32) / 8).astype(BF16), arrays[4])
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], arrays[1], arrays[3], arrays[4])]
+    out = cuda.implementation(*shapes, activation="gelu_tanh", of=4)(*map(jnp.asarray, arrays))
+    wanted = expected(*arrays, slope=lambda gate: 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+    assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
+
+
+def test_a_token_of_no_number_spoils_no_other(emulated) -> None:
+    """Nor does its place among the others change a token's result."""
+    arrays = operands("one", 20, 2, 3, 64, 32)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], arrays[1], arrays[3], arrays[4])]
+    run = cuda.implementation(*shapes, activation="silu", of=3)
+    before = np.asarray(run(*map(jnp.asarray, arrays)))
+    arrays[0][3] = np.nan
+    emulated[0][0] = 2
+    after = np.asarray(run(*map(jnp.asarray, arrays)))
+    rest = np.arange(20) != 3
+    np.testing.assert_array_equal(before[rest], after[rest])
+    assert np.isnan(after[3]).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_list_has_every_pair_once(seed: int, emulated) -> None:
+    rng = np.random.default_rng(seed)
+    chosen = np.stack([rng.permutation(70)[:8] for _ in range(150)]).astype(np.int32) - 2
+    emulated[0][0] = seed
+    (records,) = [np.asarray(cuda.make_list(1200, 64, 16)(chosen))]
+    assert records.shape == (cuda.records(1200, 64, 16), 17)
+    used = records[records[:, 0] >= 0]
+    assert (records[len(used) :] == -1).all()  # those of no work are the last ones
+    pairs = used[:, 1:]
+    inside = (chosen.ravel() >= 0) & (chosen.ravel() < 64)
+    np.testing.assert_array_equal(np.sort(pairs[pairs >= 0]), np.flatnonzero(inside))
+    assert (chosen.ravel()[pairs] == used[:, :1])[pairs >= 0].all()
+    counts = np.bincount(chosen.ravel()[inside], minlength=64)
+    assert len(used) == (-(-counts // 16)).sum()
+
+
+def test_records_are_enough() -> None:
+    for columns in (8, 24):
+        for counts in ([1] * 10, [columns + 1] * 10, [columns * 10] + [1] * 9):
+            pairs = sum(counts)
+            assert sum(-(-c // columns) for c in counts) <= cuda.records(pairs, 10, columns)
+
+
+def test_splits() -> None:
+    for T, X, E in ((1, 8, 128), (16, 8, 128), (64, 8, 128), (256, 8, 128), (64, 2, 8)):
+        ns = cuda.columns(T, X, E) // 8
+        for D in (96, 768, 2048, 4096, 14336):
+            split = cuda.tiling(T, ns, D)
+            assert split.shared * split.blocks <= call.MAX_SHARED
+            assert 4 * (split.depth * (2 * split.ms + ns) + split.ms * ns) <= cuda.REGISTERS
+    assert [cuda.columns(T, 8, 128) for T in (1, 16, 64, 128, 256)] == [8, 8, 8, 16, 24]
+
+
+def test_what_the_kernel_cannot_do() -> None:
+    def of(T=1, X=2, E=4, D=64, F=32, dtype=jnp.bfloat16):
+        shapes = ((T, D), dtype), ((T, X), jnp.int32), ((E, 2 * F, D), dtype), ((E, D, F), dtype)
+        return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    for arguments, activation in (
+        (of(dtype=jnp.float32), "silu"),
+        (of(), "gelu"),
+        (of(D=48), "silu"),
+        (of(F=48), "silu"),
+        (of(T=8192), "silu"),
+    ):
+        with pytest.raises(NotImplementedError):
+            cuda.implementation(*arguments, activation=activation, of=4)
