@@ -25,14 +25,15 @@ import tiny  # noqa: E402
 def make(name: str, directory: Path) -> None:
     """Write one model, with the first seed whose greedy choices are all clear."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Mxfp4Config
 
     case = tiny.CASES[name]
     for seed in range(100):
         shutil.rmtree(directory, ignore_errors=True)
         built = tiny.build(case, seed)
         tiny.save(built, case, directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **tiny.PLAIN)
+        how = {"quantization_config": Mxfp4Config(dequantize=True)} if case.mxfp4 else {}
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **tiny.PLAIN, **how)
         prompts = tiny.prompts(seed)
         greedy = [tiny.torch_greedy(model.eval(), prompt, tiny.NEW_TOKENS) for prompt in prompts]
         gap = min(gap for _, gap in greedy)

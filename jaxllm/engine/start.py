@@ -198,7 +198,8 @@ def _load(
     source = files.open()
     if cfg.experts is not None:
         names = cfg.experts.names
-        source = split_experts(source, names.module, names.gate, names.up, names.down)
+        parts = (names.module, names.gate, names.up, names.down)
+        source = split_experts(source, *parts, interleaved=names.interleaved)
     try:
         ignore = (*cfg.unused_tensors, *((r"^lm_head\.weight$",) if cfg.tie_embeddings else ()))
         cpu = stages[0].mesh.devices.flat[0].platform == "cpu"

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.api import rope_write
 from jaxllm.kernels.rope_write.reference import rotate
-from jaxllm.layers.linear import ColumnLinear, RowLinear
+from jaxllm.layers.linear import ColumnLinear, RowLinear, param
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
@@ -22,6 +22,7 @@ from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
+from jaxllm.parallel.params import ParamSpec
 
 METHODS = {
     CpType.ULYSSES: ulysses.attention,
@@ -48,11 +49,13 @@ class Attention(nnx.Module):
         softcap: float | None = None,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
+        sinks: ParamSpec | None = None,
     ):
         self.qkv = qkv
         self.out = out
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.sinks = None if sinks is None else param(sinks)
         self.heads = heads
         self.layout = layout
         self.head_dim = head_dim
@@ -76,7 +79,8 @@ class Attention(nnx.Module):
         """
         qkv = self.qkv(x_TD, norm, spread)
         T, N, K, H = qkv.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
-        kernel = Kernel(partial(paged_attention, scale=self.scale, softcap=self.softcap), self.window, self.layout)
+        attend = partial(paged_attention, scale=self.scale, softcap=self.softcap)
+        kernel = Kernel(attend, self.window, self.layout, None if self.sinks is None else self.sinks[...])
         kind = self.layout.cp_type
         if kind is None:
             out_TNH, kv = self._attend(qkv.reshape(T, N + 2 * K, H), rope, kv, batch, kernel)
@@ -109,5 +113,5 @@ class Attention(nnx.Module):
             place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
             q_TNH, kv = rope_write(qkv_TCH, *rope, kv, *place, *norms, eps=eps)
         with jax.named_scope("paged_attention"):
-            out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
-        return out_TNH, kv
+            part = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+            return kernel.finish(part), kv

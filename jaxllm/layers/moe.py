@@ -35,9 +35,11 @@ class Router(nnx.Module):
         groups_chosen: int = 1,
         group_best: int = 2,
         scale: float = 1.0,
+        logit_bias: ParamSpec | None = None,
     ):
         self.weight = param(weight)
         self.bias = None if bias is None else param(bias)
+        self.logit_bias = None if logit_bias is None else param(logit_bias)
         self.chosen = chosen
         self.normalise = normalise
         self.sigmoid = sigmoid
@@ -56,6 +58,8 @@ class Router(nnx.Module):
         Computed in float32 throughout. Ties go to the expert with the lowest number.
         """
         logits_TE = matmul(x_TD, self.weight[...])
+        if self.logit_bias is not None:
+            logits_TE = logits_TE + self.logit_bias[...]
         score_TE = jax.nn.sigmoid(logits_TE) if self.sigmoid else jax.nn.softmax(logits_TE, axis=-1)
         choice_TE = score_TE if self.bias is None else score_TE + self.bias[...]
         if self.groups > 1:
@@ -82,7 +86,10 @@ TINY = 1e-20
 
 
 class MoE(nnx.Module):
-    """In place of a `GatedMLP`; gate_up [E, 2 * F, D] and down [E, D, F] are the experts'. shared: every token's."""
+    """In place of a `GatedMLP`; gate_up [E, 2 * F, D] and down [E, D, F] are the experts'. shared: every token's.
+
+    biases: of gate_up, [E, 2 * F], and of down, [E, D], which one of the ranks that share an expert has.
+    """
 
     def __init__(
         self,
@@ -93,10 +100,13 @@ class MoE(nnx.Module):
         layout: Layout,
         *,
         activation: str,
+        biases: tuple[ParamSpec, ParamSpec] | None = None,
     ):
         self.router = router
         self.gate_up = param(gate_up)
         self.down = param(down)
+        self.gate_up_bias = None if biases is None else param(biases[0])
+        self.down_bias = None if biases is None else param(biases[1])
         self.shared = shared
         self.layout = layout
         self.activation = activation
@@ -115,8 +125,12 @@ class MoE(nnx.Module):
                 return self.router(x_TD)
 
         def compute(x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
-            weights = self.gate_up[...], self.down[...]
-            return api.experts(x_TD, chosen_TX, weights_TX, *weights, activation=self.activation, of=num_experts)
+            weights, biases = (self.gate_up[...], self.down[...]), None
+            if self.gate_up_bias is not None and self.down_bias is not None:
+                biases = self.gate_up_bias[...], self.down_bias[...]
+            return api.experts(
+                x_TD, chosen_TX, weights_TX, *weights, activation=self.activation, of=num_experts, biases=biases
+            )
 
         with jax.named_scope("experts"):
             y_TD = experts(

@@ -11,12 +11,17 @@ from jaxllm.layers.rope import RopeConfig
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """What a checkpoint calls the parts of a mixture of experts, each a part of a tensor's name."""
+    """What a checkpoint calls the parts of a mixture of experts, each a part of a tensor's name.
+
+    interleaved: it has stacks of experts in which rows of gate and up take turns; see `weights.interleaved`.
+    """
 
     module: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class ExpertsConfig:
     normalise: the weights of the chosen ones are scaled so that they add up to one.
     sigmoid: the weights come from a sigmoid of the router's output, not from a softmax.
     bias: a number for each expert is added to the weights for the choice, and only for it.
+    router_bias: the router's product has a bias. biases: the experts' products have.
     groups, groups_chosen: experts come from the best groups, by the sum of the `group_best` best experts of each.
     scale: of the weights, at the end. shared: width of an MLP that every token goes through besides; 0 for none.
     """
@@ -36,6 +42,8 @@ class ExpertsConfig:
     normalise: bool = True
     sigmoid: bool = False
     bias: bool = False
+    router_bias: bool = False
+    biases: bool = False
     groups: int = 1
     groups_chosen: int = 1
     group_best: int = 2
@@ -72,12 +80,14 @@ class ModelConfig:
     sparse_layers: tuple[bool, ...] = ()
     """Which layers have experts, where not all of them do."""
     qk_norm: bool = False
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"] = "silu"
     latent: LatentConfig | None = None
     """Multi-head latent attention: then there is one KV head, and head_dim is the width of what is kept of a token."""
     attention_scale: float | None = None
     """Factor on q·k; None means head_dim ** -0.5."""
     attention_softcap: float | None = None
+    sinks: bool = False
+    """Each head has a number that counts as the score of one more key, whose value is zero (gpt-oss)."""
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     post_norms: bool = False

@@ -71,6 +71,7 @@ class Block(nnx.Module):
                 softcap=cfg.attention_softcap,
                 q_norm=RMSNorm(specs.norm(attention + "q_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
                 k_norm=RMSNorm(specs.norm(attention + "k_norm", cfg.head_dim), cfg.norm_eps) if cfg.qk_norm else None,
+                sinks=specs.sinks() if cfg.sinks else None,
             )
         )
         self.mlp: GatedMLP | MoE
@@ -92,12 +93,14 @@ class Block(nnx.Module):
                     groups_chosen=experts.groups_chosen,
                     group_best=experts.group_best,
                     scale=experts.scale,
+                    logit_bias=specs.router_logit_bias(experts) if experts.router_bias else None,
                 ),
                 specs.expert_gate_up(experts),
                 specs.expert_down(experts),
                 shared,
                 layout,
                 activation=cfg.activation,
+                biases=specs.expert_biases(experts) if experts.biases else None,
             )
         else:
             parts = (mlp, cfg.intermediate_size)
@@ -256,6 +259,8 @@ def checkpoint_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= {f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
     if cfg.o_bias:
         layer["self_attn.o_proj.bias"] = (D,)
+    if cfg.sinks:
+        layer["self_attn.sinks"] = (cfg.num_heads,)
     if cfg.mlp_bias:
         mlp |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
     if cfg.qk_norm:
@@ -293,15 +298,20 @@ def _latent_shapes(sizes: LatentConfig, num_heads: int, D: int) -> dict[str, tup
 
 def _expert_shapes(experts: ExpertsConfig, D: int) -> dict[str, tuple[int, ...]]:
     names, F = experts.names, experts.width
-    shapes: dict[str, tuple[int, ...]] = {f"{names.module}.gate.weight": (experts.count, D)}
+    router = f"{names.module}.{names.router}"
+    shapes: dict[str, tuple[int, ...]] = {f"{router}.weight": (experts.count, D)}
+    if experts.router_bias:
+        shapes[f"{router}.bias"] = (experts.count,)
     if experts.bias:
         shapes[f"{names.module}.gate.e_score_correction_bias"] = (experts.count,)
     if experts.shared:
         for name, shape in (("gate", (experts.shared, D)), ("up", (experts.shared, D)), ("down", (D, experts.shared))):
             shapes[f"{names.module}.shared_experts.{name}_proj.weight"] = shape
     for number in range(experts.count):
-        for name, shape in ((names.gate, (F, D)), (names.up, (F, D)), (names.down, (D, F))):
-            shapes[f"{names.module}.experts.{number}.{name}.weight"] = shape
+        for name, matrix in ((names.gate, (F, D)), (names.up, (F, D)), (names.down, (D, F))):
+            shapes[f"{names.module}.experts.{number}.{name}.weight"] = matrix
+            if experts.biases:
+                shapes[f"{names.module}.experts.{number}.{name}.bias"] = matrix[:1]
     return shapes
 
 
@@ -379,12 +389,21 @@ class _Specs:
         name, H = f"{self.prefix}self_attn.o_proj.weight", self.cfg.head_dim
         if self.cfg.latent is not None:
             H = self.cfg.latent.value
+        columns, segments = self._padded_heads(name, H)
+        return self._spec((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
+
+    def sinks(self) -> ParamSpec:
+        """One for each head, as the columns of the output projection have them."""
+        count, segments = self._padded_heads(f"{self.prefix}self_attn.sinks", 1)
+        axes = self.layout.mesh_axes(("sinks",))
+        return ParamSpec((count,), np.dtype(np.float32), axes, tuple(segments))
+
+    def _padded_heads(self, name: str, H: int) -> tuple[int, list[Segment]]:
         parts = self.layout.size("head_out") // self.layout.size("heads")
         padding = [Segment(None, 0, H)] * (-self.heads.q_heads % parts)
         ranks = range(self.heads.ranks)
         segments = [s for rank in ranks for s in (*self.heads.q_segments(name, rank, H), *padding)]
-        columns = self.heads.ranks * (self.heads.q_heads + len(padding)) * H
-        return self._spec((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
+        return self.heads.ranks * (self.heads.q_heads + len(padding)) * H, segments
 
     def gate_up(self, kind: str, mlp: str, F: int) -> ParamSpec:
         """Each rank's rows are its gate rows, then its up rows."""
@@ -404,8 +423,12 @@ class _Specs:
         return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
 
     def router(self, experts: ExpertsConfig) -> ParamSpec:
-        name = f"{self.prefix}{experts.names.module}.gate.weight"
+        name = f"{self.prefix}{experts.names.module}.{experts.names.router}.weight"
         return self._spec((experts.count, self.cfg.hidden_size), (None, None), [Segment(name, 0, experts.count)])
+
+    def router_logit_bias(self, experts: ExpertsConfig) -> ParamSpec:
+        name = f"{self.prefix}{experts.names.module}.{experts.names.router}.bias"
+        return ParamSpec((experts.count,), np.dtype(np.float32), (None,), (Segment(name, 0, experts.count),))
 
     def router_bias(self, experts: ExpertsConfig) -> ParamSpec:
         name = f"{self.prefix}{experts.names.module}.gate.e_score_correction_bias"
@@ -413,16 +436,32 @@ class _Specs:
 
     def expert_gate_up(self, experts: ExpertsConfig) -> ParamSpec:
         """Of each expert, each rank's rows are its gate rows, then its up rows."""
+        rows, segments = self._expert_rows(experts, "weight")
+        shape = (experts.count, rows, self.cfg.hidden_size)
+        return self._spec(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
+
+    def _expert_rows(self, experts: ExpertsConfig, kind: str) -> tuple[int, list[Segment]]:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
         segments = [
             s
             for number in range(experts.count)
             for rank in range(ranks)
             for part in (names.gate, names.up)
-            for s in split_segments(self._expert(names, number, part), F, ranks, rank)
+            for s in split_segments(self._expert(names, number, part, kind), F, ranks, rank)
         ]
-        shape = (experts.count, 2 * ranks * ceil_div(F, ranks), self.cfg.hidden_size)
-        return self._spec(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
+        return 2 * ranks * ceil_div(F, ranks), segments
+
+    def expert_biases(self, experts: ExpertsConfig) -> tuple[ParamSpec, ParamSpec]:
+        """Of the first product by rows, as its weight; that of the second is the first rank's, and zero on others."""
+        rows, segments = self._expert_rows(experts, "bias")
+        axes = ("experts", "expert_ffn")
+        first = self._spec((experts.count, rows), axes, segments, axis=1, stacked=True)
+        ranks, D, names = self.layout.size("expert_ffn"), self.cfg.hidden_size, experts.names
+        segments = []
+        for number in range(experts.count):
+            segments.append(Segment(self._expert(names, number, names.down, "bias"), 0, D))
+            segments += [Segment(None, 0, (ranks - 1) * D)] if ranks > 1 else []
+        return first, self._spec((experts.count, ranks * D), axes, segments, axis=1, stacked=True)
 
     def expert_down(self, experts: ExpertsConfig) -> ParamSpec:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
@@ -435,8 +474,8 @@ class _Specs:
         shape = (experts.count, self.cfg.hidden_size, ranks * ceil_div(F, ranks))
         return self._spec(shape, ("experts", None, "expert_ffn"), segments, axis=2, stacked=True)
 
-    def _expert(self, names: ExpertNames, number: int, part: str) -> str:
-        return f"{self.prefix}{names.module}.experts.{number}.{part}.weight"
+    def _expert(self, names: ExpertNames, number: int, part: str, kind: str = "weight") -> str:
+        return f"{self.prefix}{names.module}.experts.{number}.{part}.{kind}"
 
     def vocab(self, name: str) -> ParamSpec:
         ranks, V = self.layout.size("vocab"), self.cfg.vocab_size

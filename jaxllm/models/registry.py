@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models import deepseek, gemma, llama, mistral, mixtral, qwen
+from jaxllm.models import deepseek, gemma, gpt_oss, llama, mistral, mixtral, qwen
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.fields import Fields, ModelConfigError
 from jaxllm.models.gguf import GGUFFields
@@ -37,6 +37,7 @@ FAMILIES = (
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3_moe",), qwen.qwen3_moe_from_hf),
     Family("deepseek_v2", ("DeepseekV2ForCausalLM",), ("deepseek_v2",), deepseek.v2_from_hf),
     Family("deepseek_v3", ("DeepseekV3ForCausalLM",), ("deepseek_v3",), deepseek.v3_from_hf),
+    Family("gpt_oss", ("GptOssForCausalLM",), ("gpt_oss",), gpt_oss.from_hf),
     Family(
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.parallel.layout import Layout
-from jaxllm.parallel.merge import Partial
+from jaxllm.parallel.merge import Partial, add_sink
 
 KVPages = jax.Array
 """Keys and values of one layer, kv_PYKOH; with Y = 1 latents (MLA). Page 0 is nobody's and absorbs what padding writes.
@@ -91,11 +91,19 @@ class Stripes:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Paged attention of one layer. attend: as `kernels.paged_attention`, with the layer's scale and softcap."""
+    """Paged attention of one layer. attend: as `kernels.paged_attention`, with the layer's scale and softcap.
+
+    sink_N: float32, one for each head of which this rank has the result of the whole context in the end; or none.
+    """
 
     attend: Callable[..., Partial]
     window: int | None
     layout: Layout
+    sink_N: jax.Array | None = None
+
+    def finish(self, part: Partial) -> jax.Array:
+        """The result of tokens over the whole context, once all of its parts are merged."""
+        return part[0] if self.sink_N is None else add_sink(part, self.sink_N)
 
     def stripes(self, kv: KVPages, rank: jax.Array | int = 0) -> Stripes:
         """The stripes of the keys and values that rank number `rank` of cp keeps."""

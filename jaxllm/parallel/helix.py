@@ -36,5 +36,5 @@ def attention(
         size, short = ranks(CP), -sent.shape[1] % ranks(CP)
         sent = jnp.pad(sent, ((0, 0), (0, short), (0, 0)))
         sent = jnp.moveaxis(sent.reshape(sent.shape[0], size, -1, sent.shape[2]), 1, 0)
-        out_TNH, _ = merge(unpack(all_to_all(sent, CP)))
+        out_TNH = kernel.finish(merge(unpack(all_to_all(sent, CP))))
     return out_TNH, kv

@@ -36,6 +36,7 @@ class Layout:
         heads       rows of the fused QKV matrix          (ep, tp); attention DP: nothing, every rank has all heads
         kv_heads    KV heads of the page pools            as heads; ULYSSES: and cp
         head_out    columns of the output projection      as heads; HELIX: and cp
+        sinks       heads of the result of attention      as heads; ULYSSES and HELIX: and cp
         ffn, vocab  FFN columns, vocabulary rows          (ep, tp); HELIX: and cp, where tokens are not split
         experts     experts of a mixture                  ep
         expert_ffn  FFN columns of each expert            tp; HELIX: and cp
@@ -69,6 +70,7 @@ class Layout:
             "heads": heads,
             "kv_heads": (*heads, *cp) if ulysses else heads,
             "head_out": (*heads, *cp) if helix else heads,
+            "sinks": (*heads, *cp) if helix or ulysses else heads,
             "ffn": wide,
             "vocab": wide,
             "experts": ("ep",),

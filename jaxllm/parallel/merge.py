@@ -36,6 +36,15 @@ def merge_two(a: Partial, b: Partial) -> Partial:
     return merge((jnp.stack([a[0], b[0]]), jnp.stack([a[1], b[1]])))
 
 
+def add_sink(part: Partial, sink_N: jax.Array) -> jax.Array:
+    """The result of a whole context, [..., N, H], of heads that give a score to no key at all, too.
+
+    The sink of gpt-oss: one more part of the context, of that lse and a result of zero. To be added once, to the whole.
+    """
+    out, lse = part
+    return (out.astype(jnp.float32) * jax.nn.sigmoid(lse - sink_N)[..., None]).astype(out.dtype)
+
+
 def pack(part: Partial) -> jax.Array:
     """Result and lse, bit by bit, in one array [..., H + 1] (16 bits: [..., H + 2]): one message carries both."""
     out, lse = part

@@ -39,7 +39,7 @@ def attention(
         parts.append(decode(q_TNH[:D], kv, batch, kernel))
     if batch.tiles:
         part = ring(q_TNH[D:], k_TKH[D:], v_TKH[D:], kv, batch, kernel)
-        parts.append(merge_two(part, context(q_TNH[D:], kv, batch, kernel))[0])
+        parts.append(kernel.finish(merge_two(part, context(q_TNH[D:], kv, batch, kernel))))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv
 
 
@@ -50,7 +50,7 @@ def decode(q_DNH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel)
         visible = kernel.visible(batch.positions_T[:D], kernel.stripes(kv, lax.axis_index("cp")))
         part = kernel.rows(q_DNH, kv, batch.pages_RW[:D], *visible)
     with jax.named_scope("decode_merge"):
-        return merge(unpack(all_gather(pack(part), CP)))[0]
+        return kernel.finish(merge(unpack(all_gather(pack(part), CP))))
 
 
 def ring(

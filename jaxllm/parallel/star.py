@@ -39,7 +39,8 @@ def attention(
         kv = write_pages(kv, k_TKH, v_TKH, batch.positions_T, batch.pages_RW, batch.row_T, stripes)
     parts = []
     if D and alone:
-        parts.append(kernel.rows(q_TNH[:D], kv, batch.pages_RW[:D], *kernel.visible(batch.positions_T[:D], stripes))[0])
+        visible = kernel.visible(batch.positions_T[:D], stripes)
+        parts.append(kernel.finish(kernel.rows(q_TNH[:D], kv, batch.pages_RW[:D], *visible)))
     elif D:
         parts.append(ring.decode(q_TNH[:D], kv, batch, kernel))
     if batch.tiles:
@@ -69,7 +70,7 @@ def prompt(q_TNH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel,
     sees_anchor = (position_T >= star.block_size) & ~in_query
     found = merge_two(found, anchor(q_TNH, kv, batch, kernel, star, sees_anchor))
     if alone:
-        return found[0]
+        return kernel.finish(found)
 
     assert batch.prompts_CT is not None
     in_query_CT = (batch.prompts_CT >= 0) & (batch.prompts_CT >= query_T)
@@ -78,7 +79,7 @@ def prompt(q_TNH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel,
         query = lax.cond(
             in_query_CT.any(), lambda: ring.pass_queries(q_TNH, kv, batch, kernel, last_CT), lambda: unseen(q_TNH)
         )
-    return merge_two(found, query)[0]
+    return kernel.finish(merge_two(found, query))
 
 
 def anchor(

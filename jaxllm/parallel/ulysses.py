@@ -51,7 +51,7 @@ def attention(
         k, v = qkv[:, N : N + K], qkv[:, N + K :]
         kv = write_pages(kv, k, v, whole.positions_T, whole.pages_RW, whole.row_T, stripes)
     with jax.named_scope("paged_attention"):
-        out, _ = kernel.step(qkv[:, :N], kv, whole, *kernel.visible(whole.positions_T, stripes))
+        out = kernel.finish(kernel.step(qkv[:, :N], kv, whole, *kernel.visible(whole.positions_T, stripes)))
     with jax.named_scope("heads_to_tokens"):
         parts = []
         if D:

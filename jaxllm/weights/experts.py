@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxllm.weights.interleaved import InterleavedExperts
 from jaxllm.weights.source import Source, TensorInfo, Unquantised, bounds
 
 _STACK = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$")
@@ -70,7 +71,9 @@ class SplitExperts(Unquantised):
         self.source.close()
 
 
-def split_experts(source: Source, module: str, gate: str, up: str, down: str) -> Source:
-    """The source itself, unless it has stacks of experts; see `SplitExperts`."""
+def split_experts(source: Source, module: str, gate: str, up: str, down: str, *, interleaved: bool = False) -> Source:
+    """The source itself, unless it has stacks of experts; see `SplitExperts` and, if interleaved, that class."""
+    if interleaved:
+        return InterleavedExperts(source, module, gate, up, down)
     stacked = any(_STACK.match(name) for name in source.tensors)
     return SplitExperts(source, module, gate, up, down) if stacked else source

@@ -94,6 +94,11 @@ def check(
         for name, shape in shapes.items()
         if name in found and found[name].shape != tuple(shape) and (found[name].shape or not found[name].problem)
     ]
+    problems += [
+        f"{name}: dtype U8 is not supported here, only as blocks of MXFP4"
+        for name in needed
+        if name in found and found[name].dtype == np.uint8
+    ]
     problems += unreadable(found, needed)
     if problems:
         raise CheckpointError(f"{source.name} does not fit the model", problems)

@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
 }
 
 # Multimodal checkpoints keep the language model one level down; its tensors get the names of a text-only checkpoint.

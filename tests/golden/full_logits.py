@@ -17,6 +17,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.weights.experts import split_experts
 from jaxllm.weights.load import load_params
 from jaxllm.weights.source import Source
 
@@ -31,6 +32,10 @@ class FullLogits:
         self.mesh = make_mesh(Mapping(tp=tp))
         layout = Layout(Mapping(tp=tp), np.dtype(np.float32))
         self.functions = StepFunctions(cfg, layout, self.mesh)
+        if cfg.experts is not None:
+            names = cfg.experts.names
+            parts = (names.module, names.gate, names.up, names.down)
+            source = split_experts(source, *parts, interleaved=names.interleaved)
         params = load_params(self.functions.specs, checkpoint_shapes(cfg), source, self.mesh)
         self.weights = self.functions.flatten(params)
         self.kv_shape = self.functions.kv_shape(PAGE_SIZE)

@@ -123,7 +123,7 @@ def test_greedy(llm: tuple[str, LLM]) -> None:
     assert [output.outputs[0].token_ids for output in alone] == list(wanted)
 
 
-SLOW_LIVE = ("mixtral_window", "qwen3_moe_step", "deepseek_v2")
+SLOW_LIVE = ("mixtral_window", "qwen3_moe_step", "deepseek_v2", "gpt_oss")
 """Others of their kind are compared live by default."""
 
 

@@ -44,12 +44,16 @@ def rope(kind: str = "default", theta: float = 10_000.0, **more: Any) -> dict[st
 
 @dataclass(frozen=True)
 class Case:
-    """`settings` on top of SIZES; `dtype` of the stored weights; `legacy`: config.json as transformers 4 wrote it."""
+    """`settings` on top of SIZES; `dtype` of the stored weights; `legacy`: config.json as transformers 4 wrote it.
+
+    mxfp4: experts are stored in four bits.
+    """
 
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
     legacy: bool = False
+    mxfp4: bool = False
 
 
 LLAMA3 = rope(
@@ -72,6 +76,7 @@ YARN_TUNED = rope(
     truncate=False,
 )
 YARN_MSCALE = rope("yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.2)
+YARN_GPT_OSS = rope("yarn", factor=8.0, original_max_position_embeddings=32, truncate=False)
 GEMMA3_ROPES = {
     "full_attention": rope("linear", 1_000_000.0, factor=8.0),
     "sliding_attention": rope("default", 10_000.0),
@@ -182,6 +187,32 @@ CASES = {
             "rope_parameters": YARN_MSCALE,
         },
     ),
+    "gpt_oss": Case(
+        "gpt_oss",
+        {
+            **HEADS_6_2,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 21,
+            "rope_parameters": {**YARN_GPT_OSS, "rope_theta": 150_000.0},
+        },
+    ),
+    "gpt_oss_mxfp4": Case(
+        "gpt_oss",
+        {
+            **HEADS_8_2,
+            "hidden_size": 64,
+            "sliding_window": 5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 32,
+            "rope_parameters": {**YARN_GPT_OSS, "rope_theta": 150_000.0},
+        },
+        legacy=True,
+        mxfp4=True,
+    ),
     "gemma3": Case(
         "gemma3_text",
         {
@@ -227,8 +258,13 @@ def build(case: Case, seed: int) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 value = centre + 0.3 * torch.randn_like(parameter)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):
                 value = 0.5 * torch.randn_like(parameter)
+            elif name.endswith("sinks"):
+                value = torch.randn_like(parameter)
+            elif case.model_type == "gpt_oss" and ".experts." in name:
+                # large enough to be clamped
+                value = random_mxfp4(parameter) if case.mxfp4 else 0.6 * torch.randn_like(parameter)
             else:
                 value = 0.25 * torch.randn_like(parameter)
             parameter.copy_(value.to(stored).float())
@@ -236,6 +272,33 @@ def build(case: Case, seed: int) -> Any:
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_((0.2 * torch.randn_like(buffer)).to(stored).float())
     return model.eval()
+
+
+def random_mxfp4(like: Any) -> Any:
+    """Random values that MXFP4 can hold, in blocks of 32 along the second axis of [E, columns, rows]."""
+    import torch
+
+    experts, columns, rows = like.shape
+    nibbles = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = nibbles[torch.randint(len(nibbles), (experts, rows, columns // 32, 32))]
+    exponents = torch.randint(-5, -2, (experts, rows, columns // 32, 1))
+    return torch.ldexp(values, exponents).reshape(experts, rows, columns).transpose(1, 2)
+
+
+def pack_mxfp4(values: Any) -> tuple[Any, Any]:
+    """Blocks, uint8 [E, rows, columns / 32, 16], and scales, uint8 [E, rows, columns / 32], of [E, columns, rows]."""
+    import torch
+
+    experts, columns, rows = values.shape
+    blocks = values.float().transpose(1, 2).reshape(experts, rows, columns // 32, 32)
+    largest = blocks.abs().amax(-1)
+    exponents = torch.where(largest > 0, torch.ceil(torch.log2(largest.clamp(min=1e-30) / 6)), torch.zeros(())).int()
+    nibbles = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    scaled = torch.ldexp(blocks, -exponents[..., None])
+    codes = (scaled[..., None] == nibbles).int().argmax(-1)
+    if not torch.equal(nibbles[codes], scaled):
+        raise ValueError("the values are none of MXFP4")
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), (exponents + 127).to(torch.uint8)
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -272,13 +335,30 @@ def save(model: Any, case: Case, directory: Path) -> None:
     state = {key: value.to(getattr(torch, case.dtype)) for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    model.save_pretrained(directory, state_dict=state)
+    model.save_pretrained(directory, state_dict=dict(state))
     (directory / "generation_config.json").unlink(missing_ok=True)
     (directory / "model.safetensors").chmod(0o644)
+    if case.mxfp4:
+        save_mxfp4(state, directory)
     path = directory / "config.json"
     config = {**json.loads(path.read_text()), "dtype": case.dtype}
     config = legacy_config(config) if case.legacy else config
+    if case.mxfp4:
+        config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_mxfp4(state: dict[str, Any], directory: Path) -> None:
+    """The weights as OpenAI published gpt-oss: every stack of experts as blocks and scales."""
+    from safetensors.torch import save_file
+
+    out = {}
+    for name, value in state.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            out[f"{name}_blocks"], out[f"{name}_scales"] = pack_mxfp4(value)
+        else:
+            out[name] = value.contiguous()
+    save_file(out, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def legacy_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,22 @@ def test_rounds_are_as_many_as_the_fullest_expert_needs() -> None:
 
 
 @pytest.mark.parametrize("T", [8, 200])
+def test_biases_and_clamped_gates(T: int) -> None:
+    """gpt-oss's experts: large enough that gates and ups are clamped."""
+    x, chosen, weights, gate_up, down = case("even", T, 2, 8)
+    rng = np.random.default_rng(T)
+    first, second = rng.standard_normal((8, 20), np.float32), rng.standard_normal((8, 12), np.float32)
+    run = jax.jit(lambda *a, b: api.experts(*a, activation="swiglu_clamped", of=8, biases=b))
+    found = run(x, chosen, weights, 3 * gate_up, down, b=(first, second))
+    wanted = np.zeros(x.shape)
+    for t, e, w in zip(np.repeat(np.arange(T), 2), chosen.flat, weights.flat, strict=True):
+        gate, up = np.split(3 * gate_up[e].astype(np.float64) @ x[t] + first[e], 2)
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        wanted[t] += w * (down[e].astype(np.float64) @ ((up + 1) * gate / (1 + np.exp(-1.702 * gate))) + second[e])
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("T", [8, 200])
 def test_a_token_of_no_number_spoils_no_other(T: int) -> None:
     x, chosen, weights, gate_up, down = case("even", T, 2, 8)
     wanted = plain(x, chosen, weights, gate_up, down)

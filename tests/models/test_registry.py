@@ -124,6 +124,20 @@ def test_qwen3_moe() -> None:
     assert "model.layers.0.mlp.gate_proj.weight" in checkpoint_shapes(some)
 
 
+def test_gpt_oss() -> None:
+    config = config_from_hf(published.GPT_OSS_20B)
+    assert config.experts is not None and config.sinks and config.qkv_bias and config.o_bias
+    assert (config.num_experts, config.experts.chosen, config.experts.width, config.head_dim) == (32, 4, 2880, 64)
+    assert config.windows == (128, None) * 12 and config.dtype == "bfloat16"
+    assert (config.rope.scaling, config.rope.factor, config.rope.truncate) == ("yarn", 32.0, False)
+    shapes = checkpoint_shapes(config)
+    assert shapes["model.layers.23.self_attn.sinks"] == (64,)
+    assert shapes["model.layers.0.mlp.router.bias"] == (32,)
+    assert shapes["model.layers.0.mlp.experts.31.up_proj.bias"] == (2880,)
+    little = ("layer_types", "rope_scaling", "rope_theta", "head_dim", "sliding_window")
+    assert config_from_hf({k: v for k, v in published.GPT_OSS_20B.items() if k not in little}) == config
+
+
 def test_deepseek_v3() -> None:
     config = config_from_hf(published.DEEPSEEK_V3)
     assert config.latent is not None and config.experts is not None
@@ -216,6 +230,11 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
             "num_experts_per_tok is 9, but there are only 8 experts",
         ),
         ({**published.MIXTRAL_8X7B, "num_local_experts": 0}, "num_local_experts is 0"),
+        (
+            {**published.GPT_OSS_20B, "swiglu_limit": 10.0},
+            "swiglu_limit is 10.0: the experts of gpt-oss are clamped at",
+        ),
+        ({**published.GPT_OSS_20B, "quantization_config": {"quant_method": "fp8"}}, "experts of gpt-oss are in MXFP4"),
         ({**published.DEEPSEEK_V3, "n_group": 7}, "n_group is 7, but 256 experts do not make groups"),
         ({**published.DEEPSEEK_V3, "topk_group": 9}, "topk_group is 9, but 8 experts do not fit 9 of 8"),
         (

@@ -50,6 +50,8 @@ class Context:
         self.N, self.K, total = kv_heads * G, kv_heads, sum(lengths) + 1
         self.q = rng.standard_normal((total, self.N, H), np.float32)
         self.k, self.v = rng.standard_normal((2, total, self.K, H), np.float32)
+        # gpt-oss has both sinks and windows
+        self.sinks = None if window is None else rng.standard_normal(self.N).astype(np.float32) + 1
         self.packer = Packer(tile=TILE, width=WIDTH, max_batch_size=SLOTS, layout=self.layout, page_size=PAGE)
         span = self.mapping.page_span(PAGE)
         each = self.mapping.stripe(PAGE) // PAGE
@@ -78,7 +80,9 @@ class Context:
             parts.tokens_T[:, row] = self.sequences[i].tokens[position]
         if bucket not in self.programs:
             self.programs[bucket] = self._attention(packed.shape)
-        out, self.kv = self.programs[bucket](self.kv, packed.data[0], self.q, self.k, self.v)
+        sinks = np.zeros(self.N) if self.sinks is None else self.sinks
+        sinks = np.pad(sinks, (0, -self.N % self.mapping.cp))  # as the heads of HELIX
+        out, self.kv = self.programs[bucket](self.kv, packed.data[0], self.q, self.k, self.v, sinks)
         out = np.asarray(out)
         if self.mapping.cp_type is CpType.HELIX:
             out = out[:, : self.N]  # heads of all ranks, then padding
@@ -90,9 +94,10 @@ class Context:
             self.out[tokens[at]] = out[at]
 
     def _attention(self, shape):
-        kernel = Kernel(partial(paged_attention, scale=H**-0.5, softcap=None), self.window, self.layout)
+        attend = partial(paged_attention, scale=H**-0.5, softcap=None)
 
-        def step(kv, packed, q, k, v):
+        def step(kv, packed, q, k, v, sinks):
+            kernel = Kernel(attend, self.window, self.layout, None if self.sinks is None else sinks)
             whole = shape.unpack(packed)
             batch = whole if len(packed) == 1 else shape.unpack(packed[jax.lax.axis_index("cp")][None])
             batch = type(batch)(*(part[0] for part in batch))
@@ -115,7 +120,7 @@ class Context:
             jax.shard_map(
                 step,
                 mesh=self.mesh,
-                in_specs=(pages, none, none, none, none),
+                in_specs=(pages, none, none, none, none, self.layout.partition("sinks")),
                 out_specs=(cp, pages),
                 check_vma=False,
             )
@@ -129,7 +134,8 @@ class Context:
                 keys, values = self.k[seen, head // G].astype(np.float64), self.v[seen, head // G]
                 scores = keys @ self.q[seq.tokens[position], head] * H**-0.5
                 weights = np.exp(scores - scores.max())
-                wanted = weights @ values / weights.sum()
+                sink = 0.0 if self.sinks is None else np.exp(self.sinks[head] - scores.max())
+                wanted = weights @ values / (weights.sum() + sink)
                 found = self.out[seq.tokens[position], head]
                 np.testing.assert_allclose(found, wanted, atol=1e-5, err_msg=f"position {position} head {head}")
 

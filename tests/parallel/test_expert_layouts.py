@@ -1,5 +1,5 @@
 """Layouts of tensor, expert, pipeline and context parallelism and attention DP, and both ways of bringing tokens to
-experts: the greedy tokens of a Mixtral, a Qwen3-MoE and a DeepSeek-V3 that transformers computed.
+experts: the greedy tokens of a Mixtral, a Qwen3-MoE, a DeepSeek-V3 and a gpt-oss that transformers computed.
 
 A chosen subset runs by default; all of them with
 
@@ -22,8 +22,8 @@ from jaxllm.mapping import CpType
 from tests.parallel.test_matrix import DEVICES, only_greedy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LAYERS = {"mixtral": 2, "qwen3_moe": 3, "deepseek_v3": 3}
-HEADS = {"mixtral": 8, "qwen3_moe": 6, "deepseek_v3": 5}
+LAYERS = {"mixtral": 2, "qwen3_moe": 3, "deepseek_v3": 3, "gpt_oss": 3}
+HEADS = {"mixtral": 8, "qwen3_moe": 6, "deepseek_v3": 5, "gpt_oss": 6}
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ CHOSEN = [
     Case("qwen3_moe", tp=2, ep=4, attention_dp=True, dispatch="all_to_all"),
     Case("qwen3_moe", tp=2, ep=2, cp=2, kind=CpType.HELIX),
     Case("deepseek_v3", tp=2, ep=2),
+    Case("gpt_oss", tp=2, ep=2, cp=2, kind=CpType.HELIX),
 ]
 
 

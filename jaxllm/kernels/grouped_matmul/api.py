@@ -26,6 +26,7 @@ def experts(
     *,
     activation: str,
     of: int,
+    biases: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The weighted sum of each token's experts, as far as they are here: float32 [T, D].
 
@@ -37,11 +38,13 @@ def experts(
       weights_TX: float32, what their results are multiplied with.
       gate_up_EFD: [E, 2 * F, D], the rows of gate, then those of up.
       down_EDF: [E, D, F].
-      activation: a name of `kernels.linear.reference.ACTIVATIONS`.
+      activation: as `kernels.linear.reference.gated` knows them.
       of: experts that the X are chosen from, E or more: how many tokens an expert can expect.
+      biases: [E, 2 * F] and [E, D], added to the two products.
     """
     branches: dict[str, Callable[..., jax.Array]] = {}
-    for platform, modules in PLATFORMS.items():
+    # No kernel has biases.
+    for platform, modules in PLATFORMS.items() if biases is None else ():
         for module in modules:
             try:
                 branches[platform] = module.choose(x_TD, chosen_TX, gate_up_EFD, down_EDF, activation=activation, of=of)
@@ -50,6 +53,8 @@ def experts(
                 continue
     default = partial(reference.experts, activation=activation, of=of)
     arguments = (x_TD, chosen_TX, weights_TX, gate_up_EFD, down_EDF)
+    if biases is not None:
+        return default(*arguments, biases=biases)
     # The program may be lowered for a GPU in a process whose default backend is a CPU (ahead-of-time compilation): what
     # it is lowered for decides.
     return lax.platform_dependent(*arguments, **branches, default=default) if branches else default(*arguments)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.bins import Bins
-from jaxllm.kernels.linear.reference import ACTIVATIONS
+from jaxllm.kernels.linear.reference import gated
 
 FEW = 64
 """Tokens up to which every expert computes all of them."""
@@ -34,15 +34,25 @@ def experts(
     *,
     activation: str,
     of: int,
+    biases: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """See `api.experts`."""
     (T, D), E = x_TD.shape, gate_up_EFD.shape[0]
     room = places(T, chosen_TX.shape[1], of)
+
+    def expert(y_ECF: jax.Array) -> jax.Array:
+        """What comes after the first product, [E, C, D] in x's dtype."""
+        first, second = (None, None) if biases is None else biases
+        gate, up = jnp.split(_add(y_ECF, first).astype(x_TD.dtype), 2, axis=-1)
+        y = gated(gate, up, activation)
+        y_ECD = jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32)
+        return _add(y_ECD, second).astype(x_TD.dtype)
+
     if room == T:
         weight_TE = (weights_TX[:, :, None] * (chosen_TX[:, :, None] == jnp.arange(E))).sum(axis=1)
         # One product with all experts' rows, which no batched one is as fast as.
         y_ETF = jnp.einsum("td,efd->etf", x_TD, gate_up_EFD, preferred_element_type=jnp.float32)
-        y_ETD = _down(y_ETF.astype(x_TD.dtype), down_EDF, activation)
+        y_ETD = expert(y_ETF)
         return (y_ETD.astype(jnp.float32) * weight_TE.T[:, :, None]).sum(axis=0)
     bins = Bins.sort(chosen_TX, E)
 
@@ -54,7 +64,7 @@ def experts(
         token_EC = bins.tokens(start, room)
         x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
         y_ECF = jnp.einsum("ecd,efd->ecf", x_ECD, gate_up_EFD, preferred_element_type=jnp.float32)
-        y_ECD = _down(y_ECF.astype(x_TD.dtype), down_EDF, activation)
+        y_ECD = expert(y_ECF)
         place_TX, here_TX = bins.places(chosen_TX, start, room)
         y_TXD = jnp.where(here_TX[:, :, None], y_ECD.reshape(-1, D)[place_TX], 0)
         return start + room, out_TD + (y_TXD.astype(jnp.float32) * weights_TX[:, :, None]).sum(axis=1)
@@ -63,8 +73,5 @@ def experts(
     return out_TD
 
 
-def _down(y_ECF: jax.Array, down_EDF: jax.Array, activation: str) -> jax.Array:
-    """The second half of an MLP, [E, C, D] in y's dtype; y_ECF has the gate's columns, then those of up."""
-    gate, up = jnp.split(y_ECF, 2, axis=-1)
-    y = ACTIVATIONS[activation](gate) * up
-    return jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32).astype(y_ECF.dtype)
+def _add(y_ECF: jax.Array, bias_EF: jax.Array | None) -> jax.Array:
+    return y_ECF if bias_EF is None else y_ECF + bias_EF[:, None].astype(jnp.float32)

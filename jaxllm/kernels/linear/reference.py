@@ -15,6 +15,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+SWIGLU_CLAMPED = "swiglu_clamped"
+"""gpt-oss: (up + 1) * gate * sigmoid(ALPHA * gate), of a gate of at most LIMIT and an up of at most +-LIMIT."""
+ALPHA, LIMIT = 1.702, 7.0
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """act(gate) * up, of one of the `ACTIVATIONS` or `SWIGLU_CLAMPED`."""
+    if activation == SWIGLU_CLAMPED:
+        gate, up = jnp.minimum(gate, LIMIT), jnp.clip(up, -LIMIT, LIMIT)
+        return (up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def matmul(x: jax.Array, weight_FD: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -50,5 +61,5 @@ def linear(
         y = y + bias_F
     if activation is not None:
         gate, up = jnp.split(y, 2, axis=-1)
-        y = ACTIVATIONS[activation](gate) * up
+        y = gated(gate, up, activation)
     return y if residual is None else residual + y
