@@ -289,7 +289,7 @@ def _run_bench_layouts(args: argparse.Namespace) -> int:
     batch_sizes, prompt_lens = _numbers(args.batch_sizes, "--batch-sizes"), _numbers(args.prompt_lens, "--prompt-lens")
     rows = run_layouts(config, _names(args.layouts), batch_sizes, prompt_lens, args.repeat, args.json)
     emit(config, rows, args.json)
-    return 0
+    return int(any(row.error for row in rows))
 
 
 def _numbers(text: str, option: str) -> list[int]:

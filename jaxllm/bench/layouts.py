@@ -26,6 +26,11 @@ PROMPT = 256
 OUTPUT = 64
 """Tokens that each request decodes when TPOT is measured."""
 
+BOUNDS = {"bfloat16": (0.1, 0.025), "float32": (2e-3, 2e-4)}
+"""Largest and mean difference of log probabilities that are right, by dtype. Each sum of another order is off by half a
+unit in the last place, 2^-9 of its value in bfloat16; over the 64 sums of 32 layers that makes 2^-9 * sqrt(64) = 0.016
+of a logit of about 1, and the largest of 255 lies at about four times the mean."""
+
 _SETTINGS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "cp": "context_parallel_size"}
 
 
@@ -83,7 +88,7 @@ def run_layouts(
     reference: list[float] | None = None
     for text, settings in parsed:
         try:
-            row, logprobs = _measure(config, text, settings, batch_sizes, prompt_lens, repeat)
+            row, logprobs, dtype = _measure(config, text, settings, batch_sizes, prompt_lens, repeat)
         except Exception as error:  # a layout that cannot run is a result, too
             if reference is None:
                 raise
@@ -92,6 +97,9 @@ def run_layouts(
             reference = logprobs if reference is None else reference
             differences = [abs(a - b) for a, b in zip(logprobs, reference, strict=True)]
             row.largest_difference, row.mean_difference = max(differences), statistics.fmean(differences)
+            largest, mean = BOUNDS[dtype]
+            if not (row.largest_difference <= largest and row.mean_difference <= mean):
+                row.error = f"wrong: in {dtype} at most {largest:g} and on average {mean:g} are rounding"
         rows.append(row)
         print("\n".join(render(rows).splitlines()[-1:]), file=sys.stderr, flush=True)
         if json_path and json_path != "-":
@@ -106,7 +114,7 @@ def _measure(
     batch_sizes: Sequence[int],
     prompt_lens: Sequence[int],
     repeat: int,
-) -> tuple[LayoutRow, list[float]]:
+) -> tuple[LayoutRow, list[float], str]:
     from jaxllm.llm import LLM
     from jaxllm.sampling_params import SamplingParams
 
@@ -133,7 +141,7 @@ def _measure(
                 # From the last first token on, all of them decode.
                 last = max(o.timing.first_token for o in outputs)
                 done = max(o.timing.finished for o in outputs)
-                steps = OUTPUT - 1
+                steps = len(outputs[-1].outputs[0].token_ids) - 1
                 tpots.append(1e3 * (done - last) / steps)
             row.tpot_ms[batch] = statistics.median(tpots[1:])
         for number, length in enumerate(prompt_lens):
@@ -143,7 +151,8 @@ def _measure(
                 (output,) = llm.generate([prompt(length)], SamplingParams(max_tokens=1), use_tqdm=False)
                 ttfts.append(1e3 * (output.timing.first_token - output.timing.submitted))
             row.ttft_ms[length] = statistics.median(ttfts[number == 0 :])
-    return row, logprobs
+        dtype = str(llm._engine._runner.functions.layout.dtype)
+    return row, logprobs, dtype
 
 
 def render(rows: Sequence[LayoutRow]) -> str:
