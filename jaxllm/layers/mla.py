@@ -8,7 +8,8 @@ heads over one KV head whose values are a part of its keys:
     q [N, nope + rope] -> nope part through W_k -> [N, rank + rope] . (latent, rotated key) -> softmax
     -> latents [N, rank] -> W_v -> [N, value] -> output projection
 
-Every rank has the whole latent and its own query heads.
+Every rank has the whole latent and its own query heads; context parallelism is that of other attention, with latents in
+place of keys and values. With HELIX a rank gets the result of a share of its heads, and projects those to values.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.reference import rotate
+from jaxllm.layers.attention import METHODS
 from jaxllm.layers.linear import ColumnLinear, RowLinear, param
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.mapping import CpType
 from jaxllm.parallel.collectives import Axes, gather_rows
-from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
+from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec
@@ -95,7 +99,10 @@ class MLA(nnx.Module):
         residual: jax.Array | None = None,
     ) -> tuple[jax.Array, KVPages]:
         """As `Attention.__call__`; kv holds latents, kv_PYKOH with Y = K = 1 and H = rank + rope."""
-        sizes, N = self.sizes, self.heads.q_heads
+        sizes, kind = self.sizes, self.layout.cp_type
+        # ULYSSES: one group of heads for each rank of cp
+        groups = self.heads.ranks // self.layout.size("heads")
+        N = groups * self.heads.q_heads
         x_TD = gather_rows(norm(x_TD), spread)
         T, dtype = x_TD.shape[0], x_TD.dtype
         latents = self.latents(x_TD)
@@ -103,21 +110,33 @@ class MLA(nnx.Module):
         q_TNH = self.queries(x_TD if self.query_norm is None else self.query_norm(query)).reshape(T, N, -1)
         kept = jnp.concatenate([self.latent_norm(latent), self._rotate(key[:, None], rope)[:, 0]], axis=1)
         kernel = Kernel(partial(paged_attention, scale=self.scale), None, self.layout)
-        stripes = kernel.stripes(kv)
-        with jax.named_scope("kv_write"):
-            page_T, slot_T = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
-            kv = kv.at[page_T, 0, 0, slot_T].set(kept.astype(kv.dtype))
         up = self.kv_up[...].reshape(N, sizes.nope + sizes.value, sizes.rank)
         with jax.named_scope("absorb"):
             q_nope, q_rope = q_TNH[:, :, : sizes.nope], self._rotate(q_TNH[:, :, sizes.nope :], rope)
             absorbed = jnp.einsum("tnh,nhl->tnl", q_nope, up[:, : sizes.nope], preferred_element_type=jnp.float32)
             q_TNH = jnp.concatenate([absorbed.astype(dtype), q_rope], axis=2)
-        with jax.named_scope("paged_attention"):
-            out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+        if kind is None:
+            stripes = kernel.stripes(kv)
+            with jax.named_scope("kv_write"):
+                kv = write_pages(kv, kept[:, None], None, batch.positions_T, batch.pages_RW, batch.row_T, stripes)
+            with jax.named_scope("paged_attention"):
+                out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+        else:
+            latents_TKH = jnp.broadcast_to(kept[:, None], (T, groups, sizes.width))
+            out_TNH, kv = METHODS[kind](q_TNH, latents_TKH, None, kv, batch, kernel)
         with jax.named_scope("values"):
             found = out_TNH[:, :, : sizes.rank]
-            values = jnp.einsum("tnl,nhl->tnh", found, up[:, sizes.nope :], preferred_element_type=jnp.float32)
+            values_up = self._own_heads(up[:, sizes.nope :], found.shape[1])
+            values = jnp.einsum("tnl,nhl->tnh", found, values_up, preferred_element_type=jnp.float32)
         return self.out(values.astype(dtype).reshape(T, -1), spread, residual=residual), kv
+
+    def _own_heads(self, up_NHL: jax.Array, count: int) -> jax.Array:
+        """Those of the heads that this rank has the result of: all, or with HELIX a share of them, padded."""
+        if self.layout.cp_type is not CpType.HELIX:
+            return up_NHL
+        short = count * self.layout.mapping.cp - up_NHL.shape[0]
+        up_NHL = jnp.pad(up_NHL, ((0, short), (0, 0), (0, 0)))
+        return lax.dynamic_slice_in_dim(up_NHL, lax.axis_index("cp") * count, count)
 
     def _rotate(self, x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
         if self.sizes.interleaved:

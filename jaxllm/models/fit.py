@@ -21,8 +21,6 @@ class ModelSizes(Protocol):
     def max_position(self) -> int: ...
     @property
     def num_experts(self) -> int | None: ...
-    @property
-    def has_latents(self) -> bool: ...
 
 
 def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_len: int | None = None) -> None:
@@ -34,9 +32,8 @@ def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_
 
     Raises:
         ValueError: blocks of star attention that are not whole pages, fewer layers than stages, a `pp_partition` of
-            another model, fewer heads than the ranks they are split over, experts that do not divide evenly,
-            context parallelism of latent attention, or a context that leaves some ranks of context parallelism without
-            a page.
+            another model, fewer heads than the ranks they are split over, experts that do not divide evenly, or a
+            context that leaves some ranks of context parallelism without a page.
     """
     mapping.stage_layers(cfg.num_layers)
     if cfg.num_experts is not None and cfg.num_experts % mapping.ep:
@@ -50,11 +47,6 @@ def check_mapping(mapping: Mapping, cfg: ModelSizes, *, page_size: int, max_seq_
         raise ValueError(
             f"cp_config.block_size = {mapping.star.block_size} must be a multiple of kv_cache_config.tokens_per_block "
             f"= {page_size}, because a rank keeps whole blocks in whole pages"
-        )
-    if cfg.has_latents and mapping.cp_type is not None:
-        raise ValueError(
-            f"context parallelism ({mapping.cp_type.name}) of models with latent attention (MLA) is not supported yet; "
-            "leave context_parallel_size and cp_config out"
         )
     context = min(max_seq_len or cfg.max_position, cfg.max_position)
     if mapping.cp > 1 and context < mapping.cp * page_size:

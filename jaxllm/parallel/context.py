@@ -172,12 +172,17 @@ def places(
 def write_pages(
     kv: KVPages,
     k_TKH: jax.Array,
-    v_TKH: jax.Array,
+    v_TKH: jax.Array | None,
     positions_T: jax.Array,
     pages_RW: jax.Array,
     row_T: jax.Array,
     stripes: Stripes,
 ) -> KVPages:
-    """Stores keys and values of tokens in their pages."""
+    """Stores keys and values of tokens in their pages; None: the keys are the values (MLA)."""
     page_T, slot_T = places(positions_T, pages_RW, row_T, kv.shape[3], stripes)
-    return kv.at[page_T, :, :, slot_T].set(jnp.stack([k_TKH, v_TKH], axis=1).astype(kv.dtype))
+    return kv.at[page_T, :, :, slot_T].set(planes(k_TKH, v_TKH).astype(kv.dtype))
+
+
+def planes(k_TKH: jax.Array, v_TKH: jax.Array | None) -> jax.Array:
+    """Keys and values of tokens as pages have them, [T, Y, K, H]."""
+    return k_TKH[:, None] if v_TKH is None else jnp.stack([k_TKH, v_TKH], axis=1)

@@ -23,7 +23,7 @@ CP = ("cp",)
 
 
 def attention(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, kv: KVPages, batch: AttentionBatch, kernel: Kernel
 ) -> tuple[jax.Array, KVPages]:
     """This rank's heads of the result, [T, ceil(N / cp), H], and the written pages."""
     stripes = kernel.stripes(kv, lax.axis_index("cp"))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.parallel.collectives import all_gather, all_to_all, ranks, rotate
-from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
+from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, planes, write_pages
 from jaxllm.parallel.merge import Partial, merge, merge_two, pack, unpack, unseen
 
 CP = ("cp",)
@@ -27,7 +27,7 @@ START, TILE = 0, 1
 
 
 def attention(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, kv: KVPages, batch: AttentionBatch, kernel: Kernel
 ) -> tuple[jax.Array, KVPages]:
     """The result of this rank's tokens, out_TNH, and the written pages."""
     D = batch.decodes
@@ -38,7 +38,7 @@ def attention(
     if D:
         parts.append(decode(q_TNH[:D], kv, batch, kernel))
     if batch.tiles:
-        part = ring(q_TNH[D:], k_TKH[D:], v_TKH[D:], kv, batch, kernel)
+        part = ring(q_TNH[D:], k_TKH[D:], None if v_TKH is None else v_TKH[D:], kv, batch, kernel)
         parts.append(kernel.finish(merge_two(part, context(q_TNH[D:], kv, batch, kernel))))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts), kv
 
@@ -54,7 +54,7 @@ def decode(q_DNH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel)
 
 
 def ring(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, kv: KVPages, batch: AttentionBatch, kernel: Kernel
 ) -> Partial:
     """Prompt tokens over the tokens of their own chunks on all ranks."""
     assert batch.chunks_RC is not None
@@ -62,8 +62,8 @@ def ring(
     positions_T = batch.positions_T[batch.decodes :]
     before_T = batch.chunk_T(START) - 1
     tiles_RW = jnp.minimum(batch.chunks_RC[:, TILE, None] + jnp.arange(batch.tiles), batch.tiles - 1)
-    tiles = [x.astype(kv.dtype).reshape(batch.tiles, batch.tile, *x.shape[1:]) for x in (k_TKH, v_TKH)]
-    block = jnp.stack(tiles, axis=1).swapaxes(2, 3)  # keys and values as pages, [R, 2, K, tile, H]
+    block = planes(k_TKH, v_TKH).astype(kv.dtype)  # keys and values as pages, [R, Y, K, tile, H]
+    block = jnp.moveaxis(block.reshape(batch.tiles, batch.tile, *block.shape[1:]), 1, 3)
     found: Partial | None = None
     for step in range(size):
         with jax.named_scope(f"ring_{step}"):

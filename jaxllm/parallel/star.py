@@ -29,7 +29,7 @@ TILE, QUERY = 1, 2
 
 
 def attention(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, kv: KVPages, batch: AttentionBatch, kernel: Kernel
 ) -> tuple[jax.Array, KVPages]:
     """The result of this rank's tokens, out_TNH, and the written pages."""
     D = batch.decodes

@@ -23,7 +23,7 @@ CP = ("cp",)
 
 
 def attention(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, kv: KVPages, batch: AttentionBatch, kernel: Kernel
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, kv: KVPages, batch: AttentionBatch, kernel: Kernel
 ) -> tuple[jax.Array, KVPages]:
     """The result of this rank's tokens for all heads, out_TNH, and the written pages of this rank's heads.
 
@@ -33,11 +33,12 @@ def attention(
     size, D, H = ranks(CP), batch.decodes, q_TNH.shape[2]
     N, K = q_TNH.shape[1] // size, k_TKH.shape[1] // size
 
-    qkv = jnp.concatenate([x.reshape(len(x), size, -1, H) for x in (q_TNH, k_TKH, v_TKH)], axis=2)
+    kept = [k_TKH] if v_TKH is None else [k_TKH, v_TKH]
+    qkv = jnp.concatenate([x.reshape(len(x), size, -1, H) for x in (q_TNH, *kept)], axis=2)
     with jax.named_scope("tokens_to_heads"):
         rows = [qkv[:D, lax.axis_index("cp")]]
         if batch.tiles:
-            rows.append(all_to_all(qkv[D:].swapaxes(0, 1), CP).reshape(-1, N + 2 * K, H))
+            rows.append(all_to_all(qkv[D:].swapaxes(0, 1), CP).reshape(-1, *qkv.shape[2:]))
         qkv = jnp.concatenate(rows)
     # The step as this rank attends to it: the decodes, then the tiles of every rank.
     whole = AttentionBatch(
@@ -48,7 +49,7 @@ def attention(
     )
     stripes = kernel.stripes(kv)
     with jax.named_scope("kv_write"):
-        k, v = qkv[:, N : N + K], qkv[:, N + K :]
+        k, v = qkv[:, N : N + K], None if v_TKH is None else qkv[:, N + K :]
         kv = write_pages(kv, k, v, whole.positions_T, whole.pages_RW, whole.row_T, stripes)
     with jax.named_scope("paged_attention"):
         out = kernel.finish(kernel.step(qkv[:, :N], kv, whole, *kernel.visible(whole.positions_T, stripes)))

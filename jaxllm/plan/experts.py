@@ -63,7 +63,6 @@ def mixture(name: str, config: Mapping[str, Any], *, quantised: bool = True) -> 
         parameters=sum(weight.elements for weight in every),
         active=sum(used),
         num_experts=fields.integer("n_routed_experts"),
-        has_latents=True,
         lay_out=describe,
         refusal=f"the engine does not run {kind} models in {'fp8' if fp8 else dtype} yet: the bytes are those that the "
         "design gives them",

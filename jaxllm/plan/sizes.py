@@ -137,7 +137,6 @@ class Model:
     parameters: int
     active: int
     num_experts: int | None
-    has_latents: bool
     lay_out: Callable[[Layout], Sizes]
     config: ModelConfig | None = None
     refusal: str | None = None
@@ -163,7 +162,6 @@ def dense(name: str, cfg: ModelConfig) -> Model:
         parameters=parameters,
         active=active,
         num_experts=cfg.num_experts,
-        has_latents=cfg.has_latents,
         lay_out=lambda layout: _dense_sizes(cfg, layout),
         config=cfg,
     )

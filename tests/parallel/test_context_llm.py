@@ -57,6 +57,7 @@ def need(devices: int) -> None:
 
 # 9 heads with 3 KV heads, tied; sliding windows; biases and norms of heads with 9 heads
 QUICK = [("llama_gqa_tied", kind, 2, 2) for kind in KINDS] + [("mistral_window", kind, 3, 1) for kind in KINDS]
+QUICK.append(("deepseek_v3", "STAR", 2, 1))  # the other kinds: test_expert_layouts.py
 SLOW = [
     (model, kind, cp, tp)
     for model in ("llama_gqa_tied", "gemma3", "qwen3_tied_bias")

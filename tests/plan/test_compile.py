@@ -71,9 +71,17 @@ def test_arguments_and_collectives_of_experts(kind: str, layout: dict[str, Any])
     check(plan_of(MODEL.parent / "mixtral", **layout), kind)
 
 
-@pytest.mark.parametrize("dispatch", ["replicate", "all_to_all"])
-def test_arguments_and_collectives_of_latents_and_shared_experts(dispatch: str) -> None:
-    layout = {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2, "moe_config": {"dispatch": dispatch}}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"moe_config": {"dispatch": "replicate"}},
+        {"moe_config": {"dispatch": "all_to_all"}},
+        {"context_parallel_size": 2, "cp_config": {"cp_type": "HELIX"}},
+    ],
+    ids=str,
+)
+def test_arguments_and_collectives_of_latents_and_shared_experts(more: dict[str, Any]) -> None:
+    layout = {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2, **more}
     check(plan_of(MODEL.parent / "deepseek_v3", **layout), "decode")
 
 
