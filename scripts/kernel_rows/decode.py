@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_rows._measure import Row, difference, rate, time_call
+from kernel_rows._measure import BANDWIDTH, Row, difference, rate, time_call
 
 from jaxllm.kernels.paged_attention import decode_cuda, reference
 
@@ -20,12 +21,7 @@ LLAMA = (8, 4, 128)
 SHAPES: dict[str, tuple[list[int], tuple[int, int, int], Any]] = {
     # lengths of the rows, K G H, dtype of the pages
     "B=64 x 2048": ([2048] * 64, LLAMA, BF16),
-    "B=1 x 131072": ([131_072], LLAMA, BF16),
-    "B=8 x 32768": ([32_768] * 8, LLAMA, BF16),
     "B=1 x 8192": ([8192], LLAMA, BF16),
-    "B=1 x 128": ([128], LLAMA, BF16),
-    "B=8 x 128": ([128] * 8, LLAMA, BF16),
-    "B=64 x 128": ([128] * 64, LLAMA, BF16),
     "B=256 x 100..2000": (list(np.random.default_rng(0).integers(100, 2000, 256)), LLAMA, BF16),
     "B=64 x 2048 + 64 padding": ([2048] * 64 + [0] * 64, LLAMA, BF16),
     "fp8 B=64 x 2048": ([2048] * 64, LLAMA, FP8),
@@ -35,14 +31,16 @@ SHAPES: dict[str, tuple[list[int], tuple[int, int, int], Any]] = {
     "H=256 B=32 x 2048": ([2048] * 32, (8, 2, 256), BF16),
     "H=64 B=64 x 2048": ([2048] * 64, (3, 3, 64), BF16),
 }
-TIMED_REFERENCE = ("B=64 x 2048", "B=1 x 8192", "B=1 x 128")
-TUNINGS: tuple[dict[str, int], ...] = (
-    {"resident": 1},
-    {"resident": 3},
-    {"warps": 8, "resident": 1},
-    {"min_share": 1},
-)
-SWEPT = ("B=64 x 2048", "B=1 x 8192", "B=1 x 128")
+TIMED_REFERENCE = ("B=64 x 2048", "B=1 x 8192")
+SHORT = {1: 128, 8: 24, 64: 8, 256: 6}
+"""Calls of a program by the rows of one, of 160 tokens: together more than the second cache holds."""
+LONG = {(1, 131_072): 4, (8, 32_768): 2, (64, 2048): 4}
+"""Calls by rows and tokens."""
+TUNINGS: dict[str, tuple[dict[str, int], ...]] = {
+    "B=1 x 160": ({"resident": 1}, {"warps": 8, "resident": 1}, {"resident": 3}),
+    "B=64 x 160": ({"resident": 3}, {"warps": 8, "resident": 1}, {"whole": 0}),
+    "B=64 x 2048": ({"resident": 3}, {"min_share": 4}),
+}
 
 
 @cache
@@ -65,25 +63,68 @@ def arguments(lengths: list[int], heads: tuple[int, int, int], dtype: Any, table
     return q, pool(K, H, dtype, pages), [jnp.asarray(table, jnp.int32) for table in ids], positions
 
 
-def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], positions: jax.Array) -> jax.Array:
-    """One call for each table, each on the output of the one before."""
-    for table in tables:
-        q = attend(q, kv, table, positions)[0]
+def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], positions: Any) -> jax.Array:
+    """One call for each table, each on the output of the one before. positions: of each call, or of all."""
+    for i, table in enumerate(tables):
+        q = attend(q, kv, table, positions[i] if isinstance(positions, list) else positions)[0]
     return q
 
 
-def speed(name: str, **tuning: int) -> dict[str, Any]:
+def equal_rows(rows: int, tokens: int, calls: int, **tuning: int) -> tuple[float, float]:
+    """Seconds of a call for rows of a length, as in a step: no call finds anything of its own in the cache; and bytes.
+
+    Tables are as wide as the longest context of 8,192 or more needs.
+    """
+    K, G, H = LLAMA
+    used, width = -(-tokens // O), max(8192, tokens) // O
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((rows, 1, K * G, H)), BF16)
+    kv = pool(K, H, BF16, 2**31 // (2 * K * O * H * 2))
+    positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
+    ids = np.zeros((calls, rows, width), np.int32)
+    each = max(1, kv.shape[0] // (rows * used))  # calls with pages of their own
+    for i in range(calls):
+        if i % each == 0:
+            order = rng.permutation(kv.shape[0])
+        ids[i, :, :used] = order[i % each * rows * used :][: rows * used].reshape(rows, used)
+    tables, places = [jnp.asarray(table) for table in ids], [positions + 0 for _ in ids]
+    attend = decode_cuda.prepare(q, kv, tables[0], scale=H**-0.5, softcap=None, **tuning)
+    seconds = time_call(jax.jit(partial(chain, attend)), q, kv, tables, places, calls=calls)
+    return seconds, float(2 * K * H * rows * tokens * 2)
+
+
+def short() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for rows, calls in SHORT.items():
+        seconds, moved = equal_rows(rows, 160, calls)
+        found |= {f"b{rows}_us": seconds * 1e6, f"b{rows}_floor_us": moved / BANDWIDTH * 1e6}
+    return found
+
+
+def long() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for (rows, tokens), calls in LONG.items():
+        seconds, moved = equal_rows(rows, tokens, calls)
+        found |= {f"{rows}x{tokens}_us": seconds * 1e6, f"{rows}x{tokens}_of_roof": moved / BANDWIDTH / seconds}
+    return found
+
+
+def tuned(name: str, **tuning: int) -> dict[str, Any]:
+    rows, tokens = (int(word) for word in name.removeprefix("B=").split(" x "))
+    seconds, moved = equal_rows(rows, tokens, SHORT.get(rows, 16) if tokens < 1000 else 4, **tuning)
+    return rate(seconds, moved=moved)
+
+
+def speed(name: str) -> dict[str, Any]:
     lengths, heads, dtype = SHAPES[name]
     K, _, H = heads
     calls = 16 if sum(lengths) > 10_000 else 48
     q, kv, tables, positions = arguments(lengths, heads, dtype, calls)
     options: dict[str, Any] = {"scale": H**-0.5, "softcap": None}
-    attend = decode_cuda.prepare(q, kv, tables[0], **options, **tuning)
+    attend = decode_cuda.prepare(q, kv, tables[0], **options)
     moved = 2 * K * H * sum(lengths) * jnp.dtype(dtype).itemsize
     seconds = time_call(jax.jit(partial(chain, attend)), q, kv, tables, positions, calls=calls)
-    found: dict[str, Any] = rate(seconds, moved=moved)
-    if tuning:
-        return found
+    found = rate(seconds, moved=moved)
     plain = jax.jit(partial(reference.attend, **options))
     out, lse = jax.jit(attend)(q, kv, tables[0], positions)
     wanted, wanted_lse = plain(q, kv, tables[0], positions)
@@ -99,8 +140,10 @@ def speed(name: str, **tuning: int) -> dict[str, Any]:
     return found
 
 
-def right(K: int, G: int, Q: int, H: int, page: int, dtype: Any, softcap: float | None, window: int | None) -> dict:
-    """Error against float32, over rows of very different lengths, some of which see nothing."""
+def errors(
+    K: int, G: int, Q: int, H: int, page: int, dtype: Any, softcap: float | None, window: int | None
+) -> tuple[float, float, bool]:
+    """Of results and lse against float32, and whether that is too much: rows of very different lengths, some empty."""
     rng = np.random.default_rng(2)
     R, W = 37, 4096 // page
     q = jnp.asarray(rng.standard_normal((R, Q, K * G, H)), BF16)
@@ -119,27 +162,42 @@ def right(K: int, G: int, Q: int, H: int, page: int, dtype: Any, softcap: float 
     error = difference(out[real], np.asarray(wanted[0])[real])
     lse_error = float(np.abs(lse - np.asarray(wanted[1]))[real].max())
     finite = bool(np.isfinite(out).all() and (lse[~real] < -1e29).all())
-    return {"difference": error, "lse_error": lse_error, "wrong": not (error < 6e-3 and lse_error < 5e-3 and finite)}
+    return error, lse_error, not (error < 6e-3 and lse_error < 5e-3 and finite)
+
+
+def right() -> dict[str, Any]:
+    with ThreadPoolExecutor(len(CASES)) as pool:  # they compile side by side
+        found = list(pool.map(lambda case: errors(*case), CASES))
+    wrong = [str(case) for case, (_, _, bad) in zip(CASES, found, strict=True) if bad]
+    return {
+        "cases": len(CASES),
+        "difference": max(error for error, _, _ in found),
+        "lse_error": max(error for _, error, _ in found),
+        "wrong": "; ".join(wrong),
+    }
+
+
+CASES = (
+    # K, G, Q, H, O, dtype of the pages, softcap, window
+    (8, 4, 1, 128, 32, BF16, None, None),
+    (2, 16, 1, 128, 64, BF16, None, 100),
+    (3, 3, 1, 64, 32, BF16, None, None),
+    (4, 1, 1, 96, 32, BF16, None, 700),
+    (2, 16, 1, 256, 32, BF16, 50.0, 1024),
+    (2, 4, 4, 128, 32, BF16, None, 333),
+    (8, 4, 1, 128, 32, FP8, None, None),
+    (3, 3, 1, 64, 32, FP8, 30.0, None),
+    (2, 8, 2, 256, 32, FP8, None, None),
+)
 
 
 def rows() -> Iterator[Row]:
-    for case in (
-        (8, 4, 1, 128, 32, BF16, None, None),
-        (2, 16, 1, 128, 64, BF16, None, 100),
-        (3, 3, 1, 64, 32, BF16, None, None),
-        (4, 1, 1, 96, 32, BF16, None, 700),
-        (2, 16, 1, 256, 32, BF16, 50.0, 1024),
-        (2, 4, 4, 128, 32, BF16, None, 333),
-        (8, 4, 1, 128, 32, FP8, None, None),
-        (3, 3, 1, 64, 32, FP8, 30.0, None),
-        (2, 8, 2, 256, 32, FP8, None, None),
-    ):
-        K, G, Q, H, page, dtype, softcap, window = case
-        name = f"right K={K} G={G} Q={Q} H={H} O={page} {jnp.dtype(dtype).name} softcap={softcap} window={window}"
-        yield Row(name, partial(right, *case))
+    yield Row("right", right)
+    yield Row("short", short)
+    yield Row("long", long)
     for name in SHAPES:
         yield Row(name, partial(speed, name))
-    for name in SWEPT:
-        for tuning in TUNINGS:
+    for name, tunings in TUNINGS.items():
+        for tuning in tunings:
             label = " ".join(f"{key}={value}" for key, value in tuning.items())
-            yield Row(f"{name} {label}", partial(speed, name, **tuning))
+            yield Row(f"{name} {label}", partial(tuned, name, **tuning))

@@ -1,17 +1,23 @@
 // Attention of few query tokens per row over paged keys and values: reads every key and value once, at the speed of
 // memory (FlashDecoding; grouped queries share what is read).
 //
-// The work is a list of blocks of BLOCK tokens: those of row 0, KV head 0, then of head 1, ..., then of row 1. How many
-// blocks a row has is known when the kernel runs; each CTA takes an equal, contiguous share of the whole list, so that
-// neither long nor short rows, nor padding, leave part of the GPU idle. A row's head whose blocks all fell to one CTA is
-// finished by it; otherwise the CTAs leave partial results, each at most two, which paged_decode_combine.cu merges.
+// The work is a list of items, a row's KV head each: row 0, head 0, then head 1, ..., then row 1. Items are blocks of
+// BLOCK tokens; how many is known when the kernel runs, and so is how CTAs share the list:
+//   - where no row is longer than WHOLE blocks, CTA c has items c, c + CTAS, ...: nothing has to be merged, and what
+//     the first item needs is fetched before anything else is known
+//   - else each CTA has an equal, contiguous share of all blocks, so that neither long nor short rows, nor padding,
+//     leave part of the GPU idle. CTAs that share an item leave partial results, each at most two, and the last of them
+//     to finish merges those of the item.
 //
-// Inside of a CTA each warp takes 16 tokens of a block, copies them to shared memory STAGES - 1 blocks ahead (across the
-// borders of rows), and keeps a running softmax of its own; the warps meet only where a row's head ends.
+// Inside of a CTA each warp takes 16 tokens of a block, copies them to shared memory STAGES blocks ahead (across the
+// borders of items), and keeps a running softmax of its own; the warps meet only where an item ends.
+//
+// A load that another one waits for costs 0.7 us here, more than all arithmetic of a short context. The chain is:
+// positions and the first pages together, keys and values (queries meanwhile), result: 0.7 + 1 us, and the launch.
 //
 // Macros: H head dim; G query heads per KV head; Q query tokens per row, G * Q <= 16; K KV heads; O tokens of a page;
-// W pages of a row; WARPS, STAGES; CTAS, of them RESIDENT on an SM; MIN_SHARE, the fewest blocks worth a CTA; SCALE on
-// q.k; SOFTCAP (0: none); FP8 (pages are e4m3); FIRST (queries have a first visible key).
+// W pages of a row; WARPS, STAGES; CTAS, of them RESIDENT on an SM; MIN_SHARE, the fewest blocks worth a CTA; WHOLE;
+// SCALE on q.k; SOFTCAP (0: none); FP8 (pages are e4m3); FIRST (queries have a first visible key).
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #include "ptx.cuh"
 
@@ -21,13 +27,13 @@ constexpr int ROW = FP8 ? H : 2 * H;              // bytes of a token's key or v
 constexpr int CHUNKS = ROW / 16;                  // of 16 bytes
 constexpr int PLANE = TOKENS * ROW;               // a warp's keys, or values, of one block
 constexpr int STAGE = 2 * PLANE;
-constexpr int PADDED = H + 8;                     // floats of a row of the merged output: no bank conflicts
-constexpr int MERGED = WARPS * STAGES * STAGE;    // where it begins
-constexpr int MAXIMA = MERGED + M * PADDED * 4;   // of each warp, and then their sums
-constexpr int ROWS = MAXIMA + 2 * WARPS * 16 * 4; // where the tables of rows begin
+constexpr int MAXIMA = WARPS * STAGES * STAGE;     // of each warp, and then their sums
+constexpr int FLAGS = MAXIMA + 2 * WARPS * 16 * 4; // of each warp
+constexpr int ROWS = FLAGS + WARPS * 4;            // where the tables of rows begin
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float MASKED = -1e30f, UNSEEN = -1e29f;
 static_assert(M <= 16 && H % 32 == 0 && O % TOKENS == 0, "not what this kernel was written for");
+static_assert(8 * H * 4 <= STAGE, "warps leave eight rows of results in a stage");
 
 // Where a chunk of a token lies in its row of shared memory, so that 8 tokens' equal chunks lie in different banks.
 DEVICE u32 chunk_at(int token, int chunk) {
@@ -35,33 +41,54 @@ DEVICE u32 chunk_at(int token, int chunk) {
   return token * ROW + ((chunk ^ flip) << 4);
 }
 
-// The rows of a call, in shared memory: blocks before each (of one head), its first block, and its last visible key.
+// Where a dim of a row of a warp's results lies in its stage, in floats; four rows lie in different banks.
+DEVICE int result_at(int m, int dim) { return m % 8 * H + (dim ^ (m & 3) << 3); }
+
+// The rows of a call, in shared memory: their first blocks, their last visible keys (-1: none), and the blocks of one
+// head before each, which are only counted where items are shared.
 struct Rows {
   int count;
+  int* low;     // [count]
+  int* last;    // [count]
   int* before;  // [count + 1]
-  int* low;
-  int* last;
+
+  DEVICE int blocks(int row) const { return last[row] < 0 ? 0 : last[row] / BLOCK - low[row] + 1; }
 };
 
-// A place in the list of blocks.
-struct Place {
-  int row, head, left;  // left: blocks of this row's head, this one included
-  int token, last;      // first token of the block; last visible one of the row
+// Blocks of one item that follow each other.
+struct Run {
+  int row, head, blocks;
+  int token, last;  // first token of the first block; last visible one of the row
+};
 
-  DEVICE void enter(const Rows& rows, int skip) {
-    left = rows.before[row + 1] - rows.before[row] - skip;
-    token = (rows.low[row] + skip) * BLOCK;
-    last = rows.last[row];
-  }
-  DEVICE void next(const Rows& rows) {
-    token += BLOCK;
-    if (--left) return;
-    if (++head == K) {
-      head = 0;
-      do ++row;
-      while (row < rows.count && rows.before[row + 1] == rows.before[row]);
+// What a CTA still has to do: from block `skip` of item `item`, at most `budget` blocks.
+struct Walk {
+  int item, skip, budget;
+  bool whole;
+
+  // The next blocks, at most `most`; none at the end.
+  DEVICE Run take(const Rows& rows, int most) {
+    Run run = {0, 0, 0, 0, -1};
+#pragma unroll 1
+    while (item < rows.count * K && budget > 0) {
+      const int row = item / K, left = rows.blocks(row) - skip;
+      if (left > 0) {
+        run.row = row;
+        run.head = item % K;
+        run.token = (rows.low[row] + skip) * BLOCK;
+        run.last = rows.last[row];
+        run.blocks = min(min(left, most), budget);
+        budget -= run.blocks;
+        skip += run.blocks;
+        if (run.blocks == left) {
+          item += whole ? CTAS : 1;
+          skip = 0;
+        }
+        break;
+      }
+      item = whole ? item + CTAS : (row + 1) * K;  // the row sees nothing
     }
-    if (row < rows.count) enter(rows, 0);
+    return run;
   }
 };
 
@@ -69,16 +96,25 @@ struct Place {
 struct Shares {
   int total, ctas;
 
-  DEVICE int begin(int cta) const { return (int)((u64)total * cta / ctas); }
-  DEVICE int owner(int block) const { return (int)((((u64)block + 1) * ctas - 1) / total); }
+  DEVICE int begin(int cta) const { return total / ctas * cta + min(cta, total % ctas); }
+  DEVICE int owner(int block) const {
+    const int each = total / ctas, more = total % ctas;  // the first `more` have one more
+    return block < more * (each + 1) ? block / (each + 1) : more + (block - more * (each + 1)) / each;
+  }
 };
 
-// Fills the tables of rows.
-DEVICE void count_blocks(const Rows& rows, const int* positions, const int* first, int* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// The rows that a thread counts.
+DEVICE void rows_of_thread(const Rows& rows, int& from, int& to) {
   const int each = (rows.count + THREADS - 1) / THREADS;
-  const int from = min((int)threadIdx.x * each, rows.count), to = min(from + each, rows.count);
-  int mine = 0;
+  from = min((int)threadIdx.x * each, rows.count);
+  to = min(from + each, rows.count);
+}
+
+// Fills the tables of rows but for `before`; true if no row has more than WHOLE blocks.
+DEVICE bool look_at_rows(const Rows& rows, const int* positions, const int* first, int* flags) {
+  int from, to, longest = 0;
+  rows_of_thread(rows, from, to);
+#pragma unroll 1
   for (int r = from; r < to; ++r) {
     int last = -1, low = 0x7fffffff;
     for (int i = 0; i < Q; ++i) {
@@ -91,8 +127,26 @@ DEVICE void count_blocks(const Rows& rows, const int* positions, const int* firs
     }
     rows.last[r] = last;
     rows.low[r] = last < 0 ? 0 : low / BLOCK;
+    longest = max(longest, rows.blocks(r));
+  }
+  const bool mine = __any_sync(~0u, longest > WHOLE);
+  if (threadIdx.x % 32 == 0) flags[threadIdx.x / 32] = mine;
+  __syncthreads();
+  bool any = false;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) any |= flags[w] != 0;
+  return !any;
+}
+
+// Fills `before`.
+DEVICE void count_blocks(const Rows& rows, int* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int from, to, mine = 0;
+  rows_of_thread(rows, from, to);
+#pragma unroll 1
+  for (int r = from; r < to; ++r) {
     rows.before[r] = mine;
-    if (last >= 0) mine += last / BLOCK - low / BLOCK + 1;
+    mine += rows.blocks(r);
   }
   int upto = mine;  // over the threads
 #pragma unroll
@@ -103,7 +157,9 @@ DEVICE void count_blocks(const Rows& rows, const int* positions, const int* firs
   if (lane == 31) sums[warp] = upto;
   __syncthreads();
   int offset = upto - mine;
+#pragma unroll 1
   for (int w = 0; w < warp; ++w) offset += sums[w];
+#pragma unroll 1
   for (int r = from; r < to; ++r) rows.before[r] += offset;
   if (threadIdx.x == THREADS - 1) rows.before[rows.count] = offset + mine;
   __syncthreads();
@@ -197,80 +253,147 @@ DEVICE float score(float product) {
   return (float)(SOFTCAP * LOG2E) * (1.f - 2.f * fast_reciprocal(1.f + power));
 }
 
+// Merges what CTAs `from` to `to` left of an item.
+DEVICE void combine(
+    const float* part_out, const float* part_lse, u16* out, float* lse, int row, int head, int from, int to
+) {
+  constexpr int AT_ONCE = H > 128 ? 8 : 16;  // loads under way
+  constexpr int FOURS = (H + 127) / 128;     // fours of dims of a lane
+  const int lane = threadIdx.x % 32, parts = to - from + 1;
+#pragma unroll 1
+  for (int m = threadIdx.x / 32; m < M; m += WARPS) {
+    auto slot = [&](int part) { return (size_t)(2 * (from + part) + (part == 0)) * M + m; };
+    float high = MASKED;
+#pragma unroll 1
+    for (int part = lane; part < parts; part += 32) high = fmaxf(high, __ldcg(part_lse + slot(part)));
+#pragma unroll
+    for (int by = 16; by; by /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, by));
+    float total = 0.f, x[FOURS][4] = {};
+#pragma unroll 1
+    for (int base = 0; base < parts; base += 32) {
+      const float mine = base + lane < parts ? fast_exp2(__ldcg(part_lse + slot(base + lane)) - high) : 0.f;
+      total += mine;
+#pragma unroll 1
+      for (int i = 0; i < 32 && base + i < parts; i += AT_ONCE) {
+#pragma unroll
+        for (int n = 0; n < FOURS; ++n) {
+          float4 four[AT_ONCE];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            const int part = min(base + i + j, parts - 1), dim = min(n * 128 + 4 * lane, H - 4);
+            four[j] = __ldcg((const float4*)(part_out + slot(part) * H + dim));
+          }
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            const float weight = __shfl_sync(~0u, mine, i + j);  // 0 past the end
+            x[n][0] += weight * four[j].x;
+            x[n][1] += weight * four[j].y;
+            x[n][2] += weight * four[j].z;
+            x[n][3] += weight * four[j].w;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
+    const size_t target = (size_t)(row * Q + m / G) * N + head * G + m % G;
+    const float inverse = 1.f / total;
+#pragma unroll
+    for (int n = 0; n < FOURS; ++n) {
+      const int dim = n * 128 + 4 * lane;
+      if (dim < H)
+        *(uint2*)(out + target * H + dim) = make_uint2(
+            pack_bf16(x[n][0] * inverse, x[n][1] * inverse), pack_bf16(x[n][2] * inverse, x[n][3] * inverse)
+        );
+    }
+    if (lane == 0) lse[target] = high < UNSEEN ? MASKED : (high + fast_log2(total)) * LN2;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
     const u16* q,          // [R, Q, N, H]
     const u8* kv,          // [P, 2, K, O, H]
     const int* pages,      // [R, W]
     const int* positions,  // [R, Q]
     const int* first,      // [R, Q]
+    const int*,            // `finished`, which begins as zeros
     u16* out,              // [R, Q, N, H]
     float* lse,            // [R, Q, N]
     float* part_out,       // [2 CTAS, M, H]
     float* part_lse,       // [2 CTAS, M], to the base 2
-    int* split             // [CTAS, 4]: what paged_decode_combine has to do
+    int* finished          // [CTAS], of the item that begins in the CTA and does not end there: CTAs that have finished
 ) {
   DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cta = blockIdx.y * gridDim.x + blockIdx.x;
   if (cta >= CTAS) return;
-  float* const merged = (float*)(shared + MERGED);
   float* const maxima = (float*)(shared + MAXIMA);
   float* const sums = maxima + WARPS * 16;
+  int* const flags = (int*)(shared + FLAGS);
   Rows rows;
   rows.count = gridDim.x;
-  rows.before = (int*)(shared + ROWS);
-  rows.low = rows.before + rows.count + 1;
+  rows.low = (int*)(shared + ROWS);
   rows.last = rows.low + rows.count;
-  count_blocks(rows, positions, first, (int*)maxima);
+  rows.before = rows.last + rows.count;
 
+  // A lane has the page of block `lane` of a run. Of the first one, as it is in most calls, before that is known.
+  auto load_pages = [&](int row, int token, int last) {
+    const int at = token + lane * BLOCK + warp * TOKENS;
+    return at <= last ? pages[(size_t)row * W + at / O] : 0;
+  };
+  const int likely_row = min(cta / K, rows.count - 1);
+  const int likely_pages = load_pages(likely_row, 0, min(WHOLE * BLOCK, W * O) - 1);
+  Walk walk = {cta, 0, 0x7fffffff, look_at_rows(rows, positions, first, flags)};
+
+#pragma unroll 1
   for (int r = cta; r < rows.count; r += CTAS) {  // rows that see nothing
-    if (rows.before[r] != rows.before[r + 1]) continue;
+    if (rows.last[r] >= 0) continue;
+#pragma unroll 1
     for (int i = threadIdx.x; i < Q * N * H / 2; i += THREADS) ((u32*)out)[(size_t)r * (Q * N * H / 2) + i] = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < Q * N; i += THREADS) lse[r * Q * N + i] = MASKED;
   }
 
   Shares shares;
-  shares.total = rows.before[rows.count] * K;
-  shares.ctas = min(CTAS, (shares.total + MIN_SHARE - 1) / MIN_SHARE);
-  if (cta >= shares.ctas) {
-    if (threadIdx.x == 0) split[cta * 4] = -1;
-    return;
-  }
-  const int begin = shares.begin(cta), end = shares.begin(cta + 1);
-
-  Place place;  // of the block to compute
-  {
+  int begin = 0, end = 0;
+  if (!walk.whole) {
+    count_blocks(rows, (int*)maxima);
+    shares.total = rows.before[rows.count] * K;
+    shares.ctas = min(CTAS, (shares.total + MIN_SHARE - 1) / MIN_SHARE);
+    if (cta >= shares.ctas) return;
+    begin = shares.begin(cta);
+    end = shares.begin(cta + 1);
     int low = 0, high = rows.count;  // before[low] * K <= begin < before[high] * K
+#pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       if (rows.before[middle] * K <= begin) low = middle;
       else high = middle;
     }
     const int blocks = rows.before[low + 1] - rows.before[low], skip = begin - rows.before[low] * K;
-    place.row = low;
-    place.head = skip / blocks;
-    place.enter(rows, skip % blocks);
-    if (threadIdx.x == 0) {
-      const int start = begin - skip % blocks;
-      const int from = shares.owner(start);
-      split[cta * 4] = start < begin && from == cta - 1 ? low * K + place.head : -1;
-      split[cta * 4 + 1] = from;
-      split[cta * 4 + 2] = shares.owner(start + blocks - 1);
-    }
+    walk.item = low * K + skip / blocks;
+    walk.skip = skip % blocks;
+    walk.budget = end - begin;
   }
 
-  Place ahead = place;  // of the block to copy
-  int to_copy = end - begin;
-  auto page_ahead = [&]() {
-    const int token = ahead.token + warp * TOKENS;
-    return to_copy > 0 && token <= ahead.last ? pages[(size_t)ahead.row * W + token / O] : 0;
-  };
-  int page = page_ahead();
+  Walk ahead = walk;  // of what is to be copied
+  Run copied = {}, next = ahead.take(rows, 32);
+  int page = 0, next_page = likely_pages;
+  if (!walk.whole || next.row != likely_row || next.token) next_page = load_pages(next.row, next.token, next.last);
+  int copies = 0;  // of this run
   const u32 stages = shared_address(shared) + warp * (STAGES * STAGE);
   auto copy = [&](int stage) {
-    if (to_copy > 0) {
-      const int token = ahead.token + warp * TOKENS, seen = ahead.last + 1 - token;
+    if (copies == copied.blocks) {
+      copied = next;
+      page = next_page;
+      copies = 0;
+      next = ahead.take(rows, 32);
+      next_page = load_pages(next.row, next.token, next.last);
+    }
+    if (copies < copied.blocks) {
+      const int token = copied.token + copies * BLOCK + warp * TOKENS, seen = copied.last + 1 - token;
+      const int id = __shfl_sync(~0u, page, copies);
       if (seen > 0) {
-        const u8* keys = kv + (((size_t)page * 2 * K + ahead.head) * O + token % O) * ROW;
+        const u8* keys = kv + (((size_t)id * 2 * K + copied.head) * O + token % O) * ROW;
         const u8* values = keys + (size_t)K * O * ROW;
         const u32 to = stages + stage * STAGE;
 #pragma unroll
@@ -282,40 +405,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
           cp_async_16(at + PLANE, values + chunk * 16, bytes);
         }
       }
-      --to_copy;
-      ahead.next(rows);
-      page = page_ahead();
+      ++copies;
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) copy(s);
-
-  int stage = 0, free_stage = STAGES - 1;
-  for (int block = begin; block < end;) {
-    // One row and head.
-    u32 query[H / 16][4];
-    load_queries(query, q, place.row, place.head, lane);
-    int highest[2], lowest[2];  // visible keys of a lane's two queries
+  u32 query[H / 16][4];
+  float o[H / 8][4], top[2], sum[2];
+  int highest[2], lowest[2];  // visible keys of a lane's two queries
+  Run run;
+  int done;  // blocks of the run
+  auto begin_run = [&]() {
+    run = walk.take(rows, 0x7fffffff);
+    done = 0;
+    load_queries(query, q, run.row, run.head, lane);  // of row 0 at the end
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = lane / 4 + half * 8;
-      const int index = place.row * Q + (m < M ? m / G : 0);
-      highest[half] = Q == 1 ? place.last : positions[index];
+      const int index = run.row * Q + (m < M ? m / G : 0);
+      highest[half] = Q == 1 ? run.last : positions[index];
       lowest[half] = FIRST ? first[index] : 0;
+      top[half] = MASKED;
+      sum[half] = 0.f;
     }
-    float o[H / 8][4];
 #pragma unroll
     for (int n = 0; n < H / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
-    float top[2] = {MASKED, MASKED}, sum[2] = {0.f, 0.f};
-    const int row = place.row, head = place.head;
-    const int count = min(place.left, end - block);
-    for (int i = 0; i < count; ++i) {
-      cp_async_wait<STAGES - 2>();
+  };
+  begin_run();
+  for (int step = 0, stage = 0; run.blocks; ++step, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+    if (step >= STAGES) {
+      cp_async_wait<STAGES - 1>();
       __syncwarp();
-      copy(free_stage);
-      const int token = place.token + warp * TOKENS;
-      if (token <= place.last) {
+      const int token = run.token + done * BLOCK + warp * TOKENS;
+      if (token <= run.last) {
         const u32 keys = stages + stage * STAGE;
         float s[2][4] = {};
         multiply_keys(s, query, keys, lane);
@@ -356,72 +477,76 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
           }
         multiply_values(o, s, keys + PLANE, lane);
       }
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-      free_stage = free_stage + 1 == STAGES ? 0 : free_stage + 1;
-      ++block;
-      place.next(rows);
-    }
-
-    // The warps' results become one: scaled to the highest maximum, then added up, warp after warp.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-      if (lane % 4 == 0) {
-        maxima[warp * 16 + lane / 4 + half * 8] = top[half];
-        sums[warp * 16 + lane / 4 + half * 8] = sum[half];
-      }
-    }
-    __syncthreads();
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float high = MASKED;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) high = fmaxf(high, maxima[w * 16 + lane / 4 + half * 8]);
-      factor[half] = fast_exp2(top[half] - high);
-    }
-    for (int turn = 0; turn < WARPS; ++turn) {
-      if (turn == warp) {
+      __syncwarp();  // all lanes have read the stage
+      ++done;
+      if (done == run.blocks) {
+        // The warps' results become one. They meet in the stage that each has just read.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int m = lane / 4 + half * 8;
-          if (m < M) {
+          sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+          sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+          if (lane % 4 == 0) {
+            maxima[warp * 16 + lane / 4 + half * 8] = top[half];
+            sums[warp * 16 + lane / 4 + half * 8] = sum[half];
+          }
+        }
+        int start = begin, count = run.blocks;  // of the item in the list
+        if (!walk.whole) {
+          count = rows.before[run.row + 1] - rows.before[run.row];
+          start = rows.before[run.row] * K + run.head * count;
+        }
+        const bool here = start >= begin, complete = walk.whole || (here && start + count <= end);
+#pragma unroll
+        for (int half = 0; half < (M + 7) / 8; ++half) {
+          if (half) __syncthreads();
+          float* const mine = (float*)(shared + (warp * STAGES + stage) * STAGE);
+          if (lane / 4 + half * 8 < M)
 #pragma unroll
             for (int n = 0; n < H / 8; ++n)
 #pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                float* const at = merged + m * PADDED + dim_of(n, i, lane);
-                const float x = o[n][2 * half + i] * factor[half];
-                *at = turn ? *at + x : x;
-              }
+              for (int i = 0; i < 2; ++i) mine[result_at(lane / 4, dim_of(n, i, lane))] = o[n][2 * half + i];
+          __syncthreads();
+          for (int i = 2 * threadIdx.x; i < min(M - half * 8, 8) * H; i += 2 * THREADS) {
+            const int m = half * 8 + i / H, d = i % H;
+            float high = MASKED, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) high = fmaxf(high, maxima[w * 16 + m]);
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+              const float factor = fast_exp2(maxima[w * 16 + m] - high);
+              const float2 two = *(const float2*)((float*)(shared + (w * STAGES + stage) * STAGE) + result_at(m, d));
+              total += sums[w * 16 + m] * factor;
+              x += two.x * factor;
+              y += two.y * factor;
+            }
+            const float inverse = 1.f / total;
+            const size_t target = (size_t)(run.row * Q + m / G) * N + run.head * G + m % G;
+            const size_t slot = (size_t)(2 * cta + here) * M + m;
+            if (complete) *(u32*)(out + target * H + d) = pack_bf16(x * inverse, y * inverse);
+            else *(float2*)(part_out + slot * H + d) = make_float2(x * inverse, y * inverse);
+            if (d == 0) {
+              const float log_sum = high < UNSEEN ? MASKED : high + fast_log2(total);
+              if (complete) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
+              else part_lse[slot] = log_sum;
+            }
           }
         }
-      }
-      __syncthreads();
-    }
-    const int start = rows.before[row] * K + head * (rows.before[row + 1] - rows.before[row]);
-    const bool here = start >= begin, whole = here && start + rows.before[row + 1] - rows.before[row] <= end;
-    for (int m = warp; m < M; m += WARPS) {
-      float high = MASKED, total = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) high = fmaxf(high, maxima[w * 16 + m]);
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) total += sums[w * 16 + m] * fast_exp2(maxima[w * 16 + m] - high);
-      const float inverse = 1.f / total;
-      const float log_sum = high < UNSEEN ? MASKED : high + fast_log2(total);
-      const size_t target = (size_t)(row * Q + m / G) * N + head * G + m % G, slot = (size_t)(2 * cta + here) * M + m;
-      for (int d = 2 * lane; d < H; d += 64) {
-        const float x = merged[m * PADDED + d] * inverse, y = merged[m * PADDED + d + 1] * inverse;
-        if (whole) *(u32*)(out + target * H + d) = pack_bf16(x, y);
-        else *(float2*)(part_out + slot * H + d) = make_float2(x, y);
-      }
-      if (lane == 0) {
-        if (whole) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
-        else part_lse[slot] = log_sum;
+        __syncthreads();
+        if (!complete) {
+          const int from = shares.owner(start), to = shares.owner(start + count - 1);
+          __threadfence();
+          __syncthreads();
+          if (threadIdx.x == 0) flags[0] = atomicAdd(finished + from, 1);
+          __syncthreads();
+          if (flags[0] == to - from) {  // all others have
+            __threadfence();
+            combine(part_out, part_lse, out, lse, run.row, run.head, from, to);
+          }
+        }
+        begin_run();
       }
     }
-    __syncthreads();
+    copy(stage);
   }
   cp_async_wait<0>();
 }

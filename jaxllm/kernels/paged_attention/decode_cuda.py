@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,8 @@ MAX_QUERIES = 16
 """Query heads of a KV head times query tokens of a row: the rows of one matrix instruction."""
 TOKENS = 16
 """Tokens of a warp's block."""
+WHOLE = 192 * 1024
+"""Bytes of keys and values of one head that one block of threads reads sooner than several could share and merge."""
 SM_SHARED = 228 * 1024
 """Bytes of shared memory of a multiprocessor; each block takes 1 KiB more than it asks for."""
 
@@ -52,11 +53,13 @@ def configure(
     warps: int = 4,
     resident: int | None = None,
     min_share: int = 2,
+    whole: int | None = None,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH and pages_RW with W = width.
 
-    warps, resident: of a block, and blocks of a multiprocessor; None: what fills its shared memory well. Raises
-    NotImplementedError for what the kernel cannot do.
+    warps, resident: of a block, and blocks of a multiprocessor; None: what fills its shared memory well. whole: blocks
+    of tokens of the longest rows that are not shared; None: WHOLE bytes. Raises NotImplementedError for what the kernel
+    cannot do.
     """
     R, Q, N, H = q_shape
     _, _, K, O, _ = kv_shape
@@ -71,7 +74,7 @@ def configure(
     if resident is None:
         # Bytes under way cover the latency of memory at any of these; small tiles want more warps to compute on them.
         resident = {8: 4, 16: 3, 24: 2, 32: 2, 64: 1}.get(stage // 1024 * 4 // warps, 3)
-    fixed = 4 * queries * (H + 8) + 2 * warps * 16 * 4 + 12 * (R + 1)
+    fixed = 2 * warps * 16 * 4 + 4 * warps + 12 * (R + 1)
     room = min(SM_SHARED // resident - 1024, call.MAX_SHARED) - fixed
     stages = min(6, room // stage)
     if stages < 2:
@@ -89,6 +92,7 @@ def configure(
         "CTAS": ctas,
         "RESIDENT": resident,
         "MIN_SHARE": min_share,
+        "WHOLE": max(2, min(8, WHOLE // stage)) if whole is None else whole,
         "SCALE": repr(float(scale)),
         "SOFTCAP": repr(float(softcap)) if softcap else "0",
         "FP8": int(fp8),
@@ -125,19 +129,14 @@ def prepare(
         first_RQ: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         launch = configure(*shapes, first=first_RQ is not None, **options)
-        ptx = [call.compile_or_refuse(KERNEL, *part) for part in sources(launch)]
+        ptx = call.compile_or_refuse(KERNEL, KERNEL, launch.macros)
         return attend(launch, ptx, q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ)
 
     return run
 
 
-def sources(launch: Launch) -> list[tuple[str, dict[str, object]]]:
-    """Source and macros of the first kernel, and of the second, which knows nothing of how the first was tuned."""
-    return [("paged_decode", launch.macros), ("paged_decode_combine", {k: launch.macros[k] for k in "HGQK"})]
-
-
 def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Any]]:
-    """Shapes and dtypes of what the first kernel writes: out, lse, parts of both, and what the second kernel does."""
+    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, and counts of finished parts."""
     R, Q, N, H = q_shape
     queries = int(str(launch.macros["G"])) * Q
     return [
@@ -145,33 +144,32 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
         ((R, Q, N), jnp.float32),
         ((2 * launch.ctas, queries, H), jnp.float32),
         ((2 * launch.ctas, queries), jnp.float32),
-        ((launch.ctas, 4), jnp.int32),
+        ((launch.ctas,), jnp.int32),
     ]
 
 
 def attend(
     launch: Launch,
-    ptx: Sequence[str],
+    ptx: str,
     q_RQNH: jax.Array,
     kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     first_RQ: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two kernels."""
+    """One launch."""
     shapes = [jax.ShapeDtypeStruct(*result) for result in results(launch, q_RQNH.shape)]
-    arguments = [q_RQNH, kv_PYKOH, pages_RW, positions_RQ, positions_RQ if first_RQ is None else first_RQ]
-    out, lse, *parts = call.launch(
-        "paged_decode", ptx[0], arguments, shapes, grid=launch.grid, threads=launch.threads, shared=launch.shared
-    )
-    out, lse = call.launch(
-        "paged_decode_combine",
-        ptx[1],
-        [*parts, out, lse],
-        shapes[:2],
-        grid=(launch.ctas, shapes[2].shape[1]),
-        threads=256,
-        aliases={3: 0, 4: 1},
+    first = positions_RQ if first_RQ is None else first_RQ
+    arguments = [q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first, jnp.zeros(shapes[4].shape, jnp.int32)]
+    out, lse, *_ = call.launch(
+        KERNEL,
+        ptx,
+        arguments,
+        shapes,
+        grid=launch.grid,
+        threads=launch.threads,
+        shared=launch.shared,
+        aliases={5: 4},
     )
     return out, lse
 

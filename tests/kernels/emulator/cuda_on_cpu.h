@@ -229,6 +229,7 @@ inline void __syncthreads() { named_barrier(0, emulator::live_threads()); }
 inline void __syncwarp(u32 mask = ~0u) { emulator::meet("__syncwarp", mask, nullptr, [](void**) {}); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+template <class T> T __ldcg(const T* p) { return *p; }
 
 template <class T> T __shfl_xor_sync(u32 mask, T x, int bits) {
   return emulator::shuffle("__shfl_xor_sync", mask, x, [=](int l) { return l ^ bits; });
