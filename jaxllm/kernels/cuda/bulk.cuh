@@ -28,10 +28,11 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
   return d;
 }
 
-// After __launch_bounds__: the kernel's blocks come in clusters of 1, 2 or 4.
+// After __launch_bounds__: the kernel's blocks come in clusters of 1, 2, 4 or 8.
 #define CLUSTER_OF_1
 #define CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
 #define CLUSTER_OF_4 __cluster_dims__(4, 1, 1)
+#define CLUSTER_OF_8 __cluster_dims__(8, 1, 1)
 #define CLUSTER_JOIN(a, b) a##b
 #define CLUSTER_OF(blocks) CLUSTER_JOIN(CLUSTER_OF_, blocks)
 // A barrier of all threads of a cluster, which sees what each wrote to shared memory before it.
