@@ -8,9 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxllm.kernels.grouped_matmul import api
 from jaxllm.kernels.linear.api import matmul
+from jaxllm.kernels.router import cuda
 from jaxllm.layers.linear import param
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
@@ -71,6 +73,24 @@ class Router(nnx.Module):
             weights_TX = weights_TX / (weights_TX.sum(axis=-1, keepdims=True) + TINY)
         return chosen_TX, weights_TX if self.scale == 1.0 else weights_TX * self.scale
 
+    def normed(self, x_TD: jax.Array, norm: RMSNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `norm` makes of x, and the experts of that and their weights; few tokens in one kernel on a GPU."""
+        bias_E = None if self.bias is None else self.bias[...]
+
+        def plain(x_TD: jax.Array, *_: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+            y_TD = norm(x_TD)
+            return y_TD, *self(y_TD)
+
+        try:
+            if self.groups > 1 or self.logit_bias is not None:
+                raise NotImplementedError("groups of experts, or a bias of the product")
+            choice = cuda.Choice(self.chosen, norm.eps, self.normalise, self.sigmoid, self.scale)
+            kernel = cuda.choose(x_TD, self.weight[...], choice, bias=bias_E is not None)
+        except NotImplementedError:
+            return plain(x_TD)
+        arguments = x_TD, norm.weight[...], self.weight[...], bias_E
+        return lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+
     def _best_groups(self, choice_TE: jax.Array) -> jax.Array:
         """-inf for the experts outside of the groups whose best experts are the best."""
         T, E = choice_TE.shape
@@ -115,12 +135,19 @@ class MoE(nnx.Module):
         self, x_TD: jax.Array, norm: RMSNorm, tokens: Axes = (), residual: jax.Array | None = None
     ) -> jax.Array:
         """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`."""
-        y_TD = norm(x_TD)
         num_experts, chosen = self.router.num_experts, self.router.chosen
         ep = self.layout.size("experts")
         method = self.layout.expert_method or choose_method(ep, chosen, x_TD.shape[0], bool(tokens))
+        routes = None
+        if method == "replicate" and not tokens:  # every rank routes its own rows
+            with jax.named_scope("router"):
+                y_TD, *routes = self.router.normed(x_TD, norm)
+        else:
+            y_TD = norm(x_TD)
 
         def route(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if routes is not None:
+                return routes[0], routes[1]
             with jax.named_scope("router"):
                 return self.router(x_TD)
 

@@ -13,6 +13,7 @@ from kernel_rows._measure import Row, difference, rate, time_call
 
 from jaxllm.kernels.grouped_matmul import cuda, reference
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from jaxllm.kernels.router import cuda as router
 
 BF16 = jnp.bfloat16
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -84,6 +85,23 @@ def speed(shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None) -> di
     return {**rate(seconds, moved=moved, flops=T * X * 6 * F * D), "active": float(active)}
 
 
+def route(T: int) -> dict[str, Any]:
+    """The kernel of norm, router and choice, Qwen3-30B-A3B; each call on the residual stream with its norm added."""
+    E, X, D, _ = SHAPES["qwen3-30b-a3b"]
+    x, weight = (jax.random.normal(jax.random.key(n), (n, D), BF16) for n in (T, E))
+    norm_D = jnp.full(D, D**-0.5, jnp.float32)
+    router.check()
+    kernel = router.implementation(x, weight, router.Choice(X, 1e-6), bias=False)
+
+    def chain(x: jax.Array, weight: jax.Array) -> jax.Array:
+        for _ in range(16):
+            y, chosen, weights = kernel(x, norm_D, weight, None)
+            x = x + y * (weights.sum(axis=1) + chosen[:, 0])[:, None].astype(BF16)
+        return x
+
+    return {"us": time_call(jax.jit(chain), x, weight, calls=16) * 1e6}
+
+
 def right() -> dict[str, Any]:
     """Error against float32, of even and of uneven choices, some of them somebody else's."""
     found: dict[str, Any] = {}
@@ -117,6 +135,8 @@ def right() -> dict[str, Any]:
 
 def rows() -> Iterator[Row]:
     yield Row("right", right)
+    for T in (1, 64, 256):
+        yield Row(f"router and one more kernel T={T}", partial(route, T))
     for shape, tokens in TOKENS.items():
         for T in tokens:
             yield Row(f"decode {shape} T={T}", partial(speed, shape, T))

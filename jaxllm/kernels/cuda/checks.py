@@ -9,6 +9,7 @@ from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
+from jaxllm.kernels.router import cuda as router
 
 
 @functools.cache
@@ -16,5 +17,5 @@ def check_kernels() -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used."""
     checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
-    checks |= {experts_cuda.KERNEL: experts_cuda.check}
+    checks |= {experts_cuda.KERNEL: experts_cuda.check, router.KERNEL: router.check}
     call.check_all(checks)

@@ -5,7 +5,7 @@
 // token collects the products of all blocks and takes the best expert CHOSEN times. Ties go to the lowest number.
 //
 //   TOKENS EXPERTS INPUTS CHOSEN
-//   NORM EPS     1: x becomes x * rsqrt(mean(x^2) + EPS) * norm, rounded, which is a result too
+//   EPS          x becomes x * rsqrt(mean(x^2) + EPS) * norm, rounded, which is a result too
 //   SIGMOID      scores are 0: softmax, 1: sigmoid of the products
 //   BIAS         1: is added to the scores for the choice, and only for it
 //   NORMALISE SCALE  1: the scores of the chosen are divided by their sum; then multiplied with SCALE
@@ -16,6 +16,7 @@
 
 constexpr int THREADS = WARPS * 32, ROWS = MS * 16, GROUP = 32;
 constexpr int GROUPS = INPUTS / GROUP, PER_WARP = (GROUPS + WARPS - 1) / WARPS, PER_LANE = (EXPERTS + 31) / 32;
+constexpr bool WHOLE = GROUPS % WARPS == 0;  // every warp has as many
 constexpr int SUM_STRIDE = ROWS + 4;
 // Shared memory: the warps' sums [WARPS, 8, SUM_STRIDE] and squares [WARPS, 8], the block's sums [8, ROWS].
 constexpr int SQUARES_AT = WARPS * 8 * SUM_STRIDE * 4, OURS_AT = SQUARES_AT + WARPS * 8 * 4;
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) moe
     const float* __restrict__ norm,   // [INPUTS]
     const u16* __restrict__ weight,   // [EXPERTS, INPUTS]
     const float* __restrict__ bias,   // [EXPERTS]
-    u16* __restrict__ y,              // [TOKENS, INPUTS], with NORM
+    u16* __restrict__ y,              // [TOKENS, INPUTS]
     int* __restrict__ chosen,         // [TOKENS, CHOSEN]
     float* __restrict__ weights       // [TOKENS, CHOSEN]
 ) {
@@ -50,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) moe
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, quarter = lane % 4;
   const int rank = blockIdx.x % CLUSTER, first_token = blockIdx.x / CLUSTER * 8;
-  const int first = warp * GROUPS / WARPS, count = (warp + 1) * GROUPS / WARPS - first;
+  const int first = warp * GROUPS / WARPS, count = WHOLE ? PER_WARP : (warp + 1) * GROUPS / WARPS - first;
   const bool real = first_token + row < TOKENS;
   const size_t at = (size_t)(first_token + row) * INPUTS + first * GROUP + quarter * 8;
 
@@ -83,29 +84,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) moe
   };
   fetch(0);
 
-  if (NORM) {
-    float sum = 0.f;
+  float squared = 0.f;
 #pragma unroll
-    for (int i = 0; i < PER_WARP; i++) sum += square(b[i].x) + square(b[i].y) + square(b[i].z) + square(b[i].w);
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (quarter == 0) squares[warp * 8 + row] = sum;
-    __syncthreads();
-    sum = 0.f;
+  for (int i = 0; i < PER_WARP; i++) squared += square(b[i].x) + square(b[i].y) + square(b[i].z) + square(b[i].w);
+  squared += __shfl_xor_sync(~0u, squared, 1);
+  squared += __shfl_xor_sync(~0u, squared, 2);
+  if (quarter == 0) squares[warp * 8 + row] = squared;
+  __syncthreads();
+  squared = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += squares[w * 8 + row];
-    const float factor = rsqrtf(sum / INPUTS + EPS);
+  for (int w = 0; w < WARPS; w++) squared += squares[w * 8 + row];
+  const float factor = rsqrtf(squared / INPUTS + EPS);
 #pragma unroll
-    for (int i = 0; i < PER_WARP; i++) {
-      if (!real || i >= count) continue;
-      const float4* const factors = (const float4*)(norm + (first + i) * GROUP + quarter * 8);
-      const float4 p = __ldg(factors), q = __ldg(factors + 1);
-      b[i].x = normed(b[i].x, factor, p.x, p.y);
-      b[i].y = normed(b[i].y, factor, p.z, p.w);
-      b[i].z = normed(b[i].z, factor, q.x, q.y);
-      b[i].w = normed(b[i].w, factor, q.z, q.w);
-      if ((first + i) % CLUSTER == rank) *(uint4*)(y + at + i * GROUP) = b[i];
-    }
+  for (int i = 0; i < PER_WARP; i++) {
+    if (!real || i >= count) continue;
+    const float4* const factors = (const float4*)(norm + (first + i) * GROUP + quarter * 8);
+    const float4 p = __ldg(factors), q = __ldg(factors + 1);
+    b[i].x = normed(b[i].x, factor, p.x, p.y);
+    b[i].y = normed(b[i].y, factor, p.z, p.w);
+    b[i].z = normed(b[i].z, factor, q.x, q.y);
+    b[i].w = normed(b[i].w, factor, q.z, q.w);
+    if ((first + i) % CLUSTER == rank) *(uint4*)(y + at + i * GROUP) = b[i];
   }
 
   float acc[MS][4] = {};

@@ -1,6 +1,6 @@
-"""Experts of few tokens each on a Hopper GPU, by `cuda/grouped_skinny.cu`: two kernels that read the chosen ones only.
+"""Experts of few tokens each on a Hopper GPU, by `cuda/grouped_skinny.cu`, which reads the chosen ones only.
 
-The first has gate and up and what comes after them, the second the way down; its results, one of each token and expert,
+One kernel has gate and up and what comes after them, another the way down; its results, one of each token and expert,
 are weighted and added up by XLA, in the kernel that adds the residual. The order of all sums is fixed.
 """
 
