@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Mixtures of experts with random weights on one H200 (or two): every row with its target, in one run.
+
+    python scripts/bench_moe.py                                # Qwen3-30B-A3B on one GPU
+    python scripts/bench_moe.py --model Mixtral-8x7B --tp 2    # Mixtral-8x7B over two, experts split by columns
+    python scripts/bench_moe.py --model Mixtral-8x7B --tp 2 --ep 2    # the same, each rank with half of the experts
+
+Greedy, prefix cache off, through the public engine; decode rows also time the bare step. A target of Qwen3-30B-A3B is
+70 % of the bandwidth that even routing would need (decode: attention, embedding and the experts that somebody chose,
+at 4.56 TB/s), or 50 % of the speed of matrix products (prefill: 787 TF/s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jaxllm.bench.suite import Row, Suite, choose
+
+MODEL = "Qwen3-30B-A3B"
+ROWS = [
+    Row("moe-decode-1", "decode", "short", 1, 128, 128, must=1.91),
+    Row("moe-decode-16", "decode", "short", 16, 128, 128, must=12.4),
+    Row("moe-decode-64", "decode", "short", 64, 128, 128, must=19.1),
+    Row("moe-decode-256", "decode", "short", 256, 128, 128, must=20.9),
+    Row("moe-prefill-8x2048", "prefill", "short", 8, 2048, 1, must=62_000),
+]
+ENGINE = {"max_batch_size": 256, "max_seq_len": 2304, "batch_buckets": [1, 16, 64, 256], "token_buckets": [8192]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="one that `jaxllm plan` knows (default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs (default: %(default)s)")
+    parser.add_argument("--ep", type=int, default=1, help="of them, ranks of experts (default: %(default)s)")
+    parser.add_argument("--rows", default="", help="names, or their beginnings, separated by commas (default: all)")
+    parser.add_argument("--json", type=Path, default=Path("bench_moe.json"), help="results (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has figures for")
+    parser.add_argument("--repeat", type=int, default=2, help="after the warm-up (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after (default: %(default)s)")
+    parser.add_argument("--settings", default="{}", help="JSON of engine settings that win over the rows' own")
+    parser.add_argument("--layers", type=int, help="only so many of the model's layers, to try the script out")
+    args = parser.parse_args()
+
+    shipped = files("jaxllm.plan") / "models" / f"{args.model}.json"
+    if not shipped.is_file():
+        parser.error(f"--model {args.model}: jaxllm has no such config; see `jaxllm plan --help`")
+    config: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
+    rows = choose(ROWS, args.rows)
+    if args.model != MODEL or args.tp > 1 or args.layers:
+        rows = [Row(r.name, r.kind, r.engine, r.batch, r.input_len, r.output_len) for r in rows]
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        settings: dict[str, Any] = {"model": directory, "load_format": "dummy", "skip_tokenizer_init": True}
+        settings |= {"progress": False, "kv_cache_config": {"enable_block_reuse": False}}
+        settings |= {"tensor_parallel_size": args.tp // args.ep}
+        settings |= {"moe_expert_parallel_size": args.ep} if args.ep > 1 else {}
+        suite = Suite(
+            {"short": settings | ENGINE | json.loads(args.settings)},
+            rows,
+            path=args.json,
+            repeat=args.repeat,
+            seconds=args.seconds,
+        )
+        if args.resume:
+            suite.resume()
+        failed = suite.run()
+        print(suite.table())
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
