@@ -300,6 +300,9 @@ class EngineConfig(Strict):
         max_seq_len: prompt + output tokens of one sequence; None = the model's context, or what fits the KV cache.
         enable_chunked_prefill: split long prompts over several steps.
         disable_overlap_scheduler: wait for each step's tokens before the next one is launched (the plain loop).
+        num_scheduler_steps: decode steps of one dispatch, where no request waits for what one of them would change; the
+            tokens of a dispatch arrive together, a request that comes may wait for two dispatches, and what follows an
+            end token within one is dropped. More than one pays where the host takes longer than the device.
         stream_interval: streaming requests are told about every this many tokens.
         seed: of dummy weights, and of requests that sample without a seed of their own.
         compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla (or $JAXLLM_CACHE/xla), "" = none.
@@ -333,6 +336,7 @@ class EngineConfig(Strict):
     disable_overlap_scheduler: bool = False
     kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig)
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    num_scheduler_steps: int = Field(default=1, ge=1, le=64)
     stream_interval: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -411,6 +415,11 @@ class EngineConfig(Strict):
             raise ValueError(
                 f"batch_buckets end at {self.batch_buckets[-1]}, below max_batch_size = {self.max_batch_size}; "
                 f"add {self.max_batch_size} to the buckets or lower max_batch_size"
+            )
+        if self.num_scheduler_steps > 1 and self.pipeline_parallel_size > 1:
+            raise ValueError(
+                f"num_scheduler_steps = {self.num_scheduler_steps} contradicts pipeline_parallel_size = "
+                f"{self.pipeline_parallel_size}: the stages work on different steps at a time; leave the first out"
             )
         if self.skip_tokenizer_init and self.tokenizer is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """A scheduled step as the device sees it: one packed int32 array, the only thing that crosses over each step.
 
-    tokens_T      token ids; those of decode rows are ignored, the device has them in `last_token`
+    tokens_T      token ids; not of decodes, whose tokens the device has in `last_token`: there it is how many steps
+                  the decode takes part in, where a step is repeated
     positions_T   absolute positions, -1 for padding
     slots_R       row of `last_token` that the sampled token is written to; the spare slot where none is wanted
     last_R        index into T of the token whose logits the row samples from; -1: another part has it
@@ -201,6 +202,8 @@ class Packer:
                     self._extend(seq)
             decode_slots = [seq.slot for seq in step.decodes]
             first.positions_T[:n] = step.positions
+            if step.repeats > 1:
+                first.tokens_T[:n] = step.counts
             first.slots_R[:n] = decode_slots
             first.last_R[:n] = np.arange(n)
             np.take(self._table, decode_slots, axis=0, out=first.pages_RW[:n])
@@ -243,6 +246,8 @@ class Packer:
             np.copyto(packed, last.data)
         at = last.shape.sizes[0]
         packed[0, 0, at : at + len(step.positions)] = step.positions
+        if step.repeats > 1:
+            packed[0, 0, : len(step.counts)] = step.counts
         if step.grown:
             pages_RW = last.shape.unpack(packed[0, 0]).pages_RW
             for row in step.grown:

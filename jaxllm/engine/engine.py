@@ -243,15 +243,19 @@ class Engine:
 
     def _schedule(self) -> Step | LaneSteps | None:
         started = self._clock.now()
-        step = self._scheduler.schedule()
+        scheduler: Any = self._scheduler
+        step, repeats = scheduler.schedule(), self._runner.repeats
+        wanted = step is not None and self._runner.can_repeat(step) and self._inbox.empty()
+        if wanted and scheduler.can_repeat(step, repeats):
+            scheduler.repeat(step, repeats)
         self._clock.add("schedule", started)
         return step
 
     def _launch(self, step: Step | LaneSteps) -> InFlight:
         for seq in step.started:
             self._start(seq)
-        self._counts["steps"] += 1
-        self._counts["decode_steps"] += not step.prefills
+        self._counts["steps"] += step.repeats
+        self._counts["decode_steps"] += 0 if step.prefills else step.repeats
         self.iterations.launched()
         return self._runner.launch(step)
 
@@ -270,7 +274,15 @@ class Engine:
         arrived = self._clock.add("wait", before)
         seconds = self.iterations.arrived()
         self._results.add_prompt_logprobs(flight)
-        events = self._scheduler.update(flight.step, tokens)
+        for number, tokens_R in enumerate(tokens, 1):
+            self._take(flight, tokens_R, number == len(tokens))
+        self._note_iteration(flight.step, seconds)
+        self._runner.packer.recycle(flight.packed)
+        self._clock.add("update", arrived)
+
+    def _take(self, flight: InFlight, tokens_R: list[int], last: bool) -> None:
+        """Moves the sequences of a step on by one token; `last`: there are no more of this step."""
+        events = self._scheduler.update(flight.step, tokens_R)
         quiet, self._quiet_tokens = self._quiet_tokens, self._scheduler.num_quiet_tokens
         self._counts["output_tokens"] += len(events) + self._quiet_tokens - quiet
         ended: list[Request] = []
@@ -280,16 +292,13 @@ class Engine:
             request = seq.request
             if request.request_id not in self._requests:
                 continue  # dropped because of a sibling's event
-            self._deliver(event, flight)
+            self._deliver(event, flight, last)
             seq.quiet = not request.stream and request.request_id not in recorded
             if request.finished:
                 ended.append(request)
         # Not before all events: sequences of one request may end in the same step.
         for request in ended:
             self._forget(request)
-        self._note_iteration(flight.step, seconds)
-        self._runner.packer.recycle(flight.packed)
-        self._clock.add("update", arrived)
 
     def _note_iteration(self, step: Step | LaneSteps, seconds: float) -> None:
         scheduler, used, hits, misses, evictions = self._scheduler, 0, 0, 0, 0
@@ -302,8 +311,11 @@ class Engine:
         queue_sizes = (scheduler.num_running, scheduler.num_waiting)
         self.iterations.add(seconds, *batch, *queue_sizes, used, hits, misses, evictions)
 
-    def _deliver(self, event: Event, flight: InFlight) -> None:
-        """Tells the owner of a sequence about a token. What goes wrong with one request ends that request only."""
+    def _deliver(self, event: Event, flight: InFlight, last: bool) -> None:
+        """Tells the owner of a sequence about a token, if it ended or more do not come along with it.
+
+        What goes wrong with one request ends that request only.
+        """
         request = event.seq.request
         seq = event.seq
         reason, stop_reason = seq.finish_reason, seq.stop_reason
@@ -317,7 +329,7 @@ class Engine:
         if found is not None:
             reason, stop_reason = FinishReason.STOP, found
             self._scheduler.finish(seq, reason, found)
-        if (reason is not None or self._is_due(seq)) and not self._notify(
+        if (reason is not None or (last and self._is_due(seq))) and not self._notify(
             request, self._results.take(seq, reason, stop_reason)
         ):
             self._drop(request)

@@ -128,6 +128,17 @@ class Lanes:
                 lane.sit_out()
         return LaneSteps([step or Step() for step in steps])
 
+    def can_repeat(self, step: LaneSteps, count: int) -> bool:
+        """Whether all lanes may do their steps `count` times before the host hears of it, as `Scheduler.can_repeat`."""
+        lanes = zip(self.lanes, step.lanes, strict=True)
+        return not self._queued and all(lane.can_repeat(lane_step, count) for lane, lane_step in lanes)
+
+    def repeat(self, step: LaneSteps, count: int) -> None:
+        """Has a step done `count` times; `can_repeat` must have agreed."""
+        step.repeats = count
+        for lane, lane_step in zip(self.lanes, step.lanes, strict=True):
+            lane.repeat(lane_step, count)
+
     def _assign(self) -> None:
         """Hands the next requests out, each to the lane with the fewest tokens of those that can start one."""
         if not self._queued:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+from jaxllm.engine.repeat import Sampler, repeated
 from jaxllm.layers.attention import KVPages
 
 
@@ -58,6 +59,22 @@ class Stage:
 
     def compile_step(self, shape: BatchShape, num_slots: int) -> Callable[..., Any]:
         """The program of this stage for one bucket; `num_slots` is the length of last_token."""
+        functions = self.functions
+        # Where the first stage is not the last, last_token is kept for the first stage to read.
+        donated = (1, 2) if functions.first and functions.last else (1,)
+        lowered = jax.jit(functions.forward(shape), donate_argnums=donated).lower(*self.arguments(shape, num_slots))
+        return lowered.compile(compiler_options(shape))
+
+    def compile_repeated(
+        self, shape: BatchShape, num_slots: int, steps: int, sampler: Sampler | None, *sampling: Any
+    ) -> Callable[..., Any]:
+        """The program that does the step of a bucket `steps` times; the stage is the whole model. See `repeated`."""
+        run = repeated(self.functions.forward(shape), shape, steps, sampler)
+        lowered = jax.jit(run, donate_argnums=(1, 2)).lower(*self.arguments(shape, num_slots), *sampling)
+        return lowered.compile(compiler_options(shape))
+
+    def arguments(self, shape: BatchShape, num_slots: int) -> list[Any]:
+        """What the step of a bucket takes, as shapes."""
         functions, layout, mesh = self.functions, self.functions.layout, self.mesh
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         last_token = jax.ShapeDtypeStruct((num_slots,), np.int32, sharding=layout.sharding(mesh))
@@ -70,10 +87,7 @@ class Stage:
             hidden = self.hidden(shape.bucket.tokens(shape.tile))
             args.append(hidden)
             self.inputs[shape.bucket] = hidden.sharding
-        # Where the first stage is not the last, last_token is kept for the first stage to read.
-        donated = (1, 2) if functions.first and functions.last else (1,)
-        lowered = jax.jit(functions.forward(shape), donate_argnums=donated).lower(*args)
-        return lowered.compile(compiler_options(shape))
+        return args
 
     def release(self) -> None:
         """Gives the device memory back."""

@@ -33,6 +33,9 @@ from jaxllm.layers.sampling import (
 )
 from jaxllm.sampling_params import MAX_LOGPROBS
 
+_REPEATED = (None, Variant.PLAIN)
+"""What repeated steps can sample with; None: the likeliest tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
@@ -46,7 +49,7 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class InFlight:
-    """A launched step. `read` waits for it."""
+    """A launched step. `read` waits for it. token_R has a leading axis where the step is repeated."""
 
     step: Step | LaneSteps
     packed: PackedStep
@@ -54,9 +57,10 @@ class InFlight:
     sampled: SampleOutput | None
     prompt_logprobs: list[PromptLogprobs]
 
-    def read(self) -> list[int]:
-        """Sampled token of each result row of the step. Blocks until the devices are done."""
-        return np.asarray(self.token_R)[self.packed.rows].tolist()
+    def read(self) -> list[list[int]]:
+        """Sampled token of each result row of the step, for each of its repeats. Blocks until the devices are done."""
+        tokens = np.asarray(self.token_R)
+        return np.atleast_2d(tokens)[:, self.packed.rows].tolist()
 
 
 class Runner:
@@ -73,8 +77,11 @@ class Runner:
         max_seq_len: int,
         slots: SlotTable,
         micro_batches: int = 1,
+        repeats: int = 1,
     ):
         self.stages = stages
+        # Decode steps of a dispatch, where it may have several.
+        self.repeats = repeats
         # Everything that follows the last layer is on the last stage's devices.
         self.functions = functions = stages[-1].functions
         self.mesh = mesh = functions.mesh
@@ -124,6 +131,9 @@ class Runner:
         for rows in sorted({lanes * bucket.rows for bucket in self.buckets}, reverse=True):
             for variant in Variant:
                 jobs[rows, variant] = partial(self._compile_sampler, rows, variant)
+        for bucket in self._repeated_buckets():
+            for choice in _REPEATED:
+                jobs["repeated", bucket, choice] = partial(self._compile_repeated, bucket, choice)
         for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
             jobs["hidden_of", tokens] = partial(self._compile_hidden_of, tokens)
         return jobs | {"reset": self._compile_reset, "prompt_logprobs": self._compile_prompt_logprobs}
@@ -158,12 +168,29 @@ class Runner:
         nothing = LaneSteps([Step()] * self.functions.layout.size("requests"))
         for bucket in self.buckets:
             self._forward(self.packer.pack(nothing, bucket))
+        for bucket in self._repeated_buckets():
+            for choice in _REPEATED:
+                self._forward_repeated(self.packer.pack(nothing, bucket), choice)
         jax.block_until_ready(self._last_token)
 
     def _abstract(self, value: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
 
-    def _compile_sampler(self, rows: int, variant: Variant) -> Callable[..., Any]:
+    def _repeated_buckets(self) -> list[Bucket]:
+        """The buckets that there is a program of several steps for."""
+        return [bucket for bucket in self.buckets if not bucket.tiles] if self.repeats > 1 else []
+
+    def _compile_repeated(self, bucket: Bucket, variant: Variant | None) -> Callable[..., Any]:
+        (stage,) = self.stages
+        shape, num_slots = self.packer.shape(bucket), self.packer.spare_slot + 1
+        if variant is None:
+            return stage.compile_repeated(shape, num_slots, self.repeats, None)
+        rows = self.functions.layout.size("requests") * bucket.rows
+        batch = self._abstract_sampling(rows, variant)
+        return stage.compile_repeated(shape, num_slots, self.repeats, self._sampler(variant), batch)
+
+    def _sampler(self, variant: Variant) -> Callable[..., tuple[SampleOutput, jax.Array, PenaltyState | None]]:
+        """The sampler as a function of (logits_RV, last_token, state, batch)."""
         full = variant is not Variant.PLAIN
 
         def run(
@@ -175,19 +202,22 @@ class Runner:
             )
             return output, last_token.at[batch.slot].set(output.token_R), state
 
+        return run
+
+    def _abstract_sampling(self, rows: int, variant: Variant) -> SamplingBatch:
+        """Shapes of what the sampler is told about each row."""
+        batch = self._sampling_batch(np.full(rows, self.slots.spare), np.zeros(rows, np.int32), [], variant)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), batch)
+
+    def _compile_sampler(self, rows: int, variant: Variant) -> Callable[..., Any]:
         logits = jax.ShapeDtypeStruct(
             (rows, self.functions.padded_vocab),
             np.float32,
             sharding=self.functions.layout.sharding(self.mesh, None, "vocab"),
         )
-        state = self._abstract(self._penalties) if full else None
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
-            self._sampling_batch(np.full(rows, self.slots.spare), np.zeros(rows, np.int32), [], variant),
-        )
-        args = (logits, self._abstract(self._last_token), state, batch)
-        replicated = self._replicated
-        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=replicated)
+        state = None if variant is Variant.PLAIN else self._abstract(self._penalties)
+        args = (logits, self._abstract(self._last_token), state, self._abstract_sampling(rows, variant))
+        jitted = jax.jit(self._sampler(variant), donate_argnums=(1, 2), out_shardings=self._replicated)
         return jitted.lower(*args).compile()
 
     def _compile_reset(self) -> Callable[..., Any]:
@@ -224,11 +254,11 @@ class Runner:
         started = self.clock.now()
         packed = self.packer.pack(step, self._picker.pick(*self.packer.needs(step)))
         packed_at = self.clock.add("pack", started)
-        token_R, logits_RV, hidden_TD = self._forward(packed)
-        sampled = None
-        if not self.slots.all_greedy:
-            sampling = [seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples]
-            variant = self.slots.variant(sampling)
+        variant, sampled = self._variant(step), None
+        if step.repeats > 1:
+            token_R, hidden_TD = self._forward_repeated(packed, variant), None
+        else:
+            token_R, logits_RV, hidden_TD = self._forward(packed)
             if variant is not None:
                 sampled = self._sample(packed, variant, logits_RV)
                 token_R = sampled.token_R
@@ -243,6 +273,19 @@ class Runner:
             token_R.copy_to_host_async()
         self.clock.add("dispatch", packed_at)
         return InFlight(step, packed, token_R, sampled, prompt_logprobs)
+
+    def _variant(self, step: Step | LaneSteps) -> Variant | None:
+        """Of the sampler that the rows of a step need; None where all are plain greedy."""
+        if self.slots.all_greedy:
+            return None
+        return self.slots.variant([seq.slot for seq in step.decodes] + [c.seq.slot for c in step.prefills if c.samples])
+
+    def can_repeat(self, step: Step | LaneSteps) -> bool:
+        """Whether there is a program that does this step of decodes several times.
+
+        Penalties, logprobs, and what changes logits (bias, bad words, min_tokens) want to hear of every token.
+        """
+        return self.repeats > 1 and not step.prefills and self._variant(step) in _REPEATED
 
     def reset_penalties(self, seq: Sequence) -> None:
         """Starts the token counts of a sequence's slot with the tokens it holds so far."""
@@ -259,6 +302,18 @@ class Runner:
             stage.weights, stage.kv, self._last_token, packed.data
         )
         return token_R, logits_RV, hidden_TD
+
+    def _forward_repeated(self, packed: PackedStep, variant: Variant | None) -> jax.Array:
+        """Launches several decode steps at once; the tokens of each."""
+        (stage,) = self.stages
+        sampling: list[SamplingBatch] = []
+        if variant is not None:
+            slots_R, positions_R = packed.sampled()
+            sampling = [self._sampling_batch(slots_R, positions_R + 1, [], variant)]
+        token_LR, self._last_token, stage.kv = self._programs["repeated", packed.shape.bucket, variant](
+            stage.weights, stage.kv, self._last_token, packed.data, *sampling
+        )
+        return token_LR
 
     def _forward_stages(
         self, packed: PackedStep, returned: ReturnedTokens

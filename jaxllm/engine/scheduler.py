@@ -290,6 +290,40 @@ class Scheduler:
         """Counts a step of the device that had nothing of this scheduler in it."""
         self._num_steps += 1
 
+    def can_repeat(self, step: Step, count: int) -> bool:
+        """Whether the device may do a step of decodes `count` times before the host hears of it.
+
+        Nobody who waits may lose by it, so no sequence may come to its last token within while others wait, and nobody
+        may wait for pages or tokens alone. Pages for it have to be free: no sequence is preempted for tokens that may
+        turn out to come after its end.
+        """
+        if step.prefills or self._prefilling or self.micro_batches > 1:
+            return False
+        left = [seq.max_len - 1 - position for seq, position in zip(step.decodes, step.positions, strict=True)]
+        if self._waiting and (self._free_slots or len(left) < len(self._decoding) or min(left, default=0) < count):
+            return False
+        if (left and max(left) < count) or any(seq.wait_for_token for seq in step.decodes):
+            return False
+        pages = (
+            self.pool.pages_for(position + min(count, rest)) - len(seq.pages)
+            for seq, position, rest in zip(step.decodes, step.positions, left, strict=True)
+        )
+        return sum(max(0, more) for more in pages) <= self.pool.num_free
+
+    def repeat(self, step: Step, count: int) -> None:
+        """Has a step done `count` times; `can_repeat` must have agreed. A sequence stops where it ends by length."""
+        step.repeats = count
+        for row, (seq, position) in enumerate(zip(step.decodes, step.positions, strict=True)):
+            here = min(count, seq.max_len - 1 - position)
+            step.counts.append(here)
+            seq.num_computed += here - 1
+            seq.num_pending += here - 1
+            more = self.pool.pages_for(seq.num_computed) - len(seq.pages)
+            if more > 0:
+                seq.pages += self.pool.allocate(more)
+                if row not in step.grown:
+                    step.grown.append(row)
+
     def _schedule_decodes(self, step: Step, ahead: bool = False) -> None:
         decodes, positions = step.decodes, step.positions
         page_size, budget, number = self.pool.page_size, self.max_num_tokens, self._num_steps
@@ -448,7 +482,7 @@ class Scheduler:
     # ---- results --------------------------------------------------------------------------------------------------
 
     def update(self, step: Step | LaneSteps, tokens: Rows[int]) -> list[Event]:
-        """Take the sampled tokens of a step, in the order of its rows; call it once per step, in order.
+        """Take the sampled tokens of a step, in the order of its rows; call it once per step and repeat, in order.
 
         Tokens of sequences that have finished meanwhile are dropped: the step was on its way already. Quiet sequences
         have an event only where something happens, such as their end.

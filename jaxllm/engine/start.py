@@ -123,6 +123,7 @@ def start(config: EngineConfig) -> Started:
             max_seq_len=max_seq_len,
             slots=slots,
             micro_batches=sizes.micro_batches,
+            repeats=config.num_scheduler_steps,
         )
         del weights
     with phase("compile"):

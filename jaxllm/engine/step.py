@@ -25,6 +25,9 @@ class Step:
     `grown` are the indices of the decodes that got a page for it.
     `started` are the sequences that got their slot in this step: the state of the slot has to be initialised.
     Pack a step before calling the scheduler again: page lists change when a sequence is cancelled or preempted.
+
+    repeats: decode steps that the device does one after the other, without the host; more than one only where there is
+    nothing but decodes. `counts[i]`, then, is how many of them decode i takes part in.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
@@ -32,6 +35,8 @@ class Step:
     grown: list[int] = field(default_factory=list)
     prefills: list[Chunk] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
+    repeats: int = 1
+    counts: list[int] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Sequence]:
@@ -51,7 +56,8 @@ class Step:
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
-        return len(self.decodes) + sum(chunk.stop - chunk.start for chunk in self.prefills)
+        decodes = len(self.decodes) if self.repeats == 1 else sum(self.counts)
+        return decodes + sum(chunk.stop - chunk.start for chunk in self.prefills)
 
 
 @dataclass(slots=True)
@@ -62,6 +68,7 @@ class LaneSteps:
     """
 
     lanes: list[Step]
+    repeats: int = 1
 
     @property
     def decodes(self) -> list[Sequence]:

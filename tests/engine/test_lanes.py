@@ -29,10 +29,12 @@ class FakeDevices:
     def truth(self, seq: Sequence) -> Truth:
         return self.devices[0].truth(seq)
 
-    def run(self, step: LaneSteps) -> list[int]:
+    def run(self, step: LaneSteps) -> list[list[int]]:
         slots = [seq.slot for seq in step.decodes] + [chunk.seq.slot for chunk in step.prefills]
         assert len(slots) == len(set(slots)), "lanes share a slot"
-        return [t for device, lane in zip(self.devices, step.lanes, strict=True) for t in device.run(lane)]
+        assert {lane.repeats for lane in step.lanes} == {step.repeats}
+        found = [device.run(lane) for device, lane in zip(self.devices, step.lanes, strict=True)]
+        return [[token for tokens in repeat for token in tokens] for repeat in zip(*found, strict=True)]
 
 
 @dataclass
@@ -76,7 +78,7 @@ class LaneHarness(Harness):
             super().stop(seq)
 
     def _schedule(self) -> Any:
-        return self.scheduler.schedule()
+        return self._repeat(self.scheduler.schedule())
 
     def drain(self) -> None:
         while self.scheduler.has_work() or self.inflight:
@@ -107,14 +109,16 @@ def make(
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 4), st.integers(2, 12), st.integers(1, 5), schedulers, st.integers(1, 3), st.booleans(),
-    st.integers(0, 4), st.integers(0, 3), st.lists(operations, max_size=25),
+    st.integers(0, 4), st.integers(0, 3), st.lists(operations, max_size=25), st.sampled_from([1, 1, 2, 4]),
 )  # fmt: skip
-def test_any_load_runs_to_its_end(count, pages, page_size, options, depth, balance, timeout, batching, load) -> None:
+def test_any_load_runs_to_its_end(
+    count, pages, page_size, options, depth, balance, timeout, batching, load, repeats
+) -> None:
     lanes = make(
         count, pages=pages, page_size=page_size, lane=options, balance=balance, timeout_iters=timeout,
         batching_wait_iters=batching, priority_queue=options["priority_queue"],
     )  # fmt: skip
-    harness = LaneHarness(lanes, depth + options["micro_batches"] - 1)
+    harness = LaneHarness(lanes, depth + options["micro_batches"] - 1, repeats)
     for kind, *args in load:
         if kind == "add":
             prompt, params, priority, salt, cached = args
@@ -156,7 +160,7 @@ def test_token_counts_stay_within_the_bound(count, load) -> None:
             generated[index], finished[index] = 0, [0] * count
         harness.assigned.clear()
         if step is not None:
-            for event in lanes.update(step, harness.device.run(step)):
+            for event in lanes.update(step, harness.device.run(step)[0]):
                 home = next(index for index, lane in enumerate(step.lanes) if event.seq in lane.rows)
                 generated[home] += 1
                 if event.finished:
@@ -184,7 +188,7 @@ def test_idle_lanes_have_empty_steps() -> None:
     harness.add([2, 3, 4], Params(max_tokens=3, ignore_eos=True))
     step = lanes.schedule()
     assert step is not None and [lane.num_rows for lane in step.lanes] == [1, 0, 0] and step.num_rows == 1
-    lanes.update(step, harness.device.run(step))
+    lanes.update(step, harness.device.run(step)[0])
     harness.drain()
 
 
@@ -195,7 +199,7 @@ def test_prompts_wait_until_every_lane_has_one_but_not_for_ever() -> None:
     def run() -> int:
         step = lanes.schedule()
         assert step is not None
-        lanes.update(step, harness.device.run(step))
+        lanes.update(step, harness.device.run(step)[0])
         return len(step.prefills)
 
     for _ in range(2):
@@ -219,7 +223,7 @@ def test_prompts_wait_for_more_of_them() -> None:
     for _ in range(7):
         step = lanes.schedule()
         assert step is not None
-        lanes.update(step, harness.device.run(step))
+        lanes.update(step, harness.device.run(step)[0])
         counts.append(len(step.prefills))
         if len(counts) == 1:
             for _ in range(2):

@@ -114,10 +114,24 @@ class FakeDevice:
                 assert not pool.is_registered(page), f"page {page} is in the prefix cache and written: {seq}"
             self.kv[page][position % self.size] = hashes[position]
 
-    def run(self, step: Step) -> list[int]:
-        """Check a step, run it, and return one token per row."""
+    def run(self, step: Step) -> list[list[int]]:
+        """Check a step, run it, and return one token per row for each of its repeats."""
+        assert len(step.counts) == (len(step.decodes) if step.repeats > 1 else 0)
+        out = [self._run(step)]
+        for number in range(1, step.repeats):
+            out.append([-1] * step.num_rows)
+            for row, (seq, position, count) in enumerate(zip(step.decodes, step.positions, step.counts, strict=True)):
+                assert count == min(step.repeats, seq.max_len - 1 - position) and not seq.wait_for_token
+                if number < count:
+                    self._read(seq, position + number)
+                    self._write(seq, position + number, position + number + 1)
+                    out[-1][row] = self._sample(seq, position + number + 1)
+        self.steps += 1
+        return out
+
+    def _run(self, step: Step) -> list[int]:
         scheduler = self.scheduler
-        assert step.num_tokens <= scheduler.max_num_tokens
+        assert step.num_tokens <= scheduler.max_num_tokens * step.repeats
         assert sum(-(-(c.stop - c.start) // scheduler.tile) for c in step.prefills) <= scheduler.max_tiles
         rows = step.decodes + [chunk.seq for chunk in step.prefills]
         slots = [seq.slot for seq in rows]
@@ -149,7 +163,7 @@ class FakeDevice:
         for chunk in step.prefills:
             self._write(chunk.seq, chunk.start, chunk.stop)
             tokens.append(self._sample(chunk.seq, chunk.stop) if chunk.samples else -1)
-        self.steps += 1
+        assert not (step.repeats > 1 and step.prefills)
         return tokens
 
     def _sample(self, seq: Sequence, position: int) -> int:
@@ -161,13 +175,18 @@ class FakeDevice:
 
 @dataclass
 class Harness:
-    """Drives a scheduler and its fake device with `depth` steps in flight, and checks how every sequence ends."""
+    """Drives a scheduler and its fake device with `depth` steps in flight, and checks how every sequence ends.
+
+    repeats: decode steps of a dispatch, where the scheduler agrees.
+    """
 
     scheduler: Scheduler
     depth: int = 1
+    repeats: int = 1
+    repeated: int = 0  # dispatches of several steps
     requests: list[Request] = field(default_factory=list)  # unfinished
     histories: list[list[int]] = field(default_factory=list)  # token lists of finished sequences, for later prompts
-    inflight: deque[tuple[Step, list[int]]] = field(default_factory=deque)
+    inflight: deque[tuple[Step, list[list[int]]]] = field(default_factory=deque)
     added: int = 0
     steps: int = 0
     tokens: int = 0
@@ -221,16 +240,20 @@ class Harness:
             return []
         if step is not None and len(self.inflight) < self.depth:
             return []
-        step, tokens = self.inflight.popleft()
-        events = self.scheduler.update(step, tokens)
-        rows = step.rows
-        for event in events:
-            self.tokens += 1
-            assert rows[event.row] is event.seq and tokens[event.row] == event.token == event.seq.tokens[-1]
-            assert event.finished == event.seq.finished
-            if event.finished:
-                self._check_end(event.seq)
-        return events
+        step, repeats = self.inflight.popleft()
+        all_events, rows = [], step.rows
+        for tokens in repeats:
+            events = self.scheduler.update(step, tokens)
+            all_events += events
+            for event in events:
+                self.tokens += 1
+                assert rows[event.row] is event.seq and tokens[event.row] == event.token == event.seq.tokens[-1]
+                assert event.finished == event.seq.finished
+                if event.finished:
+                    self._check_end(event.seq)
+        for seq in (seq for request in self.requests for seq in request.sequences if not seq.finished):
+            assert seq.num_pending >= 0 and (self.inflight or not seq.num_pending), f"tokens are miscounted: {seq}"
+        return all_events
 
     def _schedule(self) -> Step | None:
         before = [seq for request in self.requests for seq in request.sequences if seq.slot >= 0]
@@ -241,6 +264,13 @@ class Harness:
             assert not step.started, "pages that were taken from somebody went to a new sequence"
         if gone and kept:
             assert min(seq.rank for seq in gone) > max(seq.rank for seq in kept), f"preempted the wrong one: {gone}"
+        return self._repeat(step)
+
+    def _repeat(self, step: Step | None) -> Step | None:
+        """What the engine does with a step of decodes."""
+        if self.repeats > 1 and step is not None and self.scheduler.can_repeat(step, self.repeats):
+            self.scheduler.repeat(step, self.repeats)
+            self.repeated += 1
         return step
 
     def _check_end(self, seq: Sequence) -> None:
@@ -373,10 +403,11 @@ pools = st.builds(PagePool, st.integers(2, 16), st.integers(1, 5), st.booleans()
 
 
 @settings(max_examples=300, deadline=None)
-@given(pools, schedulers, st.integers(1, 3), st.lists(operations, max_size=25))
-def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load) -> None:
+@given(pools, schedulers, st.integers(1, 3), st.lists(operations, max_size=25), st.sampled_from([1, 1, 2, 4]))
+def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load, repeats) -> None:
     scheduler = Scheduler(pool, eos_token_ids=[EOS], **options)
-    harness = Harness(scheduler, depth if options["micro_batches"] == 1 else options["micro_batches"] + depth - 1)
+    depth = depth if options["micro_batches"] == 1 else options["micro_batches"] + depth - 1
+    harness = Harness(scheduler, depth, repeats)
     for kind, *args in load:
         if kind == "add":
             prompt, request_params, priority, salt, cached = args
