@@ -281,6 +281,10 @@ class EngineConfig(Strict):
         tokenizer: directory or hub id of another tokenizer than the model's own.
         skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
         dtype: of weights and activations; "auto" = the checkpoint's on a GPU, float32 on a CPU.
+        quantization: matrices of attention, MLPs and experts in fewer bits, rounded while they are loaded: "fp8" (e4m3,
+            a scale for each row; activations too, in steps of many tokens in bfloat16), "int8" (a scale for each row)
+            or "int4" (one for 128 inputs); None = as the checkpoint has them.
+        quantize_lm_head: the output matrix too. It is a small part of most models, and rounding it moves every logit.
         dequantize_weights: expand quantised blocks to dtype when loading. Otherwise, on a CPU, Q4_0, Q4_1 and Q8_0
             stay as they are and are expanded in the kernels: the same values in a sixth of the memory.
         load_format: "auto" reads the checkpoint, "dummy" makes random weights of the same shapes.
@@ -314,6 +318,8 @@ class EngineConfig(Strict):
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantize_lm_head: bool = False
     dequantize_weights: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
 
@@ -494,5 +500,7 @@ def settings_names() -> list[str]:
 
 
 def choices(config: type[BaseModel], name: str) -> tuple[str, ...]:
-    """The values a Literal setting may have, for help texts."""
-    return tuple(str(value) for value in get_args(config.model_fields[name].annotation))
+    """The values a Literal setting may have besides None, for help texts."""
+    values = get_args(config.model_fields[name].annotation)
+    inner = [value for part in values for value in get_args(part)]
+    return tuple(str(value) for value in inner or values)

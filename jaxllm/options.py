@@ -97,6 +97,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--dtype", choices=choices(EngineConfig, "dtype"), help="of weights and activations")
     group.add_argument(
+        "--quantization", choices=choices(EngineConfig, "quantization"),
+        help="round the weights of a plain checkpoint to fewer bits",
+    )  # fmt: skip
+    group.add_argument(
         "--load-format", choices=choices(EngineConfig, "load_format"), help="dummy = random weights, for measuring"
     )
     group.add_argument("--tokenizer", metavar="PATH", help="another tokenizer than the model's own")
@@ -124,8 +128,8 @@ def engine_config(args: argparse.Namespace, base: Mapping[str, Any] | None = Non
     settings: dict[str, Any] = {"model": args.model}
     for name in (
         "tensor_parallel_size", "pipeline_parallel_size", "pp_partition", "context_parallel_size",
-        "moe_expert_parallel_size", "moe_tensor_parallel_size", "dtype", "load_format", "tokenizer", "max_batch_size",
-        "max_num_tokens", "max_seq_len",
+        "moe_expert_parallel_size", "moe_tensor_parallel_size", "dtype", "quantization", "load_format", "tokenizer",
+        "max_batch_size", "max_num_tokens", "max_seq_len",
     ):  # fmt: skip
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)

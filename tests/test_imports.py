@@ -31,7 +31,7 @@ LAYERS: list[list[set[str]]] = [
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
     [{"config"}, {"sampling_params"}],
-    [{"mapping"}, {"cache"}, {"bins"}],
+    [{"mapping"}, {"cache"}, {"bins"}, {"formats"}],
 ]
 
 NO_JAX = [

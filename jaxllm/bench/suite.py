@@ -300,12 +300,13 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
     from jaxllm.plan.plan import DTYPES
     from jaxllm.plan.roofline import Load as PlanLoad
     from jaxllm.plan.roofline import Roofline
+    from jaxllm.plan.sizes import quantized
 
     kind = jax.devices()[0].device_kind.lower()
     gpu = next((gpu for name, gpu in GPUS.items() if name in kind), None)
     if gpu is None:
         return lambda row: None
-    model = find_model(config.model)
+    model = quantized(find_model(config.model), config)
     mapping = config.resolve_mapping(len(jax.devices()))
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
     kv = config.kv_cache_config.dtype

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.engine.batch import BatchShape
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
@@ -77,15 +78,22 @@ class StepFunctions:
         stacks = [PartitionSpec()] * len(self._together)
         self._weight_specs = stacks + [partition(self.specs[path].axes) for path in self._alone]
 
-    @property
-    def head_path(self) -> str:
+    def head(self, weights: dict[str, jax.Array]) -> Weight:
         """The parameter that logits are made with."""
-        return "embed.weight" if self.cfg.tie_embeddings else "head.weight"
+        path = "embed.weight" if self.cfg.tie_embeddings else "head.weight"
+        if path in weights:
+            return weights[path]
+        part = self.specs[f"{path}.values"].part
+        assert part is not None
+        values, scale, zero = (weights.get(f"{path}.{name}") for name in ("values", "scale", "zero"))
+        assert values is not None and scale is not None
+        return QuantizedWeight(values, scale, zero, part.format)
 
     @property
     def padded_vocab(self) -> int:
         """Width of the logits over all ranks."""
-        return self.specs[self.head_path].shape[0]
+        path = "embed.weight" if self.cfg.tie_embeddings else "head.weight"
+        return self.specs[path if path in self.specs else f"{path}.values"].shape[0]
 
     def kv_shape(self, page_size: int) -> tuple[int, int, int, int]:
         """Y, K, O, H of the page pools, over all ranks."""
@@ -183,14 +191,14 @@ class StepFunctions:
             check_vma=False,
         )
 
-    def token_logprobs(self, num_logprobs: int) -> Callable[[jax.Array, jax.Array, jax.Array], SampleOutput]:
+    def token_logprobs(self, num_logprobs: int) -> Callable[[Weight, jax.Array, jax.Array], SampleOutput]:
         """Logprobs of given tokens after given hidden states, as a function of (head weight, hidden_TD, token_T)."""
         cfg, mesh, layout = self.cfg, self.mesh, self.layout
 
-        def local(weight_VD: jax.Array, hidden_TD: jax.Array) -> jax.Array:
+        def local(weight_VD: Weight, hidden_TD: jax.Array) -> jax.Array:
             return vocab_logits(hidden_TD, weight_VD, cfg.vocab_size, cfg.logit_softcap, layout.axes("vocab"))
 
-        def run(weight_VD: jax.Array, hidden_TD: jax.Array, token_T: jax.Array) -> SampleOutput:
+        def run(weight_VD: Weight, hidden_TD: jax.Array, token_T: jax.Array) -> SampleOutput:
             logits_TV = jax.shard_map(
                 local,
                 mesh=mesh,

@@ -41,7 +41,7 @@ class Stage:
         self.functions = functions
         self.mesh: Mesh = functions.mesh
         self.weights = functions.flatten(weights)
-        self.head = weights[functions.head_path] if functions.last else None
+        self.head = functions.head(weights) if functions.last else None
         # A page of the pool is one, or with star attention several, on every rank that pages are spread over.
         each = num_pages * functions.layout.mapping.stripe(page_size) // page_size
         shape = (each * functions.layout.size("pages"), *functions.kv_shape(page_size))

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping
+from jaxllm.models.quantization import choose
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh
@@ -77,7 +78,7 @@ def start(config: EngineConfig) -> Started:
         logger.info("moe_config.backend %s is TensorRT-LLM's: AUTO chooses here", config.moe_config.alias)
     with phase("files"):
         files = resolve_model(config.model, need_weights=config.load_format != "dummy")
-        cfg = model_config(files)
+        cfg = quantized(model_config(files), config)
         page_size = config.kv_cache_config.tokens_per_block
         check_mapping(mapping, cfg, page_size=page_size, max_seq_len=config.max_seq_len)
         tokenizer = None
@@ -148,6 +149,12 @@ def model_config(files: ModelFiles) -> ModelConfig:
         tensors = set(source.tensors)
         source.close()
     return config_from_gguf(files.metadata, tensors, files.rope_factors)
+
+
+def quantized(cfg: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """The model with its matrices as the settings want them kept. Raises ValueError."""
+    head, widen = config.quantize_lm_head, config.dequantize_weights
+    return replace(cfg, quantization=choose(cfg.quantization, config.quantization, head=head, widen=widen))
 
 
 def _make_scheduler(

@@ -14,8 +14,9 @@ from flax import nnx
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.api import rope_write
 from jaxllm.kernels.rope_write.reference import rotate
-from jaxllm.layers.linear import ColumnLinear, RowLinear, param
+from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.quantize import param
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
 from jaxllm.parallel.collectives import Axes

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kernels.linear.api import matmul, num_rows, take_rows
-from jaxllm.layers.linear import param
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
+from jaxllm.layers.quantize import Declared, param
 from jaxllm.parallel.collectives import Axes, all_gather, gather_rows, rank, ranks, sum_partial
-from jaxllm.parallel.params import ParamSpec
 
 
 class VocabTable(nnx.Module):
@@ -19,7 +19,7 @@ class VocabTable(nnx.Module):
     ranks of one table have different ones (attention data parallelism).
     """
 
-    def __init__(self, weight: ParamSpec, vocab_size: int, *, axes: Axes, tokens: Axes = ()):
+    def __init__(self, weight: Declared, vocab_size: int, *, axes: Axes, tokens: Axes = ()):
         self.weight = param(weight)
         self.vocab_size = vocab_size
         self.axes = axes
@@ -31,6 +31,7 @@ class VocabTable(nnx.Module):
         spread: the ranks over which the result's rows are split.
         """
         table = self.weight[...]
+        assert not isinstance(table, QuantizedWeight)
         rows = num_rows(table)
         local = gather_rows(tokens_T, self.tokens) - rank(self.axes) * rows
         mine = (local >= 0) & (local < rows)
@@ -42,7 +43,7 @@ class VocabTable(nnx.Module):
         return vocab_logits(x_RD, self.weight[...], self.vocab_size, softcap, self.axes)
 
 
-def vocab_logits(x_RD: jax.Array, table_VD: jax.Array, vocab_size: int, softcap: float | None, axes: Axes) -> jax.Array:
+def vocab_logits(x_RD: jax.Array, table_VD: Weight, vocab_size: int, softcap: float | None, axes: Axes) -> jax.Array:
     """float32 logits of this rank's rows of the vocabulary, [R, V / ranks]; rows past the vocabulary are -inf."""
     logits_RV = matmul(x_RD, table_VD)
     if softcap is not None:

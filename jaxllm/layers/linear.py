@@ -5,27 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kernels.linear import api
+from jaxllm.layers.quantize import Declared, param
 from jaxllm.parallel.collectives import Axes, gather_rows, ranks, sum_partial
-from jaxllm.parallel.params import ParamSpec
 
 if TYPE_CHECKING:
     from jaxllm.layers.norm import RMSNorm
 
 
-def param(spec: ParamSpec) -> nnx.Param:
-    """A parameter of the shape that `spec` declares. Modules are built under `nnx.eval_shape`: no memory is used."""
-    return nnx.Param(jnp.zeros(spec.shape, spec.dtype), spec=spec)
-
-
 class ColumnLinear(nnx.Module):
     """Output features split over ranks: no communication, but for rows that are."""
 
-    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None):
+    def __init__(self, weight: Declared, bias: Declared | None = None):
         self.weight = param(weight)
+        assert not isinstance(bias, dict)
         self.bias = None if bias is None else param(bias)
 
     def __call__(
@@ -49,8 +44,9 @@ class ColumnLinear(nnx.Module):
 class RowLinear(nnx.Module):
     """Input features split over `axes`: partial sums are added up by one all-reduce."""
 
-    def __init__(self, weight: ParamSpec, bias: ParamSpec | None = None, *, axes: Axes):
+    def __init__(self, weight: Declared, bias: Declared | None = None, *, axes: Axes):
         self.weight = param(weight)
+        assert not isinstance(bias, dict)
         self.bias = None if bias is None else param(bias)
         self.axes = axes
 

@@ -25,8 +25,9 @@ from jax import lax
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.attention import METHODS
-from jaxllm.layers.linear import ColumnLinear, RowLinear, param
+from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.quantize import param
 from jaxllm.mapping import CpType
 from jaxllm.parallel.collectives import Axes, gather_rows
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages

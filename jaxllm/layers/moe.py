@@ -13,9 +13,9 @@ from jax import lax
 from jaxllm.kernels.grouped_matmul import api
 from jaxllm.kernels.linear.api import matmul
 from jaxllm.kernels.router import cuda
-from jaxllm.layers.linear import param
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.quantize import Declared, param
 from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.expert import choose_method, experts
 from jaxllm.parallel.layout import Layout
@@ -114,8 +114,8 @@ class MoE(nnx.Module):
     def __init__(
         self,
         router: Router,
-        gate_up: ParamSpec,
-        down: ParamSpec,
+        gate_up: Declared,
+        down: Declared,
         shared: GatedMLP | None,
         layout: Layout,
         *,

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jaxllm.kernels.linear.reference import rms_norm
-from jaxllm.layers.linear import param
+from jaxllm.layers.quantize import param
 from jaxllm.parallel.params import ParamSpec
 
 

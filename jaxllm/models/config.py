@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxllm.layers.mla import LatentConfig
 from jaxllm.layers.rope import RopeConfig
+from jaxllm.models.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class ModelConfig:
     """Regular expressions of the checkpoint's tensors that the decoder does without."""
     dtype: str = "float32"
     """The checkpoint's own dtype."""
+    quantization: Quantization | None = None
+    """Which matrices are kept in fewer bits, and how."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

@@ -28,8 +28,10 @@ from jaxllm.layers.mla import MLA, LatentConfig
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.moe import MoE, Router
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.quantize import Declared
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
+from jaxllm.models.quantization import HEAD
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
@@ -47,7 +49,7 @@ class Block(nnx.Module):
         attention, mlp = "self_attn.", "mlp."
         self.layout = layout
 
-        def row(weight: ParamSpec, bias: str | None, axis: str) -> RowLinear:
+        def row(weight: Declared, bias: str | None, axis: str) -> RowLinear:
             bias_spec = None if bias is None else specs.replicated(bias)
             return RowLinear(weight, bias_spec, axes=layout.axes(axis))
 
@@ -177,7 +179,7 @@ class Decoder(nnx.Module):
         )
         self.layers = nnx.List([Block(cfg, layout, i) for i in indices])
         self.norm = RMSNorm(specs.norm("model.norm", cfg.hidden_size), cfg.norm_eps) if last else None
-        self.head = table(specs.vocab("lm_head.weight")) if last and not tied else None
+        self.head = table(specs.head()) if last and not tied else None
 
     def __call__(self, x: jax.Array, kv: list[KVPages], batch: AttentionBatch) -> tuple[jax.Array, list[KVPages]]:
         """Hidden states x_TD of a step's tokens after these layers, and the pages with their keys and values written.
@@ -342,6 +344,20 @@ class _Specs:
         mesh_axes = self.layout.mesh_axes(axes)
         return ParamSpec(shape, self.layout.dtype, mesh_axes, tuple(merged), axis, stacked=stacked)
 
+    def _matrix(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        segments: list[Segment],
+        axis: int = 0,
+        stacked: bool = False,
+    ) -> Declared:
+        """A matrix, or a stack of them, that is quantised where the model is."""
+        spec, quantization = self._spec(shape, axes, segments, axis, stacked), self.cfg.quantization
+        if quantization is None or not quantization.applies(spec.names()):
+            return spec
+        return spec.quantize(quantization.format, 1 if axes[-1] is None else self.layout.size(axes[-1]))
+
     def norm(self, name: str, size: int) -> ParamSpec:
         segment = Segment(f"{self.prefix}{name}.weight", 0, size)
         return ParamSpec((size,), np.dtype(np.float32), (None,), (segment,), offset=self.cfg.norm_offset)
@@ -350,7 +366,7 @@ class _Specs:
         D = self.cfg.hidden_size
         return self._spec((D,), (None,), [Segment(self.prefix + name, 0, D)])
 
-    def qkv(self, kind: str) -> ParamSpec:
+    def qkv(self, kind: str) -> Declared:
         """Each rank's rows are its query heads, then its key heads, then its value heads."""
         names = {n: f"{self.prefix}self_attn.{n}_proj.{kind}" for n in "qkv"}
         H = self.cfg.head_dim
@@ -362,35 +378,37 @@ class _Specs:
         rows = self.heads.ranks * (self.heads.q_heads + 2 * self.heads.kv_heads) * H
         return self._rows(kind, rows, "heads", segments)
 
-    def latents(self, sizes: LatentConfig) -> ParamSpec:
+    def latents(self, sizes: LatentConfig) -> Declared:
         """The latent of queries, if there is one, that of keys and values, and the heads' common key: on every rank."""
         attention, rank = f"{self.prefix}self_attn.", sizes.query_rank or 0
         segments = [Segment(attention + "q_a_proj.weight", 0, rank)] if rank else []
         segments.append(Segment(attention + "kv_a_proj_with_mqa.weight", 0, sizes.width))
-        return self._spec((rank + sizes.width, self.cfg.hidden_size), (None, None), segments)
+        return self._matrix((rank + sizes.width, self.cfg.hidden_size), (None, None), segments)
 
-    def latent_queries(self, sizes: LatentConfig) -> ParamSpec:
+    def latent_queries(self, sizes: LatentConfig) -> Declared:
         """The query heads of each rank, made from their latent or from x."""
         name = "q_proj" if sizes.query_rank is None else "q_b_proj"
-        return self._head_rows(name, sizes.nope + sizes.rope, sizes.query_rank or self.cfg.hidden_size)
+        return self._matrix(*self._head_rows(name, sizes.nope + sizes.rope, sizes.query_rank or self.cfg.hidden_size))
 
     def latent_up(self, sizes: LatentConfig) -> ParamSpec:
-        """Keys and values of the heads of each rank, made from their latent."""
-        return self._head_rows("kv_b_proj", sizes.nope + sizes.value, sizes.rank)
+        """Keys and values of the heads of each rank, made from their latent. Never quantised: it is absorbed."""
+        return self._spec(*self._head_rows("kv_b_proj", sizes.nope + sizes.value, sizes.rank))
 
-    def _head_rows(self, name: str, width: int, columns: int) -> ParamSpec:
+    def _head_rows(
+        self, name: str, width: int, columns: int
+    ) -> tuple[tuple[int, ...], tuple[str | None, ...], list[Segment]]:
         ranks = range(self.heads.ranks)
         name = f"{self.prefix}self_attn.{name}.weight"
         segments = [s for rank in ranks for s in self.heads.q_segments(name, rank, width)]
-        return self._spec((len(ranks) * self.heads.q_heads * width, columns), ("heads", None), segments)
+        return (len(ranks) * self.heads.q_heads * width, columns), ("heads", None), segments
 
-    def attention_out(self) -> ParamSpec:
+    def attention_out(self) -> Declared:
         """Columns are the query heads of each rank, padded so that they can be split further (HELIX)."""
         name, H = f"{self.prefix}self_attn.o_proj.weight", self.cfg.head_dim
         if self.cfg.latent is not None:
             H = self.cfg.latent.value
         columns, segments = self._padded_heads(name, H)
-        return self._spec((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
+        return self._matrix((self.cfg.hidden_size, columns), (None, "head_out"), segments, axis=1)
 
     def sinks(self) -> ParamSpec:
         """One for each head, as the columns of the output projection have them."""
@@ -405,7 +423,7 @@ class _Specs:
         segments = [s for rank in ranks for s in (*self.heads.q_segments(name, rank, H), *padding)]
         return self.heads.ranks * (self.heads.q_heads + len(padding)) * H, segments
 
-    def gate_up(self, kind: str, mlp: str, F: int) -> ParamSpec:
+    def gate_up(self, kind: str, mlp: str, F: int) -> Declared:
         """Each rank's rows are its gate rows, then its up rows."""
         ranks = self.layout.size("ffn")
         segments = [
@@ -416,11 +434,11 @@ class _Specs:
         ]
         return self._rows(kind, 2 * ranks * ceil_div(F, ranks), "ffn", segments)
 
-    def down(self, mlp: str, F: int) -> ParamSpec:
+    def down(self, mlp: str, F: int) -> Declared:
         ranks = self.layout.size("ffn")
         name = f"{self.prefix}{mlp}down_proj.weight"
         segments = [s for rank in range(ranks) for s in split_segments(name, F, ranks, rank)]
-        return self._spec((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
+        return self._matrix((self.cfg.hidden_size, ranks * ceil_div(F, ranks)), (None, "ffn"), segments, axis=1)
 
     def router(self, experts: ExpertsConfig) -> ParamSpec:
         name = f"{self.prefix}{experts.names.module}.{experts.names.router}.weight"
@@ -434,11 +452,11 @@ class _Specs:
         name = f"{self.prefix}{experts.names.module}.gate.e_score_correction_bias"
         return ParamSpec((experts.count,), np.dtype(np.float32), (None,), (Segment(name, 0, experts.count),))
 
-    def expert_gate_up(self, experts: ExpertsConfig) -> ParamSpec:
+    def expert_gate_up(self, experts: ExpertsConfig) -> Declared:
         """Of each expert, each rank's rows are its gate rows, then its up rows."""
         rows, segments = self._expert_rows(experts, "weight")
         shape = (experts.count, rows, self.cfg.hidden_size)
-        return self._spec(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
+        return self._matrix(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
 
     def _expert_rows(self, experts: ExpertsConfig, kind: str) -> tuple[int, list[Segment]]:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
@@ -463,7 +481,7 @@ class _Specs:
             segments += [Segment(None, 0, (ranks - 1) * D)] if ranks > 1 else []
         return first, self._spec((experts.count, ranks * D), axes, segments, axis=1, stacked=True)
 
-    def expert_down(self, experts: ExpertsConfig) -> ParamSpec:
+    def expert_down(self, experts: ExpertsConfig) -> Declared:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
         segments = [
             s
@@ -472,18 +490,24 @@ class _Specs:
             for s in split_segments(self._expert(names, number, names.down), F, ranks, rank)
         ]
         shape = (experts.count, self.cfg.hidden_size, ranks * ceil_div(F, ranks))
-        return self._spec(shape, ("experts", None, "expert_ffn"), segments, axis=2, stacked=True)
+        return self._matrix(shape, ("experts", None, "expert_ffn"), segments, axis=2, stacked=True)
 
     def _expert(self, names: ExpertNames, number: int, part: str, kind: str = "weight") -> str:
         return f"{self.prefix}{names.module}.experts.{number}.{part}.{kind}"
 
     def vocab(self, name: str) -> ParamSpec:
+        return self._spec(*self._vocab_rows(name))
+
+    def head(self) -> Declared:
+        return self._matrix(*self._vocab_rows(HEAD))
+
+    def _vocab_rows(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...], list[Segment]]:
         ranks, V = self.layout.size("vocab"), self.cfg.vocab_size
         segments = [s for rank in range(ranks) for s in split_segments(name, V, ranks, rank)]
-        return self._spec((ranks * ceil_div(V, ranks), self.cfg.hidden_size), ("vocab", None), segments)
+        return (ranks * ceil_div(V, ranks), self.cfg.hidden_size), ("vocab", None), segments
 
-    def _rows(self, kind: str, rows: int, axis: str, segments: list[Segment]) -> ParamSpec:
+    def _rows(self, kind: str, rows: int, axis: str, segments: list[Segment]) -> Declared:
         """A matrix `[rows, D]` or its bias `[rows]`, split by rows."""
         if kind == "bias":
             return self._spec((rows,), (axis,), segments)
-        return self._spec((rows, self.cfg.hidden_size), (axis, None), segments)
+        return self._matrix((rows, self.cfg.hidden_size), (axis, None), segments)

@@ -20,7 +20,7 @@ from jaxllm.parallel.layout import Layout
 from jaxllm.plan.collectives import Collective, collectives
 from jaxllm.plan.gpus import Gpu
 from jaxllm.plan.roofline import Load, Roofline, Speed
-from jaxllm.plan.sizes import Model, Sizes
+from jaxllm.plan.sizes import Model, Sizes, quantized
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(jnp.bfloat16)}
 
@@ -103,12 +103,19 @@ def make_plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, lo
 
 
 def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: Load | None = None) -> Plan:
+    problem = ""
+    try:
+        model = quantized(model, config)
+    except ValueError as error:
+        problem = str(error)
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
     kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else DTYPES[config.kv_cache_config.dtype]
     page = config.kv_cache_config.tokens_per_block
     defaults = DEFAULTS["gpu"]
     plan = Plan(model, config, mapping, gpu, usable_memory(gpu), str(dtype), str(kv_dtype))
     notes = [model.refusal] if model.refusal else []
+    if problem:
+        return replace(plan, problems=(problem,), notes=tuple(notes))
     try:
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
@@ -226,7 +233,9 @@ def _gib(size: int) -> str:
 def _nearest(model: Model, config: EngineConfig, asked: Mapping, gpu: Gpu, count: int = 3) -> list[Mapping]:
     """Layouts that fit: of the same kind and number of devices if there are any, else with the fewest more."""
     axes = [axis for axis, size in zip(AXES, asked.shape, strict=True) if size > 1 or axis in ("pp", "tp")]
-    smallest = 1 if model.config is None else DTYPES[config.dtype if config.dtype != "auto" else model.dtype].itemsize
+    smallest: float = DTYPES[config.dtype if config.dtype != "auto" else model.dtype].itemsize
+    if model.config is None or model.config.quantization is not None or config.quantization is not None:
+        smallest = 0.5
 
     def distance(mapping: Mapping) -> tuple[float, int]:
         return sum(abs(math.log2(a / b)) for a, b in zip(mapping.shape, asked.shape, strict=True)), -mapping.tp

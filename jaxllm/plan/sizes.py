@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Mapping as TypingMapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from jaxllm.config import EngineConfig
 from jaxllm.kernels.grouped_matmul.reference import ROOM
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes, param_specs
+from jaxllm.models.quantization import choose
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec
 
@@ -142,6 +143,17 @@ class Model:
     refusal: str | None = None
 
 
+def quantized(model: Model, config: EngineConfig) -> Model:
+    """The model with its matrices as the settings want them kept. Raises ValueError."""
+    if model.config is None:
+        return model
+    head, widen = config.quantize_lm_head, config.dequantize_weights
+    chosen = choose(model.config.quantization, config.quantization, head=head, widen=widen)
+    return (
+        model if chosen == model.config.quantization else dense(model.name, replace(model.config, quantization=chosen))
+    )
+
+
 def dense(name: str, cfg: ModelConfig) -> Model:
     """A model that the engine runs."""
     parameters = active = sum(math.prod(shape) for shape in checkpoint_shapes(cfg).values())
@@ -150,7 +162,7 @@ def dense(name: str, cfg: ModelConfig) -> Model:
         active -= sum(map(cfg.sparse, range(cfg.num_layers))) * (cfg.experts.count - cfg.experts.chosen) * each
     return Model(
         name=name,
-        kind=cfg.family,
+        kind=cfg.family if cfg.quantization is None else f"{cfg.family}, {cfg.quantization.format.kind} weights",
         num_layers=cfg.num_layers,
         num_heads=cfg.num_heads,
         num_kv_heads=cfg.num_kv_heads,
@@ -173,17 +185,17 @@ def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
     layers: dict[bool, tuple[Weight, ...]] = {}
     for sparse in set(kinds):
         one = replace(cfg, num_layers=1, layer_windows=(), sparse_layers=(sparse,))
-        specs = param_specs(one, layout)
-        layers[sparse] = tuple(_weight(path, spec, cfg) for path, spec in specs.items() if path.startswith("layers."))
-    embed = _weight("embed.weight", specs["embed.weight"], cfg)
+        weights = _weights(param_specs(one, layout), cfg, layout)
+        layers[sparse] = tuple(weight for path, weight in weights.items() if path.startswith("layers."))
+    embed = weights["embed.weight"]
     heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
     flops = 4 * heads.q_heads * cfg.head_dim
     return Sizes(
         layout=layout,
         embed=replace(embed, lookup=True),
         layers=tuple(layers[kind] for kind in kinds),
-        norm=_weight("norm.weight", specs["norm.weight"], cfg),
-        head=embed if cfg.tie_embeddings else _weight("head.weight", specs["head.weight"], cfg),
+        norm=weights["norm.weight"],
+        head=embed if cfg.tie_embeddings else weights["head.weight"],
         tied=cfg.tie_embeddings,
         cache=Cache((heads.kv_heads * cfg.head_dim,) * (1 if cfg.has_latents else 2), flops, flops),
         padded_vocab=embed.shape[0],
@@ -201,6 +213,21 @@ def _ffn_width(cfg: ModelConfig, layout: Layout, sparse: bool) -> int:
     return math.ceil(share * (cfg.experts.width / layout.size("expert_ffn") + cfg.hidden_size))
 
 
-def _weight(path: str, spec: ParamSpec, cfg: ModelConfig) -> Weight:
-    choice = None if cfg.experts is None or not spec.stacked else (cfg.experts.chosen, cfg.experts.count)
-    return Weight(path, spec.shape, np.dtype(spec.dtype).itemsize, spec.axes, choice)
+def _weights(specs: TypingMapping[str, ParamSpec], cfg: ModelConfig, layout: Layout) -> dict[str, Weight]:
+    """Parameters by their paths; the arrays of a quantised one as one, with the bytes that its elements take in all."""
+    found: dict[str, Weight] = {}
+    for path, spec in specs.items():
+        choice = None if cfg.experts is None or not spec.stacked else (cfg.experts.chosen, cfg.experts.count)
+        whole = spec if spec.part is None else spec.part.whole
+        path = path if spec.part is None else path.removesuffix(f".{spec.part.name}")
+        one = Weight(path, whole.shape, 0.0, whole.axes, choice)
+        # Scales may be on more devices than the matrix.
+        each = spec.nbytes / _shards(spec.axes, layout) * _shards(whole.axes, layout) / one.elements
+        found[path] = replace(one, itemsize=each + (found[path].itemsize if path in found else 0.0))
+    return found
+
+
+def _shards(axes: tuple[tuple[str, ...] | None, ...], layout: Layout) -> int:
+    """Devices that an array is split over."""
+    sizes = {"cp": layout.mapping.cp, "ep": layout.mapping.ep, "tp": layout.mapping.tp}
+    return math.prod(sizes[axis] for names in axes for axis in names or ())

@@ -7,16 +7,17 @@ sharded, so that every layout of a dummy model computes the same function.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.kernels.linear.quantized import nearest, pack
 from jaxllm.parallel.mesh import sharding
-from jaxllm.parallel.params import ParamSpec
+from jaxllm.parallel.params import ParamSpec, Part
 
 
 def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> dict[str, jax.Array]:
@@ -27,12 +28,20 @@ def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> d
     """
     makers: dict[tuple[object, ...], jax.stages.Wrapped] = {}
     params = {}
+    signature: tuple[object, ...]
+    arguments: tuple[object, ...]
     for path, spec in specs.items():
         layout = sharding(mesh, spec.axes)
-        if len(spec.shape) == 1 and (spec.axes == (None,) or "norm" in path) and "bias" not in path:
+        make: Callable[..., jax.Array]
+        if spec.part is not None and spec.part.name != "values":
+            params[path] = _constant(path, spec, spec.part, layout)
+            continue
+        if spec.part is not None:
+            signature, make, arguments = _quantized(spec, spec.part, seed)
+        elif len(spec.shape) == 1 and (spec.axes == (None,) or "norm" in path) and "bias" not in path:
             make = partial(_ones, spec.shape, spec.dtype)
-            signature: tuple[object, ...] = ("ones", spec.shape, spec.dtype, spec.axes)
-            arguments: tuple[object, ...] = ()
+            signature = ("ones", spec.shape, spec.dtype, spec.axes)
+            arguments = ()
         else:
             make = partial(_stack if spec.stacked else _uniform, spec.shape, spec.dtype, spec.axis)
             signature = ("uniform", spec.shape, spec.dtype, spec.axes, spec.axis, spec.stacked)
@@ -41,6 +50,24 @@ def dummy_params(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int = 0) -> d
             makers[signature] = jax.jit(make, out_shardings=layout)
         params[path] = makers[signature](*arguments)
     return params
+
+
+def _quantized(
+    spec: ParamSpec, part: Part, seed: int
+) -> tuple[tuple[object, ...], Callable[..., jax.Array], tuple[object, ...]]:
+    """Signature, maker and arguments of the values of a quantised matrix: the numbers that it would have, rounded."""
+    whole, kept = part.whole, part.format
+    signature = ("values", kept, spec.shape, spec.axes, spec.axis, spec.stacked)
+    numbers = partial(_stack if spec.stacked else _uniform, whole.shape, np.dtype(np.float32), whole.axis)
+    arguments = (np.uint32(seed % 2**32), *_rows(whole), np.float32(kept.limit))
+    return signature, lambda *rows: pack(nearest(numbers(*rows), kept), kept), arguments
+
+
+def _constant(path: str, spec: ParamSpec, part: Part, layout: NamedSharding) -> jax.Array:
+    """Zero points of a quantised matrix, or its scales: those of numbers that reach as far as their distribution."""
+    value = _limit(path, part.whole) / part.format.limit if part.name == "scale" else 0.0
+    shard = np.full(layout.shard_shape(spec.shape), value, spec.dtype)
+    return jax.make_array_from_callback(spec.shape, layout, lambda index: shard)
 
 
 def _rows(spec: ParamSpec) -> tuple[np.ndarray, np.ndarray]:

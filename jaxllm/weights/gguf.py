@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxllm.kernels.linear.blocks import Blocks, Packing
 from jaxllm.weights.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
-from jaxllm.weights.source import CheckpointError, TensorInfo, bounds, prefetch, release
+from jaxllm.weights.source import CheckpointError, NoScales, TensorInfo, bounds, prefetch, release
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -68,7 +68,7 @@ def hf_name(name: str, architecture: str) -> str:
     return f"model.layers.{match[1]}.{table[match[2]]}.{match[3]}"
 
 
-class GGUFSource:
+class GGUFSource(NoScales):
     """A GGUF file as a `Source`; quantised tensors read as float32.
 
     `header.metadata` has the metadata. `rope_factors` is llama.cpp's divisor per rope frequency ([head_dim / 2],

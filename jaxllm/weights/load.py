@@ -16,6 +16,7 @@ from jaxllm.kernels.linear.blocks import Packing
 from jaxllm.parallel.mesh import sharding
 from jaxllm.parallel.params import ParamSpec
 from jaxllm.weights.packed import choose_packings, read_packed, unpacked_ranges
+from jaxllm.weights.quantized import load_quantized, rounded
 from jaxllm.weights.source import CheckpointError, Source, bounds, unreadable
 
 IGNORED = (
@@ -53,26 +54,42 @@ def load_params(
     check(specs, shapes, source, ignore)
     layouts = {path: sharding(mesh, spec.axes) for path, spec in specs.items()}
     packings = choose_packings(specs, layouts, source) if keep_quantized else {}
-    costs = {path: _host_bytes(spec, packings.get(path), layouts[path]) for path, spec in specs.items()}
+    groups: dict[str, dict[str, str]] = {}  # the paths of a parameter's parts by their names; "" for one that has none
+    for path, spec in specs.items():
+        key = path if spec.part is None else path.removesuffix(f".{spec.part.name}")
+        groups.setdefault(key, {})["" if spec.part is None else spec.part.name] = path
+
+    def load_group(paths: Mapping[str, str]) -> dict[str, jax.Array]:
+        if "" in paths:
+            path = paths[""]
+            return {path: _load_one(specs[path], packings.get(path), layouts[path], source)}
+        parts = {name: specs[path] for name, path in paths.items()}
+        found = load_quantized(parts, {name: layouts[path] for name, path in paths.items()}, source)
+        return {path: found[name] for name, path in paths.items()}
+
+    costs = {
+        key: sum(_host_bytes(specs[path], packings.get(path), layouts[path]) for path in paths.values())
+        for key, paths in groups.items()
+    }
     budget = max(costs.values(), default=0)
     workers = min(4, os.cpu_count() or 1)
     params: dict[str, jax.Array] = {}
-    pending: deque[tuple[str, Future[jax.Array]]] = deque()
+    pending: deque[tuple[str, Future[dict[str, jax.Array]]]] = deque()
     in_flight = 0
     with _bar(sum(costs.values()), progress) as bar, ThreadPoolExecutor(workers, "load") as pool:
 
         def finish_oldest() -> int:
-            path, future = pending.popleft()
-            params[path] = future.result()
-            bar.update(costs[path])
-            return costs[path]
+            key, future = pending.popleft()
+            params.update(future.result())
+            bar.update(costs[key])
+            return costs[key]
 
         try:
-            for path, spec in specs.items():
-                while pending and (in_flight + costs[path] > budget or len(pending) > workers):
+            for key, paths in groups.items():
+                while pending and (in_flight + costs[key] > budget or len(pending) > workers):
                     in_flight -= finish_oldest()
-                pending.append((path, pool.submit(_load_one, spec, packings.get(path), layouts[path], source)))
-                in_flight += costs[path]
+                pending.append((key, pool.submit(load_group, paths)))
+                in_flight += costs[key]
             while pending:
                 finish_oldest()
         finally:
@@ -159,7 +176,13 @@ def read_slice(spec: ParamSpec, ranges: Sequence[tuple[int, int]], source: Sourc
                 target[...] = 0
             else:
                 rows = slice(segment.start + low - at, segment.start + high - at)
-                values = source.read(segment.name, (*before, rows, *after))
+                index = (*before, rows, *after)
+                if spec.rounded is None or source.quantization(segment.name) == spec.rounded:
+                    values = source.read(segment.name, index)
+                else:
+                    # The largest number of a whole row decides.
+                    row = source.read(segment.name, (index[0], slice(None)))
+                    values = rounded(row, spec.rounded)[:, index[1]]
                 if spec.offset:
                     values = values.astype(np.float32) + np.float32(spec.offset)
                 if target.shape == out.shape and values.dtype == out.dtype:

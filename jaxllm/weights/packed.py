@@ -24,7 +24,8 @@ def choose_packings(
         names = [name for name in spec.names() if name in source.tensors]
         kinds = {source.packing(name) for name in names}
         kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is not None and len(spec.shape) == 2 and spec.dtype == np.float32 and not spec.offset:
+        plain = spec.part is None and len(spec.shape) == 2 and spec.dtype == np.float32 and not spec.offset
+        if kind is not None and plain:
             rows, columns = layouts[path].shard_shape(spec.shape)
             edges = [edge for s in spec.segments for edge in (s.start, s.stop)] if spec.axis == 1 else []
             if not rows % ROWS and not columns % BLOCK and not any(edge % BLOCK for edge in edges):

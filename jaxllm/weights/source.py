@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxllm.formats import Format
 from jaxllm.kernels.linear.blocks import Blocks, Packing
 
 
@@ -41,6 +42,16 @@ class TensorInfo:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Rows of a quantised matrix: values [rows, columns] in e4m3 or int8, one an element; scale float32 and zero int8
+    [rows, G], those of all groups of the row, whatever the columns."""
+
+    values: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None = None
+
+
 class Source(Protocol):
     """A checkpoint. Tensor names are Hugging Face's, matrices are [out, in]. Reading is thread-safe."""
 
@@ -65,11 +76,27 @@ class Source(Protocol):
     def read_blocks(self, name: str, index: tuple[slice, slice]) -> Blocks:
         """`tensor[index]` as it is quantised; columns start and end between blocks. Only if `packing` is not None."""
 
+    def quantization(self, name: str) -> Format | None:
+        """How `read_quantized` returns this tensor; None where it only reads as numbers."""
+
+    def read_quantized(self, name: str, rows: slice, columns: slice) -> QuantizedRows:
+        """`tensor[rows, columns]` as it is quantised. Only if `quantization` is not None."""
+
     def close(self) -> None:
         """Releases files and mappings; the source cannot be used afterwards."""
 
 
-class Unquantised:
+class NoScales:
+    """What a source has that knows nothing of matrices with scales beside them."""
+
+    def quantization(self, name: str) -> Format | None:
+        return None
+
+    def read_quantized(self, name: str, rows: slice, columns: slice) -> QuantizedRows:
+        raise CheckpointError(name, "is not quantised")
+
+
+class Unquantised(NoScales):
     """What a source whose tensors are all plain arrays has in place of blocks."""
 
     def packing(self, name: str) -> Packing | None:

@@ -113,6 +113,25 @@ def test_experts(model: str, layout: dict[str, Any]) -> None:
     check(MODEL.parent / model, **SIZES, **layout)
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        slow(MODEL, {"quantization": "fp8"}),
+        (MODEL, {"quantization": "fp8", "quantize_lm_head": True, "tensor_parallel_size": 3}),
+        slow(MODEL, {"quantization": "int8", "pipeline_parallel_size": 2}),
+        slow(MODEL.parent / "mixtral", {"quantization": "fp8", "moe_expert_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_quantised(model: Any, settings: dict[str, Any]) -> None:
+    wide = SIZES | {"kv_cache_config": {"tokens_per_block": 4, "max_tokens": 256}}
+    plan = check(model, **wide, **settings)
+    settings = {**settings, "quantization": None, "quantize_lm_head": False}
+    config = EngineConfig(model=str(model), **wide, **settings)
+    unquantised = make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
+    assert plan.stages[0].weights < 0.7 * unquantised.stages[0].weights
+
+
 def test_the_page_pool_is_a_good_part_of_it() -> None:
     """Otherwise the test above would see nothing but weights."""
     few = check(MODEL, **SIZES)

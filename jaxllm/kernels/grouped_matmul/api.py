@@ -10,6 +10,7 @@ import jax
 from jax import lax
 
 from jaxllm.kernels.grouped_matmul import cuda, reference
+from jaxllm.kernels.linear.quantized import Weight
 
 PLATFORMS: dict[str, tuple[ModuleType, ...]] = {"cuda": (cuda,)}
 """Modules in the order in which their `choose(x, chosen, gate_up, down, *, activation, of)` is asked for a function of
@@ -21,8 +22,8 @@ def experts(
     x_TD: jax.Array,
     chosen_TX: jax.Array,
     weights_TX: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EFD: Weight,
+    down_EDF: Weight,
     *,
     activation: str,
     of: int,
@@ -36,7 +37,7 @@ def experts(
       x_TD: tokens, any float dtype.
       chosen_TX: int32, a token's experts, each once; those outside of [0, E) are somebody else's, and add nothing.
       weights_TX: float32, what their results are multiplied with.
-      gate_up_EFD: [E, 2 * F, D], the rows of gate, then those of up.
+      gate_up_EFD: [E, 2 * F, D], the rows of gate, then those of up; may be quantised, as down_EDF.
       down_EDF: [E, D, F].
       activation: as `kernels.linear.reference.gated` knows them.
       of: experts that the X are chosen from, E or more: how many tokens an expert can expect.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.bins import Bins
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight, dequantize, unpack
 from jaxllm.kernels.linear.reference import gated
 
 FEW = 64
@@ -29,8 +30,8 @@ def experts(
     x_TD: jax.Array,
     chosen_TX: jax.Array,
     weights_TX: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EFD: Weight,
+    down_EDF: Weight,
     *,
     activation: str,
     of: int,
@@ -45,13 +46,13 @@ def experts(
         first, second = (None, None) if biases is None else biases
         gate, up = jnp.split(_add(y_ECF, first).astype(x_TD.dtype), 2, axis=-1)
         y = gated(gate, up, activation)
-        y_ECD = jnp.einsum("ecf,edf->ecd", y, down_EDF, preferred_element_type=jnp.float32)
+        y_ECD = _product("ecf,edf->ecd", y, down_EDF)
         return _add(y_ECD, second).astype(x_TD.dtype)
 
     if room == T:
         weight_TE = (weights_TX[:, :, None] * (chosen_TX[:, :, None] == jnp.arange(E))).sum(axis=1)
         # One product with all experts' rows, which no batched one is as fast as.
-        y_ETF = jnp.einsum("td,efd->etf", x_TD, gate_up_EFD, preferred_element_type=jnp.float32)
+        y_ETF = _product("td,efd->etf", x_TD, gate_up_EFD)
         y_ETD = expert(y_ETF)
         return (y_ETD.astype(jnp.float32) * weight_TE.T[:, :, None]).sum(axis=0)
     bins = Bins.sort(chosen_TX, E)
@@ -63,7 +64,7 @@ def experts(
         start, out_TD = state
         token_EC = bins.tokens(start, room)
         x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
-        y_ECF = jnp.einsum("ecd,efd->ecf", x_ECD, gate_up_EFD, preferred_element_type=jnp.float32)
+        y_ECF = _product("ecd,efd->ecf", x_ECD, gate_up_EFD)
         y_ECD = expert(y_ECF)
         place_TX, here_TX = bins.places(chosen_TX, start, room)
         y_TXD = jnp.where(here_TX[:, :, None], y_ECD.reshape(-1, D)[place_TX], 0)
@@ -75,3 +76,13 @@ def experts(
 
 def _add(y_ECF: jax.Array, bias_EF: jax.Array | None) -> jax.Array:
     return y_ECF if bias_EF is None else y_ECF + bias_EF[:, None].astype(jnp.float32)
+
+
+def _product(pattern: str, x: jax.Array, weight_EFD: Weight) -> jax.Array:
+    """[E, C, F] in float32."""
+    if not isinstance(weight_EFD, QuantizedWeight):
+        return jnp.einsum(pattern, x, weight_EFD, preferred_element_type=jnp.float32)
+    if weight_EFD.format.group is not None or weight_EFD.zero is not None:
+        return jnp.einsum(pattern, x, dequantize(weight_EFD, x.dtype), preferred_element_type=jnp.float32)
+    y_ECF = jnp.einsum(pattern, x, unpack(weight_EFD).astype(x.dtype), preferred_element_type=jnp.float32)
+    return y_ECF * weight_EFD.scale[:, None, :, 0]

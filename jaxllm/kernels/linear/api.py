@@ -5,15 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.linear import cpu, cuda, packed, reference
+from jaxllm.kernels.linear import cpu, cuda, packed, quantized, reference
 from jaxllm.kernels.linear.blocks import ROWS
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
 
 IMPLEMENTATIONS = (packed.matmul, cpu.matmul, cuda.matmul)
 
 
-def matmul(x: jax.Array, weight_FD: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """`x[..., D] @ weight.T`, `[..., F]` in `dtype`, accumulated in float32 whatever the dtypes; or a packed weight."""
+def matmul(x: jax.Array, weight_FD: Weight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """`x[..., D] @ weight.T`, `[..., F]` in `dtype`, accumulated in float32 whatever the dtypes.
+
+    The weight may be packed, or quantised.
+    """
+    if isinstance(weight_FD, QuantizedWeight):
+        return quantized.matmul(x, weight_FD, dtype)
     reasons = []
     for implementation in IMPLEMENTATIONS:
         try:
@@ -27,7 +33,7 @@ def matmul(x: jax.Array, weight_FD: jax.Array, dtype: jax.typing.DTypeLike = jnp
 
 def linear(
     x_TD: jax.Array,
-    weight_FD: jax.Array,
+    weight_FD: Weight,
     *,
     norm: Norm | None = None,
     bias_F: jax.Array | None = None,
@@ -45,6 +51,8 @@ def linear(
     try:
         if bias_F is not None:
             raise NotImplementedError("no kernel has a bias")
+        if isinstance(weight_FD, QuantizedWeight):
+            raise NotImplementedError("no kernel takes quantised weights")
         return cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     except NotImplementedError:
         return reference.linear(
@@ -52,8 +60,8 @@ def linear(
         )
 
 
-def num_rows(weight_FD: jax.Array) -> int:
-    """F of a plain or packed weight."""
+def num_rows(weight_FD: Weight) -> int:
+    """F of a plain, packed or quantised weight."""
     return weight_FD.shape[0] * (ROWS if packed.is_packed(weight_FD) else 1)
 
 

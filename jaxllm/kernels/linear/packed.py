@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 from jax import lax
 
 from jaxllm.kernels.linear.blocks import BLOCK, ROWS, Blocks, Packing, pack
+from jaxllm.kernels.linear.quantized import Weight
 from jaxllm.kernels.native import build
 
 
-def is_packed(weight: jax.Array) -> bool:
+def is_packed(weight: Weight) -> TypeGuard[jax.Array]:
     """Whether a weight is packed; no other weight is uint8."""
     return bool(weight.dtype == jnp.uint8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,15 @@ def rms_norm(x: jax.Array, norm: Norm) -> jax.Array:
 
 def linear(
     x: jax.Array,
-    weight_FD: jax.Array,
+    weight_FD: Any,
     *,
     norm: Norm | None = None,
     bias_F: jax.Array | None = None,
     activation: str | None = None,
     residual: jax.Array | None = None,
-    matmul: Callable[[jax.Array, jax.Array, jax.typing.DTypeLike], jax.Array] = matmul,
+    matmul: Callable[[jax.Array, Any, jax.typing.DTypeLike], jax.Array] = matmul,
 ) -> jax.Array:
-    """See `api.linear`; step by step, with this `matmul`."""
+    """See `api.linear`; step by step, with this `matmul`, and a weight that it takes."""
     y = x if norm is None else rms_norm(x, norm)
     # Not float32 that is rounded afterwards: XLA may write a large result to memory first, which costs a step of 8,192
     # tokens on an H200 5 %.
