@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from jaxllm.mapping import CpType
     from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
     from jaxllm.sampling_params import SamplingParams
+    from jaxllm.structured import StructuredOutputs
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "llm",
     "SamplingParams": "sampling_params",
+    "StructuredOutputs": "structured",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "GenerationResult": "outputs",
@@ -41,6 +43,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutputs",
     "__version__",
 ]
 

@@ -16,13 +16,13 @@ from jaxllm.sampling_params import SamplingParams
 
 # TensorRT-LLM calls the settings of an LLM by this name.
 from jaxllm.config import EngineConfig as LlmArgs  # isort: skip
+from jaxllm.structured import StructuredOutputs as GuidedDecodingParams  # isort: skip
 
 _NOT_SUPPORTED_YET = {
     "CacheTransceiverConfig": "disaggregated serving",
     "DisaggregatedParams": "disaggregated serving",
     "DraftTargetDecodingConfig": "speculative decoding",
     "EagleDecodingConfig": "speculative decoding",
-    "GuidedDecodingParams": "guided decoding",
     "LoRARequest": "LoRA",
     "MTPDecodingConfig": "speculative decoding",
     "NGramDecodingConfig": "speculative decoding",
@@ -36,6 +36,7 @@ __all__ = [
     "CpConfig",
     "CpType",
     "GenerationResult",
+    "GuidedDecodingParams",
     "KvCacheConfig",
     "LlmArgs",
     "MoeConfig",

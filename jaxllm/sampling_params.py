@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from jaxllm.structured import StructuredOutputs, StructuredOutputsError
+
 MAX_LOGPROBS = 20
 _SEED_LIMIT = 1 << 64
 
@@ -30,7 +32,6 @@ _UNSUPPORTED = {
     "embedding_bias": "it is not supported; use logit_bias={token_id: bias}",
     "logits_processor": "it is not supported; use logit_bias, bad or the penalties",
     "apply_batched_logits_processor": "it is not supported; use logit_bias, bad or the penalties",
-    "guided_decoding": "it is not supported; leave it out",
     "lookahead_config": "it is not supported; leave it out",
     "return_context_logits": "it is not supported; use prompt_logprobs",
     "return_generation_logits": "it is not supported; use logprobs",
@@ -82,7 +83,9 @@ class SamplingParams:
       end_id: replaces the model's end-of-sequence token. pad_id: accepted for compatibility; batches hold no padding.
       truncate_prompt_tokens: keep only the last so many prompt tokens.
       logprobs, prompt_logprobs: None = none, k in 0..20 = the token's own and the k likeliest, of the model's
-        distribution before temperature, penalties, bias and filters.
+        distribution before temperature, penalties, bias, filters and structured outputs.
+      structured_outputs: the form that the text must have, as StructuredOutputs or a dict of its fields; it wins over
+        min_tokens. guided_decoding: TensorRT-LLM's name for it.
 
     Raises:
       SamplingParamsError (a ValueError): any value that is out of range, or an unknown or unsupported keyword.
@@ -117,6 +120,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     exclude_input_from_output: bool = True
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    guided_decoding: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         # Runs before the generated __init__, so that an unknown keyword gets a useful message instead of a TypeError.
@@ -183,6 +188,18 @@ class SamplingParams:
         _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         for name in ("logprobs", "prompt_logprobs"):
             _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_structured()
+
+    def _check_structured(self) -> None:
+        given = self.structured_outputs
+        if self.guided_decoding is not None:
+            if given is not None:
+                raise SamplingParamsError("structured_outputs and guided_decoding are the same: give one of them")
+            given, self.guided_decoding = self.guided_decoding, None
+        try:
+            self.structured_outputs = None if given is None else StructuredOutputs.of(given)
+        except StructuredOutputsError as error:
+            raise SamplingParamsError(str(error)) from None
 
     # What the engine reads; the fields above stay as the caller wrote them.
 

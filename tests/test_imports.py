@@ -30,7 +30,7 @@ LAYERS: list[list[set[str]]] = [
     [{"models"}, {"weights"}],
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
-    [{"config"}, {"sampling_params"}],
+    [{"config"}, {"sampling_params", "structured"}],
     [{"mapping"}, {"cache"}, {"bins"}, {"formats"}],
 ]
 
@@ -38,8 +38,11 @@ NO_JAX = [
     "config",
     "mapping",
     "sampling_params",
+    "structured",
     "engine.request",
     "engine.blocks",
+    "engine.grammar",
+    "engine.grammar_check",
     "engine.scheduler",
     "engine.siblings",
     "engine.sizes",

@@ -60,7 +60,6 @@ from jaxllm.sampling_params import SamplingParams, SamplingParamsError, sequence
         ({"zzzzzzzz": 4}, ["zzzzzzzz", "the parameters are"]),
         ({"use_beam_search": True}, ["use_beam_search", "not supported", "best_of"]),
         ({"embedding_bias": None}, ["embedding_bias", "logit_bias"]),
-        ({"guided_decoding": {}}, ["guided_decoding", "not supported"]),
     ],
     ids=str,
 )

@@ -20,6 +20,8 @@ from collections import deque
 from typing import Any
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.grammar import GrammarCompiler, Guide, Guides
+from jaxllm.engine.grammar_check import GrammarError
 from jaxllm.engine.iterations import IterationLog
 from jaxllm.engine.request import FinishReason, Request, Sequence, Update
 from jaxllm.engine.results import ResultMaker
@@ -56,11 +58,14 @@ class Engine:
         self._slots = parts.slots
         self._scheduler = parts.scheduler
         self._results = ResultMaker(parts.tokenizer)
+        self._grammars = GrammarCompiler(parts.tokenizer, parts.end_token_ids)
+        self._guides = Guides(self._grammars)
         self.iterations = IterationLog()
         # A request to add, an id to cancel, (id, index) of a sequence to stop, None to shut down.
         self._inbox: queue.SimpleQueue[Request | int | tuple[int, int] | None] = queue.SimpleQueue()
         self._requests: dict[int, Request] = {}
         self._bad: dict[int, list[tuple[int, ...]]] = {}
+        self._prepared: dict[int, Guide] = {}  # of requests that the engine's thread has not seen yet
         self._death: Exception | None = None
         self._lock = threading.Lock()
         self._beat = time.monotonic()
@@ -89,10 +94,13 @@ class Engine:
         if any(len(sequence) > 1 for sequence in bad):
             for seq in request.sequences:
                 seq.wait_for_token = True
+        guide = self._guides.prepare(request)
         with self._lock:
             if self._death is not None:
                 raise EngineDeadError(str(self._death)) from self._death
             self._bad[request.request_id] = bad
+            if guide is not None:
+                self._prepared[request.request_id] = guide
             self._requests[request.request_id] = request
         self._inbox.put(request)
 
@@ -177,6 +185,7 @@ class Engine:
         for request in pending:
             self._fail(request, death)
         self._runner.release()
+        self._grammars.close()
 
     def _plain_loop(self) -> None:
         while self._take_requests(wait=True):
@@ -227,6 +236,9 @@ class Engine:
             self._fail(request, error)
         else:
             self._results.open(request)
+            guide = self._prepared.pop(request.request_id, None)
+            if guide is not None:
+                self._guides.open(request, guide)
             self._counts["requests"] += 1
 
     def _stop(self, request_id: int, index: int) -> None:
@@ -254,6 +266,9 @@ class Engine:
     def _launch(self, step: Step | LaneSteps) -> InFlight:
         for seq in step.started:
             self._start(seq)
+        masks = self._guides.masks(step, self._runner.mask_words)
+        if masks is not None:
+            self._runner.set_masks(*masks)
         self._counts["steps"] += step.repeats
         self._counts["decode_steps"] += 0 if step.prefills else step.repeats
         self.iterations.launched()
@@ -293,7 +308,7 @@ class Engine:
             if request.request_id not in self._requests:
                 continue  # dropped because of a sibling's event
             self._deliver(event, flight, last)
-            seq.quiet = not request.stream and request.request_id not in recorded
+            seq.quiet = not request.stream and request.request_id not in recorded and seq not in self._guides
             if request.finished:
                 ended.append(request)
         # Not before all events: sequences of one request may end in the same step.
@@ -320,7 +335,13 @@ class Engine:
         seq = event.seq
         reason, stop_reason = seq.finish_reason, seq.stop_reason
         try:
+            if not event.finished:
+                self._guides.accept(seq, event.token)
             found = self._results.record(event, flight)
+        except GrammarError as error:
+            self._drop(request)
+            self._fail(request, error)
+            return
         except Exception as error:
             logger.exception("request %d failed", request.request_id)
             self._drop(request)
@@ -347,9 +368,11 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         self._results.close(request)
+        self._guides.close(request)
         with self._lock:
             self._requests.pop(request.request_id, None)
             self._bad.pop(request.request_id, None)
+            self._prepared.pop(request.request_id, None)
 
     def _notify(self, request: Request, update: Update) -> bool:
         """Calls the owner back; False when the callback failed. It is logged, and not called again."""

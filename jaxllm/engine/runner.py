@@ -27,14 +27,17 @@ from jaxllm.layers.sampling import (
     PenaltyState,
     SampleOutput,
     SamplingBatch,
+    init_masks,
     init_penalties,
     reset_slots,
     sample,
+    set_masks,
 )
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 _REPEATED = (None, Variant.PLAIN)
 """What repeated steps can sample with; None: the likeliest tokens."""
+_MASKS = 16  # masks that cross to the device together
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class Runner:
         self._penalties: PenaltyState = jax.device_put(
             init_penalties(max_batch_size + 1, functions.padded_vocab), self._replicated
         )
+        self._masks = jax.device_put(init_masks(max_batch_size + 1, functions.padded_vocab), self._replicated)
         self._programs: dict[Any, Any] = {}
         self._last_bias: dict[Any, tuple[tuple[tuple[int, int, float], ...], tuple[jax.Array, ...]]] = {}
         self.clock = HostClock("schedule", "pack", "dispatch", "wait", "update")
@@ -136,7 +140,11 @@ class Runner:
                 jobs["repeated", bucket, choice] = partial(self._compile_repeated, bucket, choice)
         for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
             jobs["hidden_of", tokens] = partial(self._compile_hidden_of, tokens)
-        return jobs | {"reset": self._compile_reset, "prompt_logprobs": self._compile_prompt_logprobs}
+        return jobs | {
+            "reset": self._compile_reset,
+            "masks": self._compile_masks,
+            "prompt_logprobs": self._compile_prompt_logprobs,
+        }
 
     @property
     def num_programs(self) -> int:
@@ -190,15 +198,25 @@ class Runner:
         return stage.compile_repeated(shape, num_slots, self.repeats, self._sampler(variant), batch)
 
     def _sampler(self, variant: Variant) -> Callable[..., tuple[SampleOutput, jax.Array, PenaltyState | None]]:
-        """The sampler as a function of (logits_RV, last_token, state, batch)."""
+        """The sampler as a function of (logits_RV, last_token, state, batch, masks_WU)."""
         full = variant is not Variant.PLAIN
 
         def run(
-            logits_RV: jax.Array, last_token: jax.Array, state: PenaltyState | None, batch: SamplingBatch
+            logits_RV: jax.Array,
+            last_token: jax.Array,
+            state: PenaltyState | None,
+            batch: SamplingBatch,
+            masks_WU: jax.Array | None = None,
         ) -> tuple[SampleOutput, jax.Array, PenaltyState | None]:
             logits_RV = jax.lax.with_sharding_constraint(logits_RV, self._replicated)
             output, state = sample(
-                logits_RV, batch, state, self.vocab_size, penalties=full, num_logprobs=MAX_LOGPROBS if full else 0
+                logits_RV,
+                batch,
+                state,
+                self.vocab_size,
+                penalties=full,
+                num_logprobs=MAX_LOGPROBS if full else 0,
+                masks_WU=masks_WU,
             )
             return output, last_token.at[batch.slot].set(output.token_R), state
 
@@ -215,8 +233,10 @@ class Runner:
             np.float32,
             sharding=self.functions.layout.sharding(self.mesh, None, "vocab"),
         )
-        state = None if variant is Variant.PLAIN else self._abstract(self._penalties)
-        args = (logits, self._abstract(self._last_token), state, self._abstract_sampling(rows, variant))
+        full = variant is not Variant.PLAIN
+        state = self._abstract(self._penalties) if full else None
+        masks = self._abstract(self._masks) if full else None
+        args = (logits, self._abstract(self._last_token), state, self._abstract_sampling(rows, variant), masks)
         jitted = jax.jit(self._sampler(variant), donate_argnums=(1, 2), out_shardings=self._replicated)
         return jitted.lower(*args).compile()
 
@@ -224,6 +244,12 @@ class Runner:
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=self._replicated)  # noqa: E731
         jitted = jax.jit(reset_slots, donate_argnums=0, out_shardings=self._replicated)
         return jitted.lower(self._abstract(self._penalties), ints(1), ints(1, self.max_seq_len), ints(1)).compile()
+
+    def _compile_masks(self) -> Callable[..., Any]:
+        words = self.mask_words
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=self._replicated)  # noqa: E731
+        jitted = jax.jit(set_masks, donate_argnums=0, out_shardings=self._replicated)
+        return jitted.lower(self._abstract(self._masks), ints(_MASKS), ints(_MASKS, words)).compile()
 
     def _compile_hidden_of(self, tokens: int) -> Callable[..., Any]:
         """The hidden states of a tile's worth of a step's tokens, of which each rank has `tokens`."""
@@ -245,7 +271,7 @@ class Runner:
         for stage in self.stages:
             stage.release()
         self._programs = {}
-        del self._head, self._penalties, self._last_token, self._returned
+        del self._head, self._penalties, self._masks, self._last_token, self._returned
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
@@ -293,6 +319,24 @@ class Runner:
         tokens[0, : len(seq.tokens)] = seq.tokens
         slot, prompt = np.array([seq.slot], np.int32), np.array([seq.num_prompt], np.int32)
         self._penalties = self._programs["reset"](self._penalties, slot, tokens, prompt)
+
+    @property
+    def mask_words(self) -> int:
+        """Words of 32 bits in the mask of a slot."""
+        words: int = self._masks.shape[1]
+        return words
+
+    def set_masks(self, slots: list[int], words: np.ndarray) -> None:
+        """What the next step that samples for these slots may choose from: int32 [slots, mask_words], bit 1 = allowed.
+
+        It stays until it is set again. Only these rows cross to the device.
+        """
+        for start in range(0, len(slots), _MASKS):
+            slot = np.full(_MASKS, self.slots.spare + 1, np.int32)  # nobody's
+            part = np.zeros((_MASKS, words.shape[1]), np.int32)
+            count = min(_MASKS, len(slots) - start)
+            slot[:count], part[:count] = slots[start : start + count], words[start : start + count]
+            self._masks = self._programs["masks"](self._masks, slot, part)
 
     def _forward(self, packed: PackedStep) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if self._returned is not None:
@@ -348,9 +392,9 @@ class Runner:
                     num_outputs = int(positions_R[row]) + 1 - entry.seq.num_prompt
                     bias += [(row, token, value) for token, value in entry.step_bias(num_outputs)]
         batch = self._sampling_batch(slots_R, positions_R + 1, bias, variant)
-        state = None if variant is Variant.PLAIN else self._penalties
+        state, masks = (None, None) if variant is Variant.PLAIN else (self._penalties, self._masks)
         program = self._programs[len(slots_R), variant]
-        output, self._last_token, state = program(logits_RV, self._last_token, state, batch)
+        output, self._last_token, state = program(logits_RV, self._last_token, state, batch, masks)
         if state is not None:
             self._penalties = state
         return output

@@ -302,7 +302,7 @@ class Scheduler:
         left = [seq.max_len - 1 - position for seq, position in zip(step.decodes, step.positions, strict=True)]
         if self._waiting and (self._free_slots or len(left) < len(self._decoding) or min(left, default=0) < count):
             return False
-        if (left and max(left) < count) or any(seq.wait_for_token for seq in step.decodes):
+        if (left and max(left) < count) or any(seq.wait_for_token for seq in self._decoding):
             return False
         pages = (
             self.pool.pages_for(position + min(count, rest)) - len(seq.pages)

@@ -28,7 +28,7 @@ class Variant(Enum):
     PLAIN = "plain"
     """Temperature, top-k, top-p, min-p."""
     FULL = "full"
-    """Also penalties, logprobs, and up to MAX_BIASED_TOKENS changed logits in every row."""
+    """Also penalties, logprobs, masks of structured outputs, and up to MAX_BIASED_TOKENS changed logits per row."""
 
     def bias_capacity(self, rows: int) -> int:
         return MAX_BIASED_TOKENS * rows if self is Variant.FULL else 0
@@ -122,8 +122,10 @@ class SlotTable:
         bias += [(sequence[0], -np.inf) for sequence in bad if len(sequence) == 1]
         long_bad = [sequence for sequence in bad if len(sequence) > 1]
         min_tokens = params.min_tokens or 0
-        ends = tuple(seq.stop_ids) if min_tokens else ()
-        full = bool(bias or long_bad or ends or params.has_penalties or params.logprobs is not None)
+        constrained = params.structured_outputs is not None
+        # A form that has reached its end allows nothing but the end tokens.
+        ends = tuple(seq.stop_ids) if min_tokens and not constrained else ()
+        full = bool(bias or long_bad or ends or params.has_penalties or params.logprobs is not None or constrained)
         variant = Variant.FULL if full else None if params.greedy else Variant.PLAIN
         entry = SlotSampling(seq, variant, bias, min_tokens, ends, long_bad, params.logprobs)
         self.slots[slot] = entry

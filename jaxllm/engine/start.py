@@ -54,6 +54,7 @@ class Started:
     slots: SlotTable
     scheduler: Scheduler | Lanes
     seconds: dict[str, float]
+    end_token_ids: tuple[int, ...]
 
 
 def start(config: EngineConfig) -> Started:
@@ -133,9 +134,10 @@ def start(config: EngineConfig) -> Started:
         if platform != "cpu":
             _check_scratch(runner, mesh)
             runner.warm_up()
-    scheduler = _make_scheduler(config, sizes, lanes, num_pages, span, max_seq_len, _end_tokens(cfg, tokenizer))
+    ends = _end_tokens(cfg, tokenizer)
+    scheduler = _make_scheduler(config, sizes, lanes, num_pages, span, max_seq_len, ends)
     logger.info("ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
-    return Started(tokenizer, cfg, runner, slots, scheduler, seconds)
+    return Started(tokenizer, cfg, runner, slots, scheduler, seconds, ends)
 
 
 def model_config(files: ModelFiles) -> ModelConfig:

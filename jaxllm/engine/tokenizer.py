@@ -179,6 +179,15 @@ class Tokenizer:
             self._bytes[token_id] = found
         return found
 
+    def plain_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text, whatever the kind of vocabulary."""
+        if self.is_byte_level:
+            return self.token_bytes(token_id)
+        token = self.backend.id_to_token(token_id) or ""
+        if len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode("utf-8", "replace")
+
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
 

@@ -1,7 +1,7 @@
 """From logits to tokens on the device: penalties, bias, filters and the draw, without sorting the vocabulary.
 
 Letters of shapes: R rows of the step, V vocabulary (padded), W slots, X likeliest tokens reported, N blocks of the
-vocabulary, C blocks kept as candidates, L tokens in a block.
+vocabulary, C blocks kept as candidates, L tokens in a block, U words of 32 tokens.
 
 How a row is sampled:
 
@@ -94,6 +94,16 @@ def init_penalties(num_slots: int, padded_vocab: int) -> PenaltyState:
     return PenaltyState(jnp.zeros((num_slots, padded_vocab), jnp.int16))
 
 
+def init_masks(num_slots: int, padded_vocab: int) -> Array:
+    """i32 [W, U]: the tokens that each slot may choose from, a bit for each; all of them."""
+    return jnp.full((num_slots, -(-padded_vocab // _BLOCK) * _BLOCK // 32), -1, jnp.int32)
+
+
+def set_masks(masks_WU: Array, slot_M: Array, words_MU: Array) -> Array:
+    """The masks (to be donated) with those of M distinct slots replaced; out of range = ignored."""
+    return masks_WU.at[slot_M].set(words_MU, mode="drop")
+
+
 def reset_slots(state: PenaltyState, slot_M: Array, tokens_ML: Array, prompt_len_M: Array) -> PenaltyState:
     """Start M slots anew with the tokens their sequences hold so far.
 
@@ -124,6 +134,7 @@ def sample(
     *,
     penalties: bool,
     num_logprobs: int,
+    masks_WU: Array | None = None,
 ) -> tuple[SampleOutput, PenaltyState | None]:
     """Sample one token per row.
 
@@ -135,6 +146,8 @@ def sample(
       vocab_size: static, real tokens.
       penalties: static; False skips the penalties. The state is updated whenever it is given.
       num_logprobs: static, X likeliest tokens to report; 0 = no logprobs at all.
+      masks_WU: which tokens each slot may choose from, as `init_masks` has it; None = all. A token that is masked is
+        never chosen, whatever its bias; logprobs are those of the model without masks.
 
     Returns: (SampleOutput, the state with the sampled tokens counted).
     Raises: ValueError at trace time for penalties without a state.
@@ -144,7 +157,7 @@ def sample(
     history = state if penalties else None
 
     def rows(logits: Array, batch: SamplingBatch) -> SampleOutput:
-        return _sample_rows(logits, batch, history, vocab_size, num_logprobs)
+        return _sample_rows(logits, batch, history, masks_WU, vocab_size, num_logprobs)
 
     with jax.named_scope("sample"):
         output = lax.platform_dependent(
@@ -186,13 +199,20 @@ def _in_groups(rows: Callable[..., SampleOutput], logits_RV: Array, batch: Sampl
 
 
 def _sample_rows(
-    logits_RV: Array, batch: SamplingBatch, history: PenaltyState | None, vocab_size: int, num_logprobs: int
+    logits_RV: Array,
+    batch: SamplingBatch,
+    history: PenaltyState | None,
+    masks_WU: Array | None,
+    vocab_size: int,
+    num_logprobs: int,
 ) -> SampleOutput:
     raw_RNL = adjusted_RNL = _in_blocks(logits_RV, vocab_size)
     if batch.bias_row.shape[0]:
         adjusted_RNL = _add_bias(adjusted_RNL, batch, vocab_size)
     if history is not None:
         adjusted_RNL = _penalise(adjusted_RNL, batch, history)
+    if masks_WU is not None:
+        adjusted_RNL = _mask(adjusted_RNL, batch, masks_WU)
     return _with_logprobs(raw_RNL, _choose(adjusted_RNL, batch), num_logprobs)
 
 
@@ -237,6 +257,13 @@ def _penalise(logits_RNL: Array, batch: SamplingBatch, history: PenaltyState) ->
     count_RNL = (seen_RNL >> 1).astype(jnp.float32)
     presence = jnp.where(count_RNL > 0, batch.presence[:, None, None], 0.0)
     return logits_RNL - batch.frequency[:, None, None] * count_RNL - presence
+
+
+def _mask(logits_RNL: Array, batch: SamplingBatch, masks_WU: Array) -> Array:
+    slot = jnp.where(batch.slot < 0, masks_WU.shape[0], batch.slot)
+    words_RU = masks_WU.at[slot].get(mode="fill", fill_value=-1)
+    bits_RUB = (words_RU[:, :, None] >> lax.broadcasted_iota(jnp.int32, (1, 1, 32), 2)) & 1
+    return jnp.where(bits_RUB.reshape(logits_RNL.shape) == 1, logits_RNL, -jnp.inf)
 
 
 def _count(state: PenaltyState, slot_R: Array, token_R: Array) -> PenaltyState:
