@@ -55,8 +55,11 @@ def plan(
 
     Decodes alone get a bucket for each power of two of the batch size and, from 16 on, one halfway between: a batch
     that shrinks pays for its padding all the way down. With `fine`, where a row of padding costs as much as any other
-    (a CPU), two more lie between from 32 on. Prompts alone get one for each power of two of the tile count. Steps that
-    mix both are rarer: they get the powers of eight and of four.
+    (a CPU), two more lie between from 32 on.
+
+    Prompts get one for each power of two of the tile count, beside few decodes and beside as many as there can be: a
+    tile of padding costs what a hundred rows of padding do. With `fine` they also get them alone, and beside the powers
+    of eight of the batch size those of four of the tile count.
     """
     most = -(-max_batch_size // micro_batches)  # decodes of a step
     sizes = sorted({n for n in batch_sizes if n <= most} | {most}) if batch_sizes else None
@@ -68,6 +71,9 @@ def plan(
     if max_batch_size == 1:  # nothing to mix
         return sorted(buckets | {Bucket(0, n, chunks) for n in alone})
     mixed_sizes = sizes or [n for n in powers_of_two(most, 3) if n >= min(8, most)]
+    if not fine:
+        few = next(n for n in mixed_sizes if n >= min(8, most))
+        return sorted(buckets | {Bucket(d, n, chunks) for d in (few, most) for n in alone})
     # Prompts alone sample from as many rows as the smallest mixed bucket does.
     buckets |= {Bucket(0, n, mixed_sizes[0] + chunks) for n in alone}
     buckets |= {Bucket(d, n, chunks) for d in mixed_sizes for n in mixed}

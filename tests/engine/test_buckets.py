@@ -15,12 +15,12 @@ from jaxllm.sampling_params import SamplingParams
 lists = st.none() | st.lists(st.integers(1, 80), min_size=1, max_size=4, unique=True).map(sorted)
 
 
-@given(st.integers(1, 64), st.integers(1, 40), lists, lists, st.sampled_from([1, 4, 32]))
-@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 40), lists, lists, st.sampled_from([1, 4, 32]), st.booleans())
+@settings(max_examples=100, deadline=None)
 def test_every_step_fits(
-    batch: int, tiles: int, batch_sizes: list[int] | None, tile_counts: list[int] | None, tile: int
+    batch: int, tiles: int, batch_sizes: list[int] | None, tile_counts: list[int] | None, tile: int, fine: bool
 ) -> None:
-    buckets = plan(batch, tiles, batch_sizes=batch_sizes, tile_counts=tile_counts)
+    buckets = plan(batch, tiles, batch_sizes=batch_sizes, tile_counts=tile_counts, fine=fine)
     assert len(set(buckets)) == len(buckets) and Bucket(0, 0) not in buckets
     assert all(b.decodes <= batch and b.tiles <= tiles for b in buckets), "larger than any step"
     picker = Picker(buckets, tile)
@@ -46,7 +46,7 @@ def test_real_steps_fit(batch: int, more_tokens: int, tile: int, load: list[tupl
     tokens = batch + more_tokens
     tile = min(tile, tokens)
     tiles = -(-tokens // tile)
-    picker = Picker(plan(batch, tiles), tile)
+    picker = Picker(plan(batch, tiles, fine=batch % 2 == 0), tile)
     pool = PagePool(60, 4)
     scheduler = Scheduler(pool, max_batch_size=batch, max_num_tokens=tokens, max_seq_len=48, tile=tile, max_tiles=tiles)
     for i, (length, output, n) in enumerate(load):
@@ -63,6 +63,17 @@ def test_real_steps_fit(batch: int, more_tokens: int, tile: int, load: list[tupl
 def test_the_sampler_needs_few_sizes() -> None:
     buckets = plan(64, 16)
     assert len({bucket.rows for bucket in buckets}) <= len([b for b in buckets if not b.tiles]) + 3
+
+
+def test_padding_on_a_gpu() -> None:
+    """Prompt tiles are padded to less than twice as many beside any number of decodes, by few programs."""
+    buckets = plan(256, 64)
+    assert len(buckets) <= 13 + 2 * 7
+    picker = Picker(buckets, 128)
+    for decodes in (0, 1, 60, 256):
+        assert all(picker.pick(decodes, tiles).tiles < 2 * tiles for tiles in range(1, 65))
+    # one size of prompt chunks and six of batches
+    assert len(plan(256, 64, batch_sizes=[1, 8, 32, 64, 128, 256], tile_counts=[64])) == 8
 
 
 def test_nothing_fits() -> None:
