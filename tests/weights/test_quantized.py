@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxllm.formats import Format
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear import api, cuda, reference
 from jaxllm.kernels.linear.quantized import FEW, QuantizedWeight, dequantize, matmul, quantize, round_e4m3
 from jaxllm.mapping import Mapping
 from jaxllm.models.decoder import checkpoint_shapes, param_specs
@@ -81,7 +84,10 @@ def test_e4m3_is_rounded_once() -> None:
     np.testing.assert_array_equal(found, numbers.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("tp", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize(
     ("model", "format"), [("llama_gqa_tied", "fp8"), ("qwen3", "int4"), ("mixtral", "fp8"), ("llama_mlp_bias", "int8")]
 )
@@ -159,3 +165,25 @@ def test_products(format: Format) -> None:
         many = np.asarray(matmul(jnp.asarray(x, jnp.bfloat16), weight, jnp.bfloat16), np.float32)
         exact = rounded(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), Format("fp8")) @ rounded(wide, format).T
         np.testing.assert_allclose(many, exact, rtol=0.01, atol=0.02)
+
+
+def test_the_kernel_of_few_tokens_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With values, scales of rows and all that is around the product; elsewhere its parts do the same work."""
+    rng = np.random.default_rng(2)
+    asked: list[Any] = []
+
+    def implementation(x: Any, values: Any, **options: Any) -> Any:
+        asked.append((x.shape, values.dtype, options))
+        return lambda x, values, scale, norm, residual: x[:, :0] @ jnp.zeros((0, 20), jnp.bfloat16)
+
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(cuda, "implementation", implementation)
+    weight = quantize(jnp.asarray(rng.standard_normal((40, 96)), jnp.bfloat16), Format("fp8"))
+    x, residual = (jnp.asarray(rng.standard_normal((3, width)), jnp.bfloat16) for width in (96, 20))
+    around: dict[str, Any] = {"norm": (jnp.ones(96), 1e-5), "activation": "silu", "residual": residual}
+    found = api.linear(x, weight, **around)
+    wanted = reference.linear(x, dequantize(weight, jnp.float32), **around, matmul=reference.matmul)
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0.03, atol=0.1)
+    (shape, dtype, options), *_ = asked
+    assert shape == (3, 96) and dtype == jnp.float8_e4m3fn
+    assert options == {"eps": 1e-5, "activation": "silu", "residual": True, "out_dtype": jnp.bfloat16}

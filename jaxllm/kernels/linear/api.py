@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.linear import cpu, cuda, packed, quantized, reference
+from jaxllm.kernels.linear import cpu, cuda, packed, quantized, quantized_cuda, reference
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
@@ -19,7 +19,10 @@ def matmul(x: jax.Array, weight_FD: Weight, dtype: jax.typing.DTypeLike = jnp.fl
     The weight may be packed, or quantised.
     """
     if isinstance(weight_FD, QuantizedWeight):
-        return quantized.matmul(x, weight_FD, dtype)
+        try:
+            return quantized_cuda.matmul(x, weight_FD, dtype)
+        except NotImplementedError:
+            return quantized.matmul(x, weight_FD, dtype)
     reasons = []
     for implementation in IMPLEMENTATIONS:
         try:
@@ -52,7 +55,7 @@ def linear(
         if bias_F is not None:
             raise NotImplementedError("no kernel has a bias")
         if isinstance(weight_FD, QuantizedWeight):
-            raise NotImplementedError("no kernel takes quantised weights")
+            return quantized_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
         return cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     except NotImplementedError:
         return reference.linear(
