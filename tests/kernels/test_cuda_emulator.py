@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(64) reverse(const float* x, float* 
 """
 
 EXCHANGE = r"""
-#include "bulk.cuh"
-// Two blocks each copy half of x, and write what the other has. WAIT, SYNC, END, BYTES: what a kernel may get wrong.
+#include "barrier.cuh"
+#include "cluster.cuh"
+// Each of two blocks gives its half of x to the other. WAIT, START, SYNC, END: what a kernel may get wrong.
 extern "C" __global__ void __launch_bounds__(64) CLUSTER_OF(CLUSTER) exchange(const float* x, float* y) {
   DYNAMIC_SHARED(s);
   const u32 i = threadIdx.x, rank = blockIdx.x % CLUSTER, bar = shared_address(s) + 512;
@@ -61,16 +62,14 @@ extern "C" __global__ void __launch_bounds__(64) CLUSTER_OF(CLUSTER) exchange(co
     barrier_init_fence();
   }
   __syncthreads();
-  if (i == 0) {
-    barrier_arrive_expect(bar, BYTES);
-    bulk_copy(shared_address(s), x + blockIdx.x * 64, 256, bar, read_once());
-  }
-  if (i == 40) barrier_arrive(bar);
+  START;
+  if (i == 40)
+    for (u32 j = 0; j < 64; j++) ((float*)s)[j] = x[blockIdx.x * 64 + j];
+  if (i == 0 || i == 40) barrier_arrive(bar);
   WAIT;
-  ((float*)s)[64 + i] = -((float*)s)[i];
+  cluster_store(shared_address(s) + 256 + i * 4, TARGET, -((float*)s)[i]);
   SYNC;
-  y[blockIdx.x * 64 + i] = cluster_load(shared_address(s) + 256 + i * 4, 1 - rank);
-  END;
+  y[blockIdx.x * 64 + i] = ((float*)s)[64 + i];
 }
 """
 
@@ -126,7 +125,13 @@ def test_mistakes_are_found(tmp_path, wrong, seed, message) -> None:
             run()
 
 
-SOUND = {"WAIT": "barrier_wait(bar,0)", "SYNC": "cluster_sync()", "END": "cluster_sync()", "BYTES": 256, "CLUSTER": 2}
+SOUND = {
+    "WAIT": "barrier_wait(bar,0)",
+    "START": "cluster_sync()",
+    "SYNC": "cluster_sync()",
+    "TARGET": "1-rank",
+    "CLUSTER": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -134,17 +139,17 @@ SOUND = {"WAIT": "barrier_wait(bar,0)", "SYNC": "cluster_sync()", "END": "cluste
     [
         ({}, 0, None),
         ({}, 1, None),
-        ({"SYNC": "__syncthreads()"}, 1, "wrong"),
-        ({"WAIT": ""}, 0, "wrong|ended with bulk copies under way"),
-        ({"WAIT": "barrier_wait(bar,1)"}, 0, "wrong|ended with bulk copies under way"),
-        ({"BYTES": 240}, 0, "deadlock"),
-        ({"BYTES": 272}, 1, "deadlock"),
-        ({"END": ""}, 0, "wrong"),
-        ({"END": "if(i<32)cluster_sync();else __syncthreads()"}, 0, "deadlock"),
+        ({"WAIT": ""}, 0, "wrong"),
+        ({"WAIT": "barrier_wait(bar,0);barrier_wait(bar,1)"}, 0, "deadlock"),
+        ({"START": ""}, 0, "may not have started"),
+        ({"SYNC": "__syncthreads()"}, 0, "wrong"),
+        ({"SYNC": "if(i<32)cluster_sync();else __syncthreads()"}, 0, "deadlock"),
+        ({"WAIT": "barrier_wait(bar,0);if(rank)return;cluster_sync()"}, 0, "ended"),
+        ({"TARGET": "rank+1"}, 0, "no such block"),
     ],
     ids=str,
 )
-def test_bulk_copies_and_clusters(tmp_path, wrong, seed, message) -> None:
+def test_barriers_and_clusters(tmp_path, wrong, seed, message) -> None:
     x = np.arange(256, dtype=np.float32)
     built = kernels(tmp_path, "exchange", EXCHANGE, **{**SOUND, **wrong})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -36,18 +37,20 @@ class Case:
 
 
 CASES = [
-    Case(1, 64, 256, Tiling(32, 1, 4, 4), out=np.dtype(np.float32)),
-    Case(1, 100, 256, Tiling(16, 1, 4, 4, stages=2), clusters=2, residual=True),
-    Case(3, 80, 576, Tiling(16, 2, 4, 4, stages=3), clusters=2, out=np.dtype(np.float32)),
-    Case(8, 96, 640, Tiling(32, 2, 4, 8, stages=1), eps=1e-5),
-    Case(9, 96, 640, Tiling(32, 2, 4, 8, stages=2), eps=1e-6, residual=True, clusters=1),
-    Case(16, 128, 512, Tiling(32, 1, 8, 8, stages=2), eps=1e-5, activation="silu", clusters=2),
-    Case(17, 72, 544, Tiling(32, 2, 4, 4, stages=4), activation="gelu_tanh", residual=True, clusters=1),
-    Case(32, 64, 512, Tiling(32, 4, 4, 4, stages=2), clusters=1, out=np.dtype(np.float32)),
-    Case(5, 160, 704, Tiling(32, 2, 4, 4, stages=2), weight=E4M3, residual=True, clusters=2),
-    Case(1, 64, 1024, Tiling(16, 1, 8, 16), weight=E4M3, eps=1e-5, activation="silu"),
-    Case(2, 96, 704, Tiling(48, 2, 4, 4, stages=2), weight=np.dtype(np.int8), eps=1e-5, activation="gelu_tanh"),
-    Case(12, 48, 320, Tiling(16, 1, 4, 4, stages=2), weight=np.dtype(np.int8), out=np.dtype(np.float32)),
+    # rows of a tile, blocks of a cluster, warps, groups of 64 bytes
+    Case(1, 64, 256, Tiling(16, 1, 4, 2), out=np.dtype(np.float32)),
+    Case(1, 100, 256, Tiling(16, 1, 8, 1), clusters=2, residual=True),
+    Case(3, 80, 576, Tiling(16, 2, 4, 2), clusters=2, out=np.dtype(np.float32)),
+    Case(8, 96, 1280, Tiling(32, 2, 4, 5), eps=1e-5),
+    Case(9, 96, 640, Tiling(32, 2, 4, 2), eps=1e-6, residual=True, clusters=1),
+    Case(16, 128, 512, Tiling(32, 1, 8, 2), eps=1e-5, activation="silu", clusters=2),
+    Case(17, 72, 544, Tiling(32, 2, 4, 3), activation="gelu_tanh", residual=True, clusters=1),
+    Case(32, 128, 1024, Tiling(64, 4, 4, 2), eps=1e-5, clusters=1),
+    Case(3, 48, 2048, Tiling(16, 8, 4, 1), residual=True, clusters=2),
+    Case(5, 160, 704, Tiling(32, 2, 4, 1), weight=E4M3, residual=True, clusters=2),
+    Case(1, 64, 1024, Tiling(16, 1, 8, 2), weight=E4M3, eps=1e-5, activation="silu"),
+    Case(2, 96, 704, Tiling(32, 2, 4, 2), weight=np.dtype(np.int8), eps=1e-5, activation="gelu_tanh"),
+    Case(12, 48, 320, Tiling(16, 1, 4, 2), weight=np.dtype(np.int8), out=np.dtype(np.float32)),
 ]
 
 
@@ -128,7 +131,7 @@ def test_equals_float64(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_token_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(9, 64, 320, Tiling(32, 2, 4, 4, stages=2), eps=1e-5, activation="silu")
+    case = Case(9, 64, 320, Tiling(32, 2, 4, 2), eps=1e-5, activation="silu")
     arguments = operands(case, 0)
     before = run(case, arguments, 0, monkeypatch)
     arguments[0][[0, 8]] = 3
@@ -142,7 +145,7 @@ def test_every_value_of_a_quantised_weight_is_exact(dtype: np.dtype, monkeypatch
     codes = np.arange(256, dtype=np.uint8)
     if dtype == E4M3:
         codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # not the NaNs
-    case = Case(1, 256, 64, Tiling(32, 1, 4, 4, stages=1), weight=dtype, out=np.dtype(np.float32))
+    case = Case(1, 256, 64, Tiling(32, 1, 4, 1), weight=dtype, out=np.dtype(np.float32))
     arguments = operands(case, 0)
     weight = np.zeros((256, 64), np.uint8)
     weight[np.arange(256), np.arange(256) % 64] = codes
@@ -152,16 +155,21 @@ def test_every_value_of_a_quantised_weight_is_exact(dtype: np.dtype, monkeypatch
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32])
-@pytest.mark.parametrize("features", [48, 576, 3072, 4096, 6144, 28672, 128256])
-def test_the_split_fills_the_chip(tokens: int, features: int) -> None:
-    split = cuda.tiling(tokens, features)
-    grid, stages = split.grid(features), split.depth(tokens)
-    assert stages >= 3 and split.shared(tokens, stages) <= call.MAX_SHARED
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize(
+    ("features", "inputs"),
+    [(48, 576), (576, 1536), (3072, 4096), (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+)
+def test_the_split_fills_the_chip(tokens: int, itemsize: int, features: int, inputs: int) -> None:
+    split = cuda.tiling(tokens, features, inputs * itemsize, itemsize)
+    grid = split.grid(features)
+    assert split.shared(tokens, inputs * itemsize, itemsize) <= call.MAX_SHARED
     assert grid <= call.SMS and not grid % split.cluster
-    tiles, clusters = -(-features // split.rows), grid // split.cluster
-    rounds = -(-tiles // clusters)
-    if features >= 3072:
-        assert features / (rounds * split.rows * call.SMS // split.cluster) > 0.9
+    rounds = -(-features // split.rows) / (grid // split.cluster)
+    if features >= (3072 if itemsize == 2 else 4096) and (itemsize == 2 or tokens <= 16):
+        read = math.ceil(rounds) * split.rows * split.part(inputs * itemsize) * 64  # by the busiest block
+        assert read < features * inputs * itemsize / call.SMS / 0.9
+        assert split.warps * split.groups * 64 * split.rows >= 64 << 10
 
 
 def test_what_it_refuses() -> None:

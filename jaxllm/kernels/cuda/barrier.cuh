@@ -1,4 +1,4 @@
-// Barriers in shared memory, of 8 bytes, between the threads of a block and what copies for them: "mbarrier" in the PTX
+// Barriers in shared memory, of 8 bytes, between the threads of a block: "mbarrier" in the PTX
 // ISA. Under JAXLLM_EMULATE the same names come from the emulator of the tests.
 #pragma once
 #include "ptx.cuh"
@@ -15,10 +15,6 @@ DEVICE void barrier_init(u32 barrier, u32 count) {
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and announces bytes that bulk copies bring in the same phase, which ends when they are there too.
-DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE bool barrier_ended(u32 barrier, u32 phase) {
   u32 ended;

@@ -11,7 +11,7 @@
 //   NORMALISE SCALE  1: the scores of the chosen are divided by their sum; then multiplied with SCALE
 //   CLUSTER MS   blocks, each with MS * 16 experts
 //   WARPS DEPTH  of a block; groups of 64 bytes of each row that a lane loads at a time
-#include "bulk.cuh"
+#include "cluster.cuh"
 #include "stream.cuh"
 
 constexpr int THREADS = WARPS * 32, ROWS = MS * 16, GROUP = 32;

@@ -1,67 +1,83 @@
 // out[T, F] = x[T, D] @ weight[F, D].T for few tokens: the weight is read once, at the speed of memory.
 //
-// A tile is ROWS rows of the weight. A cluster of CLUSTER blocks works on a tile, each block on its part of D, and goes
-// on to the tile that lies `clusters` further. All blocks are on the chip from the start and have the same work, so
-// that no wave of blocks is half empty. The copy engine brings rows into a ring of STAGES stages, which holds nearly
-// all of the shared memory: that many bytes are under way at any time, also while a tile ends and the next one begins.
+// Weights go from global memory straight into the registers that the tensor cores take them from, with no shared memory
+// between. The weight is the left operand (16 rows x 16 inputs), tokens are the columns. A product may take its inputs in
+// any order as long as both sides take the same: a lane reads 16 consecutive bytes of a row, which are its operands for
+// two products, and the same inputs of its token. Four lanes read 64 bytes of a row, and go on with the next 64.
 //
-// The weight is the left operand of the tensor cores' products (16 rows x 16 inputs), tokens are the columns. A product
-// may take its 16 inputs in any order as long as both sides take the same: a lane reads 16 consecutive bytes of a row,
-// and the same inputs of its token. Every warp has its own inputs, so that no token is read twice by a block; the
-// warps' and the blocks' partial sums are added up in a fixed order, in float32.
+// What is under way is in a ring of registers, refilled as it is used, over the ends of tiles: with 16 warps, 8 groups of
+// 64 bytes and 16 rows it is 128 KiB of a multiprocessor, which is what memory has to be asked for at a time to give all
+// it can. A tile is ROWS rows of the weight. A cluster of CLUSTER blocks works on a tile, each block on its part of the
+// inputs, and goes on to the tile that lies `clusters` further. The warps of a block split its part. All partial sums
+// are added up in a fixed order, in float32, by the block of the cluster that has the row; they are written to one of
+// two buffers in turn, so that a tile takes one barrier.
 //
 // Around the product, without any more kernels: RMSNorm of x before it, and after it act(gate) * up of the halves of
-// the rows, or the addition of a residual.
+// the rows, or the addition of a residual. x is brought to shared memory, and normed there, while the first weights come.
 //
 //   TOKENS FEATURES INPUTS   T, F (both halves, where gated) and D
-//   ROWS CLUSTER WARPS STAGES
-//   GROUPS     groups of 64 bytes of each row in a stage; a multiple of WARPS
+//   ROWS CLUSTER WARPS
+//   GROUPS     groups of 64 bytes of each row that a warp has under way
 //   WEIGHT     0: bf16; 1: e4m3, 2: int8, with a float32 scale of each row
-//   NORM EPS   1: x becomes x * rsqrt(mean(x^2) + EPS) * norm
+//   NORM EPS   1: x becomes x * rsqrt(mean(x^2) + EPS) * norm, rounded to bf16
 //   GATED      0: no; 1: silu; 2: gelu with tanh
 //   RESIDUAL   1: is added to the result
 //   OUT_FLOAT  1: float32 results; 0: bf16
-#include "bulk.cuh"
+//   AHEAD      bytes of `ahead`, the weight that is read next, that each block lets the second-level cache fetch
+#include "cluster.cuh"
+#include "stream.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int GROUP = WEIGHT == 0 ? 32 : 64;    // inputs in 64 bytes of a row
 constexpr int VECTORS = GROUP / 32;             // of 8 inputs, that a lane has of a group
 constexpr int PRODUCTS = GROUP / 16;            // of 16 inputs each
-constexpr int PER_WARP = GROUPS / WARPS;        // groups in a stage
 constexpr int ROW_GROUPS = INPUTS / GROUP;
+constexpr int PART = (ROW_GROUPS + CLUSTER - 1) / CLUSTER;  // groups of a block
+constexpr int ITERATIONS = (PART + WARPS * GROUPS - 1) / (WARPS * GROUPS);
+constexpr bool WHOLE = ITERATIONS * WARPS * GROUPS * CLUSTER == ROW_GROUPS;
+constexpr int BATCH = (GROUPS + 3) / 4;         // groups that are refilled together
+constexpr int BATCHES = (GROUPS + BATCH - 1) / BATCH;
 constexpr int MS = ROWS / 16;
 constexpr int NS = (TOKENS + 7) / 8;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS;
 constexpr int OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
 constexpr int TILES = (OUT_FEATURES + OUT_ROWS - 1) / OUT_ROWS;
-// 64 bytes more than the data: the 8 lanes that read at once, 64 bytes of 2 rows, then touch all banks.
-constexpr int STRIDE = GROUPS * 64 + 64;
-constexpr int STAGE = ROWS * STRIDE;
-constexpr int SUM_STRIDE = ROWS + 4;            // floats; the lanes of a warp then write to all banks
-constexpr int OUTPUTS = TOKENS * OUT_ROWS;      // of a tile
-constexpr int PER_THREAD = ((OUTPUTS + CLUSTER - 1) / CLUSTER + THREADS - 1) / THREADS;
-// Shared memory: the ring; the warps' sums [WARPS, TOKENS, SUM_STRIDE] and squares [WARPS, TOKENS]; for other blocks of
-// the cluster, twice the block's sums [TOKENS, SUM_STRIDE] and once its squares [TOKENS]; full and empty barriers.
-constexpr int SUMS = STAGES * STAGE;
-constexpr int SQUARES = SUMS + WARPS * TOKENS * SUM_STRIDE * 4;
-constexpr int SHARED_SUMS = SQUARES + WARPS * TOKENS * 4;
-constexpr int SHARED_SQUARES = SHARED_SUMS + (CLUSTER > 1 ? 2 * TOKENS * SUM_STRIDE * 4 : 0);
-constexpr int BARRIERS = (SHARED_SQUARES + (CLUSTER > 1 ? TOKENS * 4 : 0) + 7) / 8 * 8;
-static_assert(ROWS % 16 == 0 && GROUPS % WARPS == 0 && GROUPS % 2 == 0 && INPUTS % GROUP == 0, "sizes");
-static_assert(BARRIERS + 16 * STAGES <= SHARED, "shared memory");
-
-// What a lane needs of the inputs for a stage: 16 bytes of a token for each half of a group, and of the norm's weight.
-struct Inputs {
-  uint4 x[PER_WARP][NS][VECTORS];
-  float4 norm[NORM ? PER_WARP : 1][2 * VECTORS];
-};
-
-DEVICE u32 scaled(u32 pair, float a, float b) {
-  return pack_bf16(bf16_to_float((u16)pair) * a, bf16_to_float((u16)(pair >> 16)) * b);
+// x: [TOKENS, X_STRIDE bytes]. An odd number of 64 bytes: the 8 lanes that read at once, 64 bytes of 2 tokens, then touch
+// all banks. What lies beyond the block's part is zero.
+constexpr int PIECES = ITERATIONS * WARPS * GROUPS * GROUP / 8;  // of 8 inputs
+constexpr int X_STRIDE = PIECES * 16 | 64;
+// The sums of all warps of the cluster for the rows that a block adds up: 2 of [SOURCES, TOKENS, SUM_STRIDE].
+constexpr int SOURCES = CLUSTER * WARPS;
+constexpr int EIGHTH = 8 / CLUSTER;             // of 8 rows, those of a block
+constexpr int SUM_STRIDE = ROWS / CLUSTER + (CLUSTER == 1 ? 4 : 0);
+constexpr int SUMS = TOKENS * X_STRIDE;
+constexpr int BUFFER = SOURCES * TOKENS * SUM_STRIDE * 4;
+// Squares: [TOKENS, CLUSTER * TOKEN_WARPS]. A token is brought by TOKEN_WARPS warps.
+constexpr int warps_of_token() {
+  int count = WARPS;
+  while (count > 1 && count * TOKENS > WARPS) count /= 2;
+  return count;
 }
+constexpr int TOKEN_WARPS = warps_of_token();
+constexpr int SQUARES = SUMS + 2 * BUFFER;
+static_assert(SQUARES + (NORM ? TOKENS * CLUSTER * TOKEN_WARPS * 4 : 0) <= SHARED, "shared memory");
+static_assert(ROWS % 16 == 0 && 8 % CLUSTER == 0 && INPUTS % GROUP == 0 && (CLUSTER - 1) * PART < ROW_GROUPS, "sizes");
+// Results of a tile that a block adds up, each with SPREAD lanes.
+constexpr int OUTPUTS = TOKENS * OUT_ROWS / CLUSTER;
+constexpr int lanes_of_output() {
+  int lanes = 1;
+  while (lanes < 32 && lanes < SOURCES && lanes * 2 * OUTPUTS <= THREADS) lanes *= 2;
+  return lanes;
+}
+constexpr int SPREAD = lanes_of_output();
+constexpr int PER_THREAD = (OUTPUTS * SPREAD + THREADS - 1) / THREADS;
+
 DEVICE float squared(u32 pair) {
   const float a = bf16_to_float((u16)pair), b = bf16_to_float((u16)(pair >> 16));
   return a * a + b * b;
+}
+DEVICE u32 normed(u32 pair, float factor, float a, float b) {
+  return pack_bf16(bf16_to_float((u16)pair) * factor * a, bf16_to_float((u16)(pair >> 16)) * factor * b);
 }
 
 // Bytes 0 and 2 (or 1 and 3, shifted down) of a word as two bf16. e4m3: sign, exponent and mantissa move to their places,
@@ -80,11 +96,33 @@ DEVICE float activation(float x) {
   return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
 }
 
-// The row of the weight that lies at `row` of a tile. Gated: 8 rows of the gate, the same 8 of up, the next 8 of the gate.
+// The row of the weight at `row` of a tile. Gated: 8 rows of the gate, the same 8 of up, the next 8 of the gate.
 DEVICE int weight_row(int tile, int row) {
-  if (!GATED) return min(tile * ROWS + row, FEATURES - 1);
-  const int out = min(tile * OUT_ROWS + row / 16 * 8 + row % 8, OUT_FEATURES - 1);
+  if (!GATED) return FEATURES % ROWS ? min(tile * ROWS + row, FEATURES - 1) : tile * ROWS + row;
+  int out = tile * OUT_ROWS + row / 16 * 8 + row % 8;
+  if (OUT_FEATURES % OUT_ROWS) out = min(out, OUT_FEATURES - 1);
   return row % 16 < 8 ? out : OUT_FEATURES + out;
+}
+
+// Where 16 bytes of a token lie in shared memory. Weights of 1 byte: the lane of a group has two, 64 bytes apart.
+DEVICE int x_at(int token, int piece) {
+  const int place = VECTORS == 1 ? piece : piece / 8 * 8 + piece % 2 * 4 + piece % 8 / 2;
+  return token * X_STRIDE + place * 16;
+}
+
+// All threads of the cluster have come here, and see what the others wrote to shared memory.
+DEVICE void sync_all() {
+  if (CLUSTER > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+}
+// Writes to the shared memory of one of the cluster's blocks, once all have started.
+DEVICE void give(float* to, u32 rank, float value) {
+  if (CLUSTER > 1)
+    cluster_store(shared_address(to), rank, value);
+  else
+    *to = value;
 }
 
 #if OUT_FLOAT
@@ -93,224 +131,201 @@ typedef float Out;
 typedef u16 Out;
 #endif
 
-// scale, norm and residual are read where the macros say that there are any.
+// scale, norm, residual and ahead are read where the macros say that there are any.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) skinny_gemm(
     const u16* __restrict__ x, const u8* __restrict__ weight, const float* __restrict__ scale,
-    const float* __restrict__ norm, const u16* __restrict__ residual, Out* __restrict__ out) {
+    const float* __restrict__ norm, const u16* __restrict__ residual, const u8* __restrict__ ahead,
+    Out* __restrict__ out) {
   DYNAMIC_SHARED(shared);
-  float* const sums = (float*)(shared + SUMS);
   float* const squares = (float*)(shared + SQUARES);
-  const u32 ring = shared_address(shared), full = shared_address(shared + BARRIERS), empty = full + 8 * STAGES;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, quarter = lane % 4;  // of a product: row of the weight and token; quarter of a group
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  const int first_group = rank * ROW_GROUPS / CLUSTER;
-  const int groups = (rank + 1) * ROW_GROUPS / CLUSTER - first_group;
-  const int chunks = (groups + GROUPS - 1) / GROUPS;  // stages of a tile
-  const int iterations = cluster < TILES ? (TILES - 1 - cluster) / clusters * chunks + chunks : 0;
+  const int first = rank * PART, groups = min(PART, ROW_GROUPS - first);
 
-  if (thread == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, WARPS);
+  uint4 ring[GROUPS][MS][2];
+  auto load = [&](int batch, int tile, int iteration) {
+    const int at = (iteration * WARPS + warp) * GROUPS;
+#pragma unroll
+    for (int m = 0; m < MS; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const size_t offset = (size_t)weight_row(tile, m * 16 + half * 8 + row) * (ROW_GROUPS * 64);
+        const u8* from = weight + offset + (first + at) * 64 + quarter * 16;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+          const int s = batch * BATCH + i;
+          if (s >= GROUPS) continue;
+          if (WHOLE || at + s < groups)
+            ring[s][m][half] = load_streamed(from + s * 64);
+          else
+            ring[s][m][half] = make_uint4(0, 0, 0, 0);
+        }
+      }
+  };
+  int tile = cluster;
+#pragma unroll
+  for (int batch = 0; batch < BATCHES / 2; batch++)
+    if (tile < TILES) load(batch, tile, 0);
+
+  // The block's part of x. Each thread later works on what it brought itself.
+  const int first_token = warp / TOKEN_WARPS, first_piece = warp % TOKEN_WARPS * 32 + lane;
+  constexpr int TOKEN_STEP = WARPS / TOKEN_WARPS, PIECE_STEP = TOKEN_WARPS * 32;
+  for (int token = first_token; token < TOKENS; token += TOKEN_STEP)
+    for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
+      const bool inside = WHOLE || piece < groups * (GROUP / 8);
+      const u16* from = x + (size_t)token * INPUTS + (inside ? first * GROUP + piece * 8 : 0);
+      cp_async_16(shared_address(shared + x_at(token, piece)), from, inside ? 16 : 0);
     }
-    barrier_init_fence();
+  cp_async_commit();
+#pragma unroll
+  for (int batch = BATCHES / 2; batch < BATCHES; batch++)
+    if (tile < TILES) load(batch, tile, 0);
+  if (CLUSTER > 1) cluster_sync();  // all have started
+  cp_async_wait<0>();
+
+  if (NORM) {
+    for (int token = first_token; token < TOKENS; token += TOKEN_STEP) {
+      float sum = 0.f;
+      for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
+        const uint4 v = *(const uint4*)(shared + x_at(token, piece));
+        sum += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
+      }
+#pragma unroll
+      for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+      if (lane < CLUSTER) give(squares + (token * CLUSTER + rank) * TOKEN_WARPS + warp % TOKEN_WARPS, lane, sum);
+    }
+    sync_all();
   }
+  if (NORM || WEIGHT)
+    for (int token = first_token; token < TOKENS; token += TOKEN_STEP) {
+      float factor = 0.f;
+      if (NORM) {
+        for (int i = 0; i < CLUSTER * TOKEN_WARPS; i++) factor += squares[token * CLUSTER * TOKEN_WARPS + i];
+        factor = rsqrtf(factor / INPUTS + EPS);
+      }
+      for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
+        uint4* const at = (uint4*)(shared + x_at(token, piece));
+        uint4 v = *at;
+        if (NORM && (WHOLE || piece < groups * (GROUP / 8))) {
+          const float4* weights = (const float4*)(norm + first * GROUP + piece * 8);
+          const float4 a = __ldg(weights), b = __ldg(weights + 1);
+          v.x = normed(v.x, factor, a.x, a.y), v.y = normed(v.y, factor, a.z, a.w);
+          v.z = normed(v.z, factor, b.x, b.y), v.w = normed(v.w, factor, b.z, b.w);
+        }
+        // Weights of 1 byte come out of `widen` in this order.
+        if (WEIGHT)
+          v = make_uint4(select_bytes(v.x, v.y, 0x5410), select_bytes(v.x, v.y, 0x7632),
+                         select_bytes(v.z, v.w, 0x5410), select_bytes(v.z, v.w, 0x7632));
+        *at = v;
+      }
+    }
   __syncthreads();
 
-  const u64 policy = read_once();
-  // Lets the copy engine fetch what iteration `it` works on; by one warp.
-  auto issue = [&](int it, int slot) {
-    const int tile = cluster + it / chunks * clusters, chunk = it % chunks;
-    const u32 bytes = min(GROUPS, groups - chunk * GROUPS) * 64;
-    const u8* from = weight + (size_t)(first_group + chunk * GROUPS) * 64;
-    if (lane == 0) barrier_arrive_expect(full + 8 * slot, ROWS * bytes);
-    __syncwarp();
-    for (int r = lane; r < ROWS; r += 32) {
-      const size_t offset = (size_t)weight_row(tile, r) * (ROW_GROUPS * 64);
-      bulk_copy(ring + slot * STAGE + r * STRIDE, from + offset, bytes, full + 8 * slot, policy);
-    }
-  };
-  for (int it = warp; it < min(STAGES, iterations); it += WARPS) issue(it, it);
-
-  auto fetch = [&](Inputs& in, int chunk) {
-#pragma unroll
-    for (int i = 0; i < PER_WARP; i++) {
-      const int group = chunk * GROUPS + warp * PER_WARP + i;
-      const int k = (first_group + group) * GROUP + quarter * (GROUP / 4);
-#pragma unroll
-      for (int n = 0; n < NS; n++)
-#pragma unroll
-        for (int v = 0; v < VECTORS; v++)
-          in.x[i][n][v] = group < groups && n * 8 + row < TOKENS
-                              ? __ldg((const uint4*)(x + (size_t)(n * 8 + row) * INPUTS + k + v * 8))
-                              : make_uint4(0, 0, 0, 0);
-#if NORM
-#pragma unroll
-      for (int v = 0; v < 2 * VECTORS; v++)
-        in.norm[i][v] = group < groups ? __ldg((const float4*)(norm + k + v * 4)) : make_float4(0, 0, 0, 0);
-#endif
-    }
-  };
-
   // This thread's results of a tile: index in [0, OUTPUTS), token by token.
-  const int first_output = rank * OUTPUTS / CLUSTER, last_output = (rank + 1) * OUTPUTS / CLUSTER;
-  auto output = [&](int i) { return first_output + thread + i * THREADS; };
-
-  float acc[MS][NS][4] = {};
-  float square[NS] = {};
-  Inputs next;
-  if (iterations > 0) fetch(next, 0);
-  int slot = 0, phase = 0, chunk = 0, tile = cluster;
+  auto output = [&](int i) { return thread / SPREAD + i * (THREADS / SPREAD); };
+  auto feature_of = [&](int at) {
+    const int r = at % (OUT_ROWS / CLUSTER);
+    return tile * OUT_ROWS + r / EIGHTH * 8 + rank * EIGHTH + r % EIGHTH;
+  };
+  for (int buffer = 0; tile < TILES; tile += clusters, buffer ^= 1) {
 #if RESIDUAL
-  u16 added[PER_THREAD];
-#endif
-  for (int it = 0; it < iterations; it++) {
-#if RESIDUAL
-    if (chunk == 0)
+    u16 added[PER_THREAD];
 #pragma unroll
-      for (int i = 0; i < PER_THREAD; i++) {
-        const int at = output(i), feature = tile * OUT_ROWS + at % OUT_ROWS;
-        if (at < last_output && feature < OUT_FEATURES)
-          added[i] = __ldg(residual + (size_t)(at / OUT_ROWS) * OUT_FEATURES + feature);
-      }
-#endif
-    // The stage before this one is refilled when all warps are done with it; the warps take turns.
-    if (it > 0 && warp == it % WARPS && it - 1 + STAGES < iterations) {
-      const int old = slot == 0 ? STAGES - 1 : slot - 1;
-      barrier_wait(empty + 8 * old, slot == 0 ? phase ^ 1 : phase);
-      issue(it - 1 + STAGES, old);
+    for (int i = 0; i < PER_THREAD; i++) {
+      const int at = output(i), feature = feature_of(at);
+      if (at < OUTPUTS && feature < OUT_FEATURES)
+        added[i] = __ldg(residual + (size_t)(at / (OUT_ROWS / CLUSTER)) * OUT_FEATURES + feature);
     }
-
-    u32 b[PER_WARP][NS][PRODUCTS][2];
-#pragma unroll
-    for (int i = 0; i < PER_WARP; i++)
-#pragma unroll
-      for (int n = 0; n < NS; n++) {
-        u32 pairs[4 * VECTORS];
-#pragma unroll
-        for (int v = 0; v < VECTORS; v++) {
-          const uint4 in = next.x[i][n][v];
-          pairs[4 * v] = in.x, pairs[4 * v + 1] = in.y, pairs[4 * v + 2] = in.z, pairs[4 * v + 3] = in.w;
-        }
-#if NORM
-#pragma unroll
-        for (int p = 0; p < 4 * VECTORS; p++) {
-          const float4 factor = next.norm[i][p / 2];
-          if (tile == cluster) square[n] += squared(pairs[p]);
-          pairs[p] = p % 2 ? scaled(pairs[p], factor.z, factor.w) : scaled(pairs[p], factor.x, factor.y);
-        }
 #endif
-#pragma unroll
-        for (int p = 0; p < PRODUCTS; p++) {
-          const u32 low = pairs[2 * p], high = pairs[2 * p + 1];
-          b[i][n][p][0] = WEIGHT == 0 ? low : select_bytes(low, high, 0x5410);
-          b[i][n][p][1] = WEIGHT == 0 ? high : select_bytes(low, high, 0x7632);
-        }
-      }
-    const bool last = chunk == chunks - 1;
-    if (it + 1 < iterations) fetch(next, last ? 0 : chunk + 1);
+    const int next_tile = tile + clusters;
+    if (AHEAD && next_tile >= TILES && warp == 0) prefetch(ahead + ((size_t)blockIdx.x * 32 + lane) * (AHEAD / 32), AHEAD / 32);
 
-    barrier_wait(full + 8 * slot, phase);
-    __syncwarp();
+    float acc[MS][NS][4] = {};
+#pragma unroll 1
+    for (int iteration = 0; iteration < ITERATIONS; iteration++) {
+      const bool last = iteration + 1 == ITERATIONS, more = !last || next_tile < TILES;
 #pragma unroll
-    for (int i = 0; i < PER_WARP; i++) {
-      const int group = warp * PER_WARP + i;
-      if (chunk * GROUPS + group < groups) {
-        const u8* from = shared + slot * STAGE + row * STRIDE + group * 64 + quarter * 16;
+      for (int batch = 0; batch < BATCHES; batch++) {
 #pragma unroll
-        for (int m = 0; m < MS; m++) {
-          const uint4 top = *(const uint4*)(from + m * 16 * STRIDE), bottom = *(const uint4*)(from + (m * 16 + 8) * STRIDE);
-          const u32 tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+        for (int i = 0; i < BATCH; i++) {
+          const int s = batch * BATCH + i;
+          if (s >= GROUPS) continue;
+          u32 b[NS][PRODUCTS][2];
 #pragma unroll
-          for (int p = 0; p < PRODUCTS; p++) {
-            u32 a[4];
-            if (WEIGHT == 0) {
-              a[0] = tops[2 * p % 4], a[1] = bottoms[2 * p % 4], a[2] = tops[(2 * p + 1) % 4], a[3] = bottoms[(2 * p + 1) % 4];
-            } else {
-              a[0] = widen(tops[p % 4]), a[1] = widen(bottoms[p % 4]);
-              a[2] = widen(tops[p % 4] >> 8), a[3] = widen(bottoms[p % 4] >> 8);
+          for (int n = 0; n < NS; n++)
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) {
+              const int group = (iteration * WARPS + warp) * GROUPS + s;
+              // Columns beyond the tokens are not used, whatever they are.
+              const uint4 in = *(const uint4*)(shared + min(n * 8 + row, TOKENS - 1) * X_STRIDE +
+                                               group * GROUP * 2 + v * 64 + quarter * 16);
+              b[n][2 * v][0] = in.x, b[n][2 * v][1] = in.y, b[n][2 * v + 1][0] = in.z, b[n][2 * v + 1][1] = in.w;
             }
 #pragma unroll
-            for (int n = 0; n < NS; n++) mma_bf16(acc[m][n], a, b[i][n][p][0], b[i][n][p][1]);
+          for (int m = 0; m < MS; m++) {
+            const uint4 top = ring[s][m][0], bottom = ring[s][m][1];
+            const u32 tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+#pragma unroll
+            for (int p = 0; p < PRODUCTS; p++) {
+              u32 a[4];
+              if (WEIGHT == 0) {
+                a[0] = tops[2 * p % 4], a[1] = bottoms[2 * p % 4];
+                a[2] = tops[(2 * p + 1) % 4], a[3] = bottoms[(2 * p + 1) % 4];
+              } else {
+                a[0] = widen(tops[p % 4]), a[1] = widen(bottoms[p % 4]);
+                a[2] = widen(tops[p % 4] >> 8), a[3] = widen(bottoms[p % 4] >> 8);
+              }
+#pragma unroll
+              for (int n = 0; n < NS; n++) mma_bf16(acc[m][n], a, b[n][p][0], b[n][p][1]);
+            }
           }
         }
+        if (more) load(batch, last ? next_tile : tile, last ? 0 : iteration + 1);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * slot);
-    if (++slot == STAGES) slot = 0, phase ^= 1;
-    if (!last) {
-      chunk++;
-      continue;
-    }
 
-    // The tile is done: the warps' sums, then the blocks', in this order.
+    // The tile is done: each warp gives its sums to the blocks that have the rows.
+    float* const sums = (float*)(shared + SUMS + buffer * BUFFER);
 #pragma unroll
     for (int m = 0; m < MS; m++)
 #pragma unroll
       for (int n = 0; n < NS; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int token = n * 8 + quarter * 2 + j % 2;
-          if (token < TOKENS) sums[(warp * TOKENS + token) * SUM_STRIDE + m * 16 + row + j / 2 * 8] = acc[m][n][j];
-          acc[m][n][j] = 0.f;
+          const int token = n * 8 + quarter * 2 + j % 2, r = (m * 2 + j / 2) * EIGHTH + row % EIGHTH;
+          if (token < TOKENS)
+            give(sums + ((rank * WARPS + warp) * TOKENS + token) * SUM_STRIDE + r, row / EIGHTH, acc[m][n][j]);
         }
-    if (NORM && tile == cluster)
-#pragma unroll
-      for (int n = 0; n < NS; n++) {
-        square[n] += __shfl_xor_sync(~0u, square[n], 1);
-        square[n] += __shfl_xor_sync(~0u, square[n], 2);
-        if (quarter == 0 && n * 8 + row < TOKENS) squares[warp * TOKENS + n * 8 + row] = square[n];
-      }
-    __syncthreads();
-    auto sum_of_warps = [&](const float* of, int stride) {
-      float sum = of[0];
-#pragma unroll
-      for (int w = 1; w < WARPS; w++) sum += of[w * stride];
-      return sum;
-    };
-#if CLUSTER > 1
-    // Two buffers in turn: nobody writes to one before the barrier of the next tile, after which nobody reads it.
-    float* const ours = (float*)(shared + SHARED_SUMS) + ((tile - cluster) / clusters & 1) * TOKENS * SUM_STRIDE;
-    float* const our_squares = (float*)(shared + SHARED_SQUARES);
-    for (int i = thread; i < TOKENS * ROWS; i += THREADS) {
-      const int at = i / ROWS * SUM_STRIDE + i % ROWS;
-      ours[at] = sum_of_warps(sums + at, TOKENS * SUM_STRIDE);
-    }
-    if (NORM && tile == cluster && thread < TOKENS) our_squares[thread] = sum_of_warps(squares + thread, TOKENS);
-    cluster_sync();
-    auto total = [&](const float* of) {
+    sync_all();
+    auto total = [&](int token, int r) {
       float sum = 0.f;
 #pragma unroll
-      for (int r = 0; r < CLUSTER; r++) sum += cluster_load(shared_address(of), r);
+      for (int source = 0; source < SOURCES; source += SPREAD)
+        sum += sums[((source + lane % SPREAD) * TOKENS + token) * SUM_STRIDE + r];
+#pragma unroll
+      for (int bit = SPREAD / 2; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
       return sum;
     };
-    auto total_sum = [&](int token, int r) { return total(ours + token * SUM_STRIDE + r); };
-    auto total_square = [&](int token) { return total(our_squares + token); };
-#else
-    auto total_sum = [&](int token, int r) {
-      return sum_of_warps(sums + token * SUM_STRIDE + r, TOKENS * SUM_STRIDE);
-    };
-    auto total_square = [&](int token) { return sum_of_warps(squares + token, TOKENS); };
-#endif
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      const int at = output(i), token = at / OUT_ROWS, r = at % OUT_ROWS, feature = tile * OUT_ROWS + r;
-      if (at >= last_output || feature >= OUT_FEATURES) continue;
-      float factor = NORM ? rsqrtf(total_square(token) / INPUTS + EPS) : 1.f;
-      float value;
+      const int at = output(i), feature = feature_of(at);
+      const int token = min(at / (OUT_ROWS / CLUSTER), TOKENS - 1), r = at % (OUT_ROWS / CLUSTER);
+      const bool mine = at < OUTPUTS && feature < OUT_FEATURES && lane % SPREAD == 0;
 #if GATED
-      float gate = total_sum(token, r / 8 * 16 + r % 8) * factor, up = total_sum(token, r / 8 * 16 + r % 8 + 8) * factor;
-#if WEIGHT > 0
-      gate *= __ldg(scale + feature), up *= __ldg(scale + OUT_FEATURES + feature);
-#endif
-      value = activation(gate) * up;
+      const int gate_row = r / EIGHTH * 2 * EIGHTH + r % EIGHTH;
+      float gate = total(token, gate_row), up = total(token, gate_row + EIGHTH);
 #else
-      value = total_sum(token, r) * factor;
-#if WEIGHT > 0
+      float value = total(token, r);
+#endif
+      if (!mine) continue;
+#if WEIGHT > 0 && GATED
+      gate *= __ldg(scale + feature), up *= __ldg(scale + OUT_FEATURES + feature);
+#elif WEIGHT > 0
       value *= __ldg(scale + feature);
 #endif
+#if GATED
+      float value = activation(gate) * up;
 #endif
 #if RESIDUAL
       value += bf16_to_float(added[i]);
@@ -322,13 +337,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
       out[to] = (u16)pack_bf16(value, 0.f);
 #endif
     }
-    chunk = 0;
-    tile += clusters;
-#if CLUSTER == 1
-    __syncthreads();  // the next tile's sums
-#endif
   }
-#if CLUSTER > 1
-  cluster_sync();  // the other blocks still read this one's memory
-#endif
 }

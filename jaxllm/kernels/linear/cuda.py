@@ -25,14 +25,16 @@ MAX_TOKENS = 32
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 WEIGHTS = {"bfloat16": 0, "float8_e4m3fn": 1, "int8": 2}
 
+CLUSTERS = {1: call.SMS, 2: call.SMS // 2, 4: 32, 8: 16}
+"""Clusters of so many blocks that are on the chip at once: one of 4 or 8 must be in one of 8 groups of processors."""
+BARRIERS = {1: 0, 2: 450, 4: 1200, 8: 2000}
+"""Nanoseconds that waiting for one another costs the blocks of a cluster, about."""
+AHEAD = 64 * 1024
+"""Bytes of the weight that is read next, for each block to bring to the second-level cache."""
+
 MEGABYTES: dict[str, tuple[tuple[int, int], ...]] = {"plain": (), "fused": ()}
 """Where the kernel is used: for up to so many tokens, weights of up to so many megabytes. "fused": products that save
-kernels for a norm or an activation.
-
-Nowhere as it is split today. Measured on an H200 (jax 0.11.2), the products of a layer of Llama-3.1-8B: 198 us at 1
-token and 365 at 16, where XLA takes 127 and 126. The copies limit it: one takes about 72 ns on a multiprocessor whether
-it brings 512 bytes or 1,024, which 4 KiB and more would hide."""
-
+kernels for a norm or an activation."""
 
 Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 """x, weight, the norm's weight and the residual."""
@@ -40,49 +42,61 @@ Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How the work is split; see the kernel. stages: as many as fit in shared memory, where it is None."""
+    """How the work is split; see the kernel."""
 
     rows: int
     cluster: int
     warps: int
     groups: int
-    stages: int | None = None
 
-    def shared(self, tokens: int, stages: int) -> int:
-        """Bytes of shared memory."""
-        stride, ring = tokens * (self.rows + 4) * 4, stages * self.rows * (self.groups * 64 + 64)
-        sums = self.warps * (stride + tokens * 4) + (2 * stride + tokens * 4 if self.cluster > 1 else 0)
-        return -(-(ring + sums) // 8) * 8 + 16 * stages
+    def part(self, row_bytes: int) -> int:
+        """Groups of 64 bytes of each row that a block reads, up to a whole number of iterations."""
+        stretch = self.warps * self.groups
+        return -(-row_bytes // (64 * self.cluster * stretch)) * stretch
 
-    def depth(self, tokens: int) -> int:
-        """Stages of the ring."""
-        if self.stages is not None:
-            return self.stages
-        return next((s for s in range(12, 0, -1) if self.shared(tokens, s) <= call.MAX_SHARED), 0)
+    def shared(self, tokens: int, row_bytes: int, itemsize: int) -> int:
+        """Bytes of shared memory, for weights of `itemsize` bytes."""
+        x = tokens * (self.part(row_bytes) * 128 // itemsize | 64)
+        sums = self.cluster * self.warps * tokens * (self.rows // self.cluster + 4 * (self.cluster == 1)) * 4
+        return x + 2 * sums + tokens * self.cluster * self.warps * 4
+
+    def registers(self, tokens: int, itemsize: int) -> int:
+        """About how many a thread needs: weights under way, sums, a group of the tokens, and the rest."""
+        columns = -(-tokens // 8)
+        return self.groups * self.rows // 2 + columns * self.rows // 4 + columns * 8 // itemsize + 32
 
     def grid(self, features: int) -> int:
         """Blocks: as few as need no more rounds than all would, so that each has the same work."""
-        tiles, clusters = -(-features // self.rows), call.SMS // self.cluster
+        tiles, clusters = -(-features // self.rows), CLUSTERS[self.cluster]
         return self.cluster * -(-tiles // -(-tiles // clusters))
 
+    def nanoseconds(self, tokens: int, features: int, row_bytes: int, itemsize: int) -> float:
+        """An estimate, to compare splits by: the block's weights and tokens at the speed that it can get them at."""
+        rounds = -(-features // self.rows) * self.cluster / self.grid(features)
+        weights = math.ceil(rounds) * self.rows * self.part(row_bytes) * 64
+        under_way = self.warps * self.groups * 64 * self.rows
+        x = tokens * self.part(row_bytes) * 128 / itemsize
+        return weights / 34.5 * max(1.0, 65536 / under_way) ** 0.5 + x / 120 + BARRIERS[self.cluster]
 
-def tiling(tokens: int, features: int) -> Tiling:
-    """A good split: all blocks busy to the end, and few of them that read the same tokens.
 
-    With more tokens two blocks share their rows where they can, which halves what each reads of the tokens.
+def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
+    """A good split: all blocks busy to the end, enough weights under way, and not too many blocks that read x.
+
+    Raises NotImplementedError where nothing fits.
     """
-    few = tokens <= 4
-    used = {}
-    for cluster in (1, 2):
-        clusters = call.SMS // cluster
-        for rows in range(16, (112 if tokens <= 16 else 64) + 1, 16):
-            rounds = -(-features // (rows * clusters))
-            used[cluster, rows] = features / (rounds * clusters * rows)
-    least = max(used.values()) - 0.03
-    full = [key for key, share in used.items() if share > least]
-    cluster, rows = max(full, key=lambda key: ((key[0] == 1) == few, key[1]))
-    options = [Tiling(rows, cluster, warps, groups) for warps, groups in ((8, 16), (8, 8), (4, 8), (4, 4))]
-    return next((option for option in options if option.depth(tokens) >= 3), options[-1])
+    splits = []
+    for warps, most, registers in ((16, 8, 128), (8, 16, 255)):
+        for cluster in CLUSTERS:
+            for rows in (16, 32, 64):
+                of_warp = -(-row_bytes // (64 * cluster * warps))
+                iterations = -(-of_warp // (most * 16 // rows))
+                split = Tiling(rows, cluster, warps, -(-of_warp // iterations))
+                fits = split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED
+                if fits and split.registers(tokens, itemsize) <= registers and row_bytes // 64 >= cluster * cluster:
+                    splits.append(split)
+    if not splits:
+        raise NotImplementedError("it does not fit in shared memory")
+    return min(splits, key=lambda split: split.nanoseconds(tokens, features, row_bytes, itemsize))
 
 
 def implementation(
@@ -93,9 +107,10 @@ def implementation(
     activation: str | None = None,
     residual: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
     split: Tiling | None = None,
 ) -> Callable[..., jax.Array]:
-    """The kernel for these shapes, as a function of (x, weight, scale_F, norm_D, residual_TF).
+    """The kernel for these shapes, as a function of (x, weight, scale_F, norm_D, residual_TF, ahead).
 
     It computes what `api.linear` does, [T, F] (half of F with an activation), in a program for an H100 or H200. x and
     residual are bfloat16; the weight bfloat16, or float8_e4m3fn or int8 with a float32 scale of each row; the norm's
@@ -105,6 +120,7 @@ def implementation(
     Args:
       eps: of the norm of x; None for none.
       residual: whether there is one.
+      ahead: a weight that is read next, whose beginning the second-level cache fetches while this product ends.
       split: None for a good one.
 
     Raises:
@@ -117,24 +133,25 @@ def implementation(
         raise NotImplementedError(f"activation {activation} of {F} features")
     if not 0 < T <= MAX_TOKENS or D % (64 if kind else 32) or not F:
         raise NotImplementedError(f"{T} tokens of {D} inputs")
-    split = tiling(T, F) if split is None else split
-    grid, threads, stages = split.grid(F), split.warps * 32, split.depth(T)
-    shared = split.shared(T, stages)
-    if stages < 1 or shared > call.MAX_SHARED:
-        raise NotImplementedError("it does not fit in shared memory")
+    itemsize = jnp.dtype(weight_FD.dtype).itemsize
+    split = tiling(T, F, D * itemsize, itemsize) if split is None else split
+    shared = split.shared(T, D * itemsize, itemsize)
+    grid, threads = split.grid(F), split.warps * 32
+    fetched = 0 if ahead is None else min(AHEAD, ahead.size * ahead.dtype.itemsize // grid // 512 * 512)
     macros = {
         "TOKENS": T, "FEATURES": F, "INPUTS": D,
-        "ROWS": split.rows, "CLUSTER": split.cluster, "WARPS": split.warps, "GROUPS": split.groups, "STAGES": stages,
+        "ROWS": split.rows, "CLUSTER": split.cluster, "WARPS": split.warps, "GROUPS": split.groups,
         "WEIGHT": kind, "NORM": int(eps is not None), "EPS": f"{float(eps or 0.0)!r}f",
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual),
-        "OUT_FLOAT": int(out_dtype == jnp.float32), "SHARED": shared,
+        "OUT_FLOAT": int(out_dtype == jnp.float32), "AHEAD": fetched, "SHARED": shared,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     result = jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype)
 
     def run(x: jax.Array, weight: jax.Array, *others: jax.Array | None) -> jax.Array:
+        given = [*others, *[None] * (4 - len(others))]
         # What the kernel does not read must still be a pointer.
-        arguments = [x, weight, *(x if other is None else other for other in others)]
+        arguments = [x, weight, *(x if other is None else other for other in given)]
         return call.launch(KERNEL, ptx, arguments, [result], grid=(grid,), threads=threads, shared=shared)[0]
 
     return run
@@ -157,7 +174,7 @@ def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
     run = implementation(x_TD, weight_FD, out_dtype=jnp.float32)
 
     def kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return run(x, weight, None, None, None)
+        return run(x, weight)
 
     return lax.platform_dependent(x_TD, weight_FD, cuda=kernel, default=reference.matmul).reshape(*x.shape[:-1], -1)
 

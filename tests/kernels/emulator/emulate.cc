@@ -1,5 +1,6 @@
 // The machine that cuda_on_cpu.h describes: fibers, their scheduler, and guarded memory. KERNEL is the .cu file.
-#include "bulk.cuh"
+#include "barrier.cuh"
+#include "cluster.cuh"
 
 #include <csetjmp>
 #include <csignal>
@@ -29,7 +30,6 @@ bool eager;
 std::vector<Meeting> warps;
 Meeting* barriers;
 Meeting cluster_barrier;
-std::map<const u8*, std::vector<BulkCopy>> bulk_copies;
 
 namespace {
 
@@ -145,7 +145,6 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
   warps.assign((count + 31) / 32, {});
   all_barriers.assign(16 * blocks, {});
   cluster_barrier = {};
-  bulk_copies.clear();
 #if !defined(__x86_64__)
   contexts.clear();
 #endif
@@ -189,7 +188,6 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
         }
     }
   }
-  if (!bulk_copies.empty()) error = "a block ended with bulk copies under way" + place();
 }
 
 void on_fault(int, siginfo_t* info, void*) {
@@ -207,6 +205,8 @@ u32 live_threads_of_cluster() {
   for (u32 of_block : finished) live -= of_block;
   return live;
 }
+
+bool is_running(u32 block) { return finished[block] < threads.size() / finished.size(); }
 
 void fail(const std::string& what) {
   if (error.empty()) error = what + place();

@@ -1,24 +1,15 @@
-// Copies of whole rows by the copy engine, and what the blocks of a cluster share. Under JAXLLM_EMULATE the same names come from the emulator of the tests.
+// What the blocks of a cluster share, and help for kernels that read weights at the speed of memory. Under JAXLLM_EMULATE
+// the same names come from the emulator of the tests.
 #pragma once
-#include "barrier.cuh"
+#include "ptx.cuh"
 
 #ifdef JAXLLM_EMULATE
-#include "bulk_on_cpu.h"
+#include "cluster_on_cpu.h"
 #else
 
-// How the second-level cache treats what is read once.
-DEVICE u64 read_once() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-// Copies bytes from global to shared memory; they count on `barrier`. Addresses and bytes are multiples of 16.
-DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
+// Lets the second-level cache fetch what another kernel will read; address and bytes are multiples of 16.
+DEVICE void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // What fused multiply-add does, on two bf16 in a word, rounded once.
@@ -39,6 +30,18 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 DEVICE void cluster_sync() {
   __syncwarp();  // it wants whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Writes a float at the place in the shared memory of block `rank` that `address` is in this block's. That block must
+// have started, and not have ended.
+DEVICE void cluster_store(u32 address, u32 rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n"
+      "}" ::"r"(address),
+      "r"(rank), "f"(value)
+      : "memory");
 }
 // Reads a float at the place in the shared memory of block `rank` that `address` is in this block's.
 DEVICE float cluster_load(u32 address, u32 rank) {

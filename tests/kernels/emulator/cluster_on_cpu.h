@@ -1,4 +1,4 @@
-// What bulk.cuh has, on a CPU: see cuda_on_cpu.h.
+// What cluster.cuh has, on a CPU: see cuda_on_cpu.h.
 #pragma once
 
 namespace emulator {
@@ -6,22 +6,13 @@ namespace emulator {
 extern std::vector<u8*> shared_of_blocks;  // of the cluster
 extern Meeting cluster_barrier;
 u32 live_threads_of_cluster();
+bool is_running(u32 block);
 
 }  // namespace emulator
 
-inline u64 read_once() { return 0; }
-inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
-  if (to % 16 || (u64)from % 16 || bytes % 16 || !bytes) emulator::fail("bulk_copy: not multiples of 16");
-  if ((u64)to + bytes > emulator::shared_bytes) emulator::fail("bulk_copy: outside of shared memory");
-  emulator::check_global(from, bytes, "bulk_copy");
-  emulator::Barrier& b = emulator::barrier_at(barrier, "bulk_copy");
-  const emulator::BulkCopy copy{emulator::shared + to, (const u8*)from, bytes};
-  if (emulator::eager) {
-    emulator::land(b, copy);
-    return emulator::end_phase(b);
-  }
-  std::memset(copy.to, 0xff, bytes);  // what was there may be gone from now on
-  emulator::bulk_copies[(const u8*)&b].push_back(copy);
+inline void prefetch(const void* from, u32 bytes) {
+  if ((u64)from % 16 || bytes % 16 || !bytes) emulator::fail("prefetch: not multiples of 16");
+  emulator::check_global(from, bytes, "prefetch");
 }
 
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
@@ -42,6 +33,14 @@ inline void cluster_sync() {
   } else {
     emulator::wait_until_changed(&b.generation, "cluster_sync");
   }
+}
+inline void cluster_store(u32 address, u32 rank, float value) {
+  if (rank >= emulator::shared_of_blocks.size()) emulator::fail("cluster_store: no such block");
+  const bool own = rank == emulator::current->block;
+  if (!own && !emulator::cluster_barrier.generation) emulator::fail("cluster_store: to a block that may not have started");
+  if (!emulator::is_running(rank)) emulator::fail("cluster_store: to a block that ended");
+  const u8* here = emulator::shared_pointer(address, 4, "cluster_store");
+  std::memcpy(emulator::shared_of_blocks[rank] + (here - emulator::shared), &value, 4);
 }
 inline float cluster_load(u32 address, u32 rank) {
   if (rank >= emulator::shared_of_blocks.size()) emulator::fail("cluster_load: no such block");
