@@ -24,22 +24,20 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
 }
 TOKENS = {"qwen3-30b-a3b": (1, 8, 16, 64, 256), "mixtral-8x7b": (1, 16, 64), "mixtral-8x7b tp2": (1,)}
 SWEEPS: dict[int, dict[str, tuple[Tiling, Tiling]]] = {
-    # tokens (Qwen3-30B-A3B) -> splits of the two products: tiles of rows, of columns, warps, depth, blocks
+    # tokens (Qwen3-30B-A3B) -> splits of the two products: span, tiles of rows, of columns, warps, depth, blocks
     1: {
-        "half the loads": (Tiling(1, 1, 8, 4, 3), Tiling(2, 1, 8, 3, 3)),
-        "large blocks": (Tiling(2, 1, 8, 4, 2), Tiling(4, 1, 4, 2, 2)),
-        "many warps": (Tiling(1, 1, 16, 4, 1), Tiling(1, 1, 8, 3, 4)),
+        "half lines": (Tiling(1, 1, 1, 8, 8, 2), Tiling(1, 2, 1, 8, 3, 2)),
+        "half the loads": (Tiling(2, 2, 1, 8, 2, 3), Tiling(2, 2, 1, 6, 1, 4)),
+        "large blocks": (Tiling(2, 4, 1, 8, 2, 2), Tiling(2, 4, 1, 6, 1, 4)),
     },
     64: {
-        "small blocks": (Tiling(1, 1, 8, 8, 2), Tiling(2, 1, 4, 3, 4)),
-        "half the loads": (Tiling(2, 1, 8, 2, 3), Tiling(2, 1, 8, 3, 3)),
-        "large blocks": (Tiling(4, 1, 8, 2, 2), Tiling(4, 1, 8, 1, 2)),
-        "two columns": (Tiling(2, 2, 8, 4, 2), Tiling(2, 2, 8, 3, 2)),
+        "half lines": (Tiling(1, 2, 1, 8, 4, 2), Tiling(1, 2, 1, 8, 3, 2)),
+        "small blocks": (Tiling(2, 2, 2, 8, 2, 3), Tiling(2, 2, 2, 6, 1, 4)),
+        "four columns": (Tiling(2, 4, 1, 8, 2, 2), Tiling(2, 2, 1, 6, 2, 4)),
     },
     256: {
-        "large blocks": (Tiling(4, 3, 8, 1, 2), Tiling(4, 3, 8, 1, 2)),
-        "small blocks": (Tiling(1, 3, 8, 4, 2), Tiling(1, 3, 8, 3, 2)),
-        "four columns": (Tiling(2, 4, 8, 2, 2), Tiling(2, 4, 8, 1, 2)),
+        "whole lines": (Tiling(2, 2, 6, 8, 1, 2), Tiling(2, 2, 6, 6, 1, 2)),
+        "large blocks": (Tiling(1, 4, 3, 8, 1, 2), Tiling(1, 4, 3, 8, 1, 2)),
     },
 }
 

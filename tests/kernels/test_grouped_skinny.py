@@ -60,17 +60,17 @@ def expected(x, chosen, weights, gate_up, down, slope=lambda gate: gate) -> np.n
 
 CASES = [
     # kind, T, X, E, D, F, splits
-    ("even", 1, 8, 16, 96, 32, (Tiling(1, 1, 4, 1, 2), Tiling(2, 1, 2, 3, 1))),
+    ("even", 1, 8, 16, 96, 32, (Tiling(1, 1, 1, 4, 1, 2), Tiling(1, 2, 1, 2, 3, 1))),
     ("elsewhere", 7, 4, 6, 64, 64, None),
-    ("elsewhere", 40, 3, 5, 320, 96, (Tiling(2, 3, 8, 2, 2), Tiling(4, 3, 4, 1, 2))),
+    ("elsewhere", 40, 3, 5, 320, 96, (Tiling(2, 3, 6, 4, 2, 2), Tiling(1, 4, 3, 4, 1, 2))),
     ("one", 40, 2, 5, 64, 32, None),
 ]
 MORE = [
     ("even", 1, 2, 8, 512, 96, None),
-    ("even", 8, 3, 5, 288, 160, (Tiling(1, 1, 8, 2, 2), Tiling(1, 1, 4, 2, 2))),
+    ("even", 8, 3, 5, 288, 160, (Tiling(1, 1, 1, 8, 2, 2), Tiling(1, 1, 1, 4, 2, 2))),
     ("one", 8, 8, 11, 64, 32, None),
     ("even", 16, 4, 8, 256, 64, None),
-    ("even", 70, 2, 3, 64, 32, (Tiling(1, 2, 2, 1, 2), Tiling(2, 2, 2, 2, 2))),
+    ("even", 70, 2, 3, 64, 32, (Tiling(1, 1, 2, 2, 1, 2), Tiling(2, 2, 4, 1, 2, 2))),
 ]
 
 
@@ -139,12 +139,13 @@ def test_records_are_enough() -> None:
 
 def test_splits() -> None:
     for T, X, E in ((1, 8, 128), (16, 8, 128), (64, 8, 128), (256, 8, 128), (64, 2, 8)):
-        ns = cuda.columns(T, X, E) // 8
+        columns = cuda.columns(T, X, E)
         for D in (96, 768, 2048, 4096, 14336):
-            split = cuda.tiling(T, ns, D)
+            split = cuda.tiling(T, columns, D)
+            assert split.columns == max(columns, 8 // split.span)
             assert split.shared * split.blocks <= call.MAX_SHARED
-            assert 4 * (split.depth * (2 * split.ms + ns) + split.ms * ns) <= cuda.REGISTERS
-    assert [cuda.columns(T, 8, 128) for T in (1, 16, 64, 128, 256)] == [8, 8, 8, 16, 24]
+            assert split.registers <= cuda.REGISTERS
+    assert [cuda.columns(T, 8, 128) for T in (1, 16, 64, 128, 256)] == [4, 4, 8, 16, 24]
 
 
 def test_what_the_kernel_cannot_do() -> None:

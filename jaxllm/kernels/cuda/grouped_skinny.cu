@@ -8,6 +8,10 @@
 // of its pair. Each warp has its own part of the inputs; their sums are added up in a fixed order, in float32. All loads
 // of a warp are under way together, and there are more blocks than run at once: the chip does the rest.
 //
+// With SPAN = 1 a load of a warp reads 64 bytes of 8 rows. What a multiprocessor can have under way counts in lines of
+// 128 bytes, so with SPAN = 2 it reads 128 bytes of 4 rows: the rows of a product are then the halves of 4 rows' lines,
+// its columns the same halves of 4 pairs, and of the results those of unequal halves are thrown away.
+//
 //   PAIRS EXPERTS    pairs, and experts that are here; a pair with an expert outside of [0, EXPERTS) has no result
 //   SHARED_BY        pairs that have one row of x: the X of a token, or 1
 //   FEATURES INPUTS  rows of an expert's weight (of both halves, where gated), and their length
@@ -15,31 +19,33 @@
 //   LIST             1: `work` are records of 1 + COLUMNS integers, one for each blockIdx.y: an expert, or -1 for no work,
 //                    and its pairs, or -1 (see grouped_list.cu). 0: `work` are the experts of all pairs, 64 at most, and
 //                    the block of the first pair of each expert does the work
-//   MS NS            products of a block in rows (ROWS = 16 * MS) and columns (COLUMNS = 8 * NS)
-//   WARPS DEPTH      of a block; groups of 64 bytes of each row that a lane loads at a time
+//   SPAN             see above
+//   MS NS            products of a block in rows (ROWS = 16 / SPAN * MS) and columns (COLUMNS = 8 / SPAN * NS)
+//   WARPS DEPTH      of a block; groups of 64 * SPAN bytes of each row that a warp loads at a time
 //   BLOCKS           of a multiprocessor
 #include "stream.cuh"
 
-constexpr int THREADS = WARPS * 32, ROWS = MS * 16, COLUMNS = NS * 8;
-constexpr int GROUP = 32;  // inputs in 64 bytes of a row
+constexpr int HALF = 8 / SPAN;  // rows, and columns, of half of a product
+constexpr int THREADS = WARPS * 32, ROWS = MS * 2 * HALF, COLUMNS = NS * HALF;
+constexpr int GROUP = 32 * SPAN;  // inputs
 constexpr int ROW_GROUPS = INPUTS / GROUP;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
 constexpr bool WHOLE = ROW_GROUPS % (WARPS * DEPTH) == 0;  // every load of every warp is needed
 constexpr int SUM_STRIDE = ROWS + 4;                       // floats; the lanes of a warp then write to all banks
 // Shared memory: the warps' sums [WARPS, COLUMNS, SUM_STRIDE], and the pairs [COLUMNS].
 constexpr int PAIRS_AT = WARPS * COLUMNS * SUM_STRIDE * 4;
-static_assert(INPUTS % GROUP == 0 && (LIST || PAIRS <= 64), "sizes");
+static_assert(INPUTS % GROUP == 0 && (LIST || PAIRS <= 64) && (SPAN == 1 || SPAN == 2), "sizes");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
   return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
 }
 
-// The row of the weight that lies at `row` of a tile. Gated: 8 rows of the gate, the same 8 of up, the next 8 of the gate.
+// The row of the weight that lies at `row` of a tile. Gated: half a product of the gate, the same rows of up, and so on.
 DEVICE int weight_row(int tile, int row) {
-  if (!GATED) return min(tile * ROWS + row, FEATURES - 1);
-  const int out = min(tile * OUT_ROWS + row / 16 * 8 + row % 8, OUT_FEATURES - 1);
-  return row % 16 < 8 ? out : OUT_FEATURES + out;
+  const int out = tile * OUT_ROWS + (GATED ? row / (2 * HALF) * HALF + row % HALF : row);
+  const int inside = OUT_FEATURES % OUT_ROWS == 0 ? out : min(out, OUT_FEATURES - 1);
+  return inside + (GATED && row % (2 * HALF) >= HALF ? OUT_FEATURES : 0);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
@@ -52,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
   float* const sums = (float*)shared;
   int* const pairs = (int*)(shared + PAIRS_AT);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int row = lane / 4, quarter = lane % 4;  // of a product: row of the weight and pair; quarter of a group
+  const int row = lane / 4 / SPAN, part = lane / 4 % SPAN, quarter = lane % 4;  // 16 bytes of a row, or of a pair
   const int tile = blockIdx.x;
 
   int pair[NS];  // of this lane's columns, or -1
@@ -60,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
   const int* const record = work + blockIdx.y * (1 + COLUMNS);
   const int expert = __ldg(record);
 #pragma unroll
-  for (int n = 0; n < NS; n++) pair[n] = __ldg(record + 1 + n * 8 + row);
+  for (int n = 0; n < NS; n++) pair[n] = __ldg(record + 1 + n * HALF + row);
   if (expert < 0) return;
 #else
   const int expert = __ldg(work + blockIdx.y);
@@ -71,22 +77,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
 #pragma unroll
   for (int n = 0; n < NS; n++) {
     pair[n] = __ffsll(same) - 1;
-    for (int i = 0; i < 8; i++) same &= same - 1;
+    for (int i = 0; i < HALF; i++) same &= same - 1;
   }
 #endif
 
+  const int offset = part * 32 + quarter * 8;
+  const u16* const own = weight + (size_t)expert * FEATURES * INPUTS + offset;
   const u16* rows[MS][2];
 #pragma unroll
   for (int m = 0; m < MS; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      rows[m][half] = weight + ((size_t)expert * FEATURES + weight_row(tile, m * 16 + half * 8 + row)) * INPUTS + quarter * 8;
+      rows[m][half] = own + (size_t)weight_row(tile, (m * 2 + half) * HALF + row) * INPUTS;
   const u16* inputs[NS];
 #pragma unroll
-  for (int n = 0; n < NS; n++) inputs[n] = x + (size_t)(max(pair[n], 0) / SHARED_BY) * INPUTS + quarter * 8;
-  if (warp == 0 && quarter == 0)
+  for (int n = 0; n < NS; n++) inputs[n] = x + (size_t)(max(pair[n], 0) / SHARED_BY) * INPUTS + offset;
+  if (warp == 0 && part == 0 && quarter == 0)
 #pragma unroll
-    for (int n = 0; n < NS; n++) pairs[n * 8 + row] = pair[n];
+    for (int n = 0; n < NS; n++) pairs[n * HALF + row] = pair[n];
 
   float acc[MS][NS][4] = {};
   const int first = warp * ROW_GROUPS / WARPS, last = (warp + 1) * ROW_GROUPS / WARPS;
@@ -131,8 +139,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
 #pragma unroll
     for (int n = 0; n < NS; n++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        sums[(warp * COLUMNS + n * 8 + quarter * 2 + j % 2) * SUM_STRIDE + m * 16 + row + j / 2 * 8] = acc[m][n][j];
+      for (int half = 0; half < 2; half++) {
+        float* const to = sums + (warp * COLUMNS + n * HALF) * SUM_STRIDE + (m * 2 + half) * HALF + row;
+        const float even = acc[m][n][half * 2], odd = acc[m][n][half * 2 + 1];
+        if (SPAN == 1) {
+          to[(quarter * 2) * SUM_STRIDE] = even;
+          to[(quarter * 2 + 1) * SUM_STRIDE] = odd;
+        } else {  // columns 2i and 2i + 1 are the two parts of pair i
+          const float mine = part ? odd : even, sum = mine + __shfl_xor_sync(~0u, mine, 4);
+          if (part == 0) to[quarter * SUM_STRIDE] = sum;
+        }
+      }
   __syncthreads();
   auto total = [&](int column, int r) {
     const float* const of = sums + column * SUM_STRIDE + r;
@@ -146,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
     if (to < 0 || feature >= OUT_FEATURES) continue;
     float value;
     if (GATED) {
-      const int gate = r / 8 * 16 + r % 8;
-      value = activation(total(column, gate)) * total(column, gate + 8);
+      const int gate = r / HALF * 2 * HALF + r % HALF;
+      value = activation(total(column, gate)) * total(column, gate + HALF);
     } else {
       value = total(column, r);
     }

@@ -21,6 +21,8 @@ KERNEL, LIST = "grouped_skinny", "grouped_list"
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 GROUP = 32
 """Inputs in 64 bytes of a row."""
+SPAN_COLUMNS = 8
+"""Columns of a block up to which loads of whole lines are worth more products."""
 FEW = 8
 """Tokens up to which a block finds its work by itself, where there are no more than 64 pairs."""
 MAX_COLUMNS = 32
@@ -30,16 +32,15 @@ MEAN = 24
 """Tokens that an expert can expect, up to which the weights are what takes the time."""
 REGISTERS = 104
 """Of a thread, for its sums and what it loads at a time."""
-BLOCK_BYTES = 40_000
-"""Of the weight, that a block of few tokens has at least."""
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How the work is split; see the kernel. rows and columns in tiles of 16 and 8."""
+    """How the work is split; see the kernel."""
 
+    span: int
     ms: int
     ns: int
     warps: int
@@ -47,25 +48,44 @@ class Tiling:
     blocks: int
 
     @property
+    def rows(self) -> int:
+        return self.ms * 16 // self.span
+
+    @property
+    def columns(self) -> int:
+        return self.ns * 8 // self.span
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, for its sums and what it loads at a time."""
+        return 4 * (self.ms * self.ns + self.depth * (2 * self.ms + self.ns))
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        return self.warps * self.ns * 8 * (self.ms * 16 + 4) * 4 + self.ns * 8 * 4
+        return self.warps * self.columns * (self.rows + 4) * 4 + self.columns * 4
 
 
 def columns(tokens: int, chosen: int, of: int) -> int:
     """Pairs of a block: what an expert gets that is not unusually popular."""
     mean = tokens * chosen / of
-    return min(MAX_COLUMNS, *(-(-math.ceil(most) // 8) * 8 for most in (tokens, mean + 2 * math.sqrt(mean))))
+    most = min(tokens, math.ceil(mean + 2 * math.sqrt(mean))) if tokens > FEW else tokens
+    return 4 if most <= 4 else min(MAX_COLUMNS, -(-most // 8) * 8)
 
 
-def tiling(tokens: int, ns: int, inputs: int) -> Tiling:
-    """A good split: blocks of some 50 KB, of which two are on each multiprocessor; few that read the same tokens."""
-    warps, blocks = 8, 2
-    ms = 2 if tokens > FEW or 16 * inputs * 2 < BLOCK_BYTES else 1
-    groups = -(-inputs // (GROUP * warps))
-    most = max(1, min(groups, (REGISTERS // 4 - ms * ns) // (2 * ms + ns)))
-    depth = min(range(1, most + 1), key=lambda depth: (-(-groups // depth) * depth - groups, -depth))
-    return Tiling(ms, ns, warps, depth, blocks)
+def tiling(tokens: int, columns: int, inputs: int) -> Tiling:
+    """A good split: blocks of some 50 KB, of which several are on each multiprocessor.
+
+    columns: a multiple of 8, or 4.
+    """
+    span = 2 if columns <= SPAN_COLUMNS and inputs % (2 * GROUP) == 0 else 1
+    groups = inputs // (GROUP * span)
+    warps = next((warps for warps in (8, 6, 4) if groups % warps == 0), 8)
+    ns, ms, groups = -(-columns * span // 8), span * (2 if tokens > FEW and warps == 8 else 1), -(-groups // warps)
+    blocks = {8: 2, 6: 4 if ns == 1 else 3, 4: 4}[warps]
+    options = [Tiling(span, ms, ns, warps, depth, blocks) for depth in range(1, groups + 1)]
+    fitting = [option for option in options if option.registers <= REGISTERS] or options[:1]
+    return min(fitting, key=lambda option: (-(-groups // option.depth) * option.depth - groups, -option.depth))
 
 
 def records(pairs: int, experts: int, columns: int) -> int:
@@ -90,11 +110,12 @@ def product(
     macros = {
         "PAIRS": pairs, "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D,
         "GATED": ACTIVATIONS[activation], "LIST": int(listed),
-        "MS": split.ms, "NS": split.ns, "WARPS": split.warps, "DEPTH": split.depth, "BLOCKS": split.blocks,
+        "SPAN": split.span, "MS": split.ms, "NS": split.ns, "WARPS": split.warps, "DEPTH": split.depth,
+        "BLOCKS": split.blocks,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
-    rows, out = split.ms * 16, F // 2 if activation else F
-    grid = -(-out // (rows // 2 if activation else rows)), records(pairs, E, split.ns * 8) if listed else pairs
+    out, rows = F // 2 if activation else F, split.rows
+    grid = -(-out // (rows // 2 if activation else rows)), records(pairs, E, split.columns) if listed else pairs
     result = jax.ShapeDtypeStruct((pairs, out), jnp.bfloat16)
 
     def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array) -> jax.Array:
@@ -143,7 +164,7 @@ def implementation(
     """What `api.experts` does, as a function of (x, chosen, weights, gate_up, down) in a program for an H100 or H200.
 
     Args:
-      splits: of the first and the second product, with equal `ns`; None for good ones.
+      splits: of the first and the second product, with equal columns; None for good ones.
 
     Raises:
       NotImplementedError: there is no kernel for these shapes and dtypes.
@@ -154,13 +175,15 @@ def implementation(
     if D % GROUP or F % GROUP or not 0 < T * X <= MAX_PAIRS:
         raise NotImplementedError(f"{T * X} pairs of {D} inputs and {F} columns")
     if splits is None:
-        ns = columns(T, X, of) // 8
-        splits = tiling(T, ns, D), tiling(T, ns, F)
+        most = columns(T, X, of)
+        splits = tiling(T, most, D), tiling(T, most, F)
     first, second = splits
-    listed = min(FEW, first.ns * 8) < T or T * X > 64
+    if first.columns != second.columns:  # half a product of columns is none without `span`
+        first, second = (tiling(T, 8, width) for width in (D, F))
+    listed = min(FEW, first.columns) < T or T * X > 64
     up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation)
     down = product(T * X, 1, down_EDF, second, listed=listed)
-    list_work = make_list(T * X, E, first.ns * 8) if listed else lambda chosen: chosen
+    list_work = make_list(T * X, E, first.columns) if listed else lambda chosen: chosen
 
     def run(
         x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
