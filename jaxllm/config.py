@@ -115,14 +115,15 @@ class KvCacheConfig(Strict):
         free_gpu_memory_fraction: share of the device memory that is free after loading the weights, 0 < f <= 1.
         max_tokens: explicit size in tokens; with both limits given the smaller one wins.
         tokens_per_block: page size in tokens, a power of two.
-        dtype: element type of the cache, "auto" = the dtype of the activations.
+        dtype: element type of the cache; "fp8" = e4m3, half of bfloat16's memory; "auto" = what the checkpoint says,
+            else the dtype of the activations.
     """
 
     enable_block_reuse: bool = True
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
     tokens_per_block: int = Field(default=32, ge=1, le=1024)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
 
     @field_validator("tokens_per_block")
     @classmethod

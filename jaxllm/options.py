@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jaxllm.config import EngineConfig, SchedulerConfig, choices, load_yaml, merge_settings
+from jaxllm.config import EngineConfig, KvCacheConfig, SchedulerConfig, choices, load_yaml, merge_settings
 
 if TYPE_CHECKING:
     from jaxllm.sampling_params import SamplingParams
@@ -111,6 +111,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-free-gpu-memory-fraction", type=float, metavar="F",
         help="share of the free device memory to use for the KV cache (default: 0.9)",
     )  # fmt: skip
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=choices(KvCacheConfig, "dtype"),
+        help="of keys and values; fp8 takes half the memory",
+    )
     group.add_argument("--kv-cache-max-tokens", type=positive, metavar="N", help="size of the KV cache in tokens")
     group.add_argument("--no-block-reuse", action="store_true", help="switch the prefix cache off")
     group.add_argument("--no-chunked-prefill", action="store_true", help="compute every prompt in one step")
@@ -140,6 +145,8 @@ def engine_config(args: argparse.Namespace, base: Mapping[str, Any] | None = Non
     kv: dict[str, Any] = {}
     if args.kv_cache_free_gpu_memory_fraction is not None:
         kv["free_gpu_memory_fraction"] = args.kv_cache_free_gpu_memory_fraction
+    if args.kv_cache_dtype is not None:
+        kv["dtype"] = args.kv_cache_dtype
     if args.kv_cache_max_tokens is not None:
         kv["max_tokens"] = args.kv_cache_max_tokens
     if args.no_block_reuse:

@@ -54,6 +54,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "batch_buckets": [1, 64, 256],
         "token_buckets": [8192],
         "quantization": "fp8",
+        "kv_cache_config": {"enable_block_reuse": False, "dtype": "fp8"},
     },
     "long": {"max_batch_size": 8, "max_seq_len": 32_768 + 128, "batch_buckets": [1, 8], "token_buckets": [8192]},
     "longest": {"max_batch_size": 1, "max_seq_len": 131_072 + 128, "batch_buckets": [1], "token_buckets": [8192]},

@@ -294,6 +294,7 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
     """What the plan's roofline says of a row; None on a device that is not in its table."""
     import jax
 
+    from jaxllm.engine.sizes import kv_cache_dtype
     from jaxllm.parallel.layout import Layout
     from jaxllm.plan.find import find_model
     from jaxllm.plan.gpus import GPUS
@@ -309,13 +310,13 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
     model = quantized(find_model(config.model), config)
     mapping = config.resolve_mapping(len(jax.devices()))
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
-    kv = config.kv_cache_config.dtype
+    kept = None if model.config is None else model.config.quantization
     roofline = Roofline(
         model,
         model.lay_out(Layout(mapping, dtype)),
         mapping.stage_layers(model.num_layers),
         gpu,
-        (dtype if kv == "auto" else DTYPES[kv]).itemsize,
+        kv_cache_dtype(config, dtype, kept is not None and kept.cache).itemsize,
         config.max_num_tokens or 8192,
     )
 

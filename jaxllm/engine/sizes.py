@@ -9,6 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
+
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine import buckets
 from jaxllm.mapping import CpType, Mapping
@@ -41,6 +44,16 @@ DEFAULTS = {
     "cpu": Defaults(64, max_prompt_tokens=512, kv_tokens=32_768, tile=32, fine_buckets=True, dtype="float32"),
     "gpu": Defaults(256, max_prompt_tokens=8192, kv_tokens=65_536, tile=128, fine_buckets=False, dtype=None),
 }
+
+
+def kv_cache_dtype(config: EngineConfig, activations: np.dtype, quantised: bool) -> np.dtype:
+    """Of the page pool. quantised: the checkpoint was made for keys and values in e4m3."""
+    name = config.kv_cache_config.dtype
+    if name == "fp8" or (name == "auto" and quantised):
+        return np.dtype(ml_dtypes.float8_e4m3fn)
+    if name == "auto":
+        return activations
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(np.float32)
 
 
 def memory_fraction_variable() -> dict[str, str]:

@@ -24,7 +24,7 @@ from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
-from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, memory_fraction_variable, pool_size
+from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.cuda.checks import check_kernels
@@ -102,7 +102,7 @@ def start(config: EngineConfig) -> Started:
         weights = _load(config, cfg, files, stages)
         jax.block_until_ready(weights)
     with phase("kv_cache"):
-        kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else np.dtype(_dtype(config.kv_cache_config.dtype))
+        kv_dtype = kv_cache_dtype(config, dtype, cfg.quantization is not None and cfg.quantization.cache)
         rooms = [_page_room(functions, mapping.stripe(page_size), kv_dtype) for functions in stages]
         span = mapping.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)

@@ -19,12 +19,13 @@ ONLINE = {"fp8": Format("fp8"), "int8": Format("int8"), "int4": Format("int4", g
 class Quantization:
     """format: of the matrices of attention, MLPs and experts. head: whether that of the output is among them.
 
-    ignored: regular expressions of modules that are not.
+    ignored: regular expressions of modules that are not. cache: the checkpoint was made for keys and values in e4m3.
     """
 
     format: Format
     head: bool = False
     ignored: tuple[str, ...] = ()
+    cache: bool = False
 
     def applies(self, names: Iterable[str]) -> bool:
         """Whether a parameter that is made of these tensors is quantised."""

@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.merge import Partial, add_sink
@@ -180,9 +181,16 @@ def write_pages(
 ) -> KVPages:
     """Stores keys and values of tokens in their pages; None: the keys are the values (MLA)."""
     page_T, slot_T = places(positions_T, pages_RW, row_T, kv.shape[3], stripes)
-    return kv.at[page_T, :, :, slot_T].set(planes(k_TKH, v_TKH).astype(kv.dtype))
+    return kv.at[page_T, :, :, slot_T].set(planes(k_TKH, v_TKH, kv.dtype))
 
 
-def planes(k_TKH: jax.Array, v_TKH: jax.Array | None) -> jax.Array:
-    """Keys and values of tokens as pages have them, [T, Y, K, H]."""
-    return k_TKH[:, None] if v_TKH is None else jnp.stack([k_TKH, v_TKH], axis=1)
+def planes(k_TKH: jax.Array, v_TKH: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    """Keys and values of tokens as pages of this dtype have them, [T, Y, K, H].
+
+    To eight bits, what is too large becomes the largest, as `kernels.rope_write` has it.
+    """
+    kept = k_TKH[:, None] if v_TKH is None else jnp.stack([k_TKH, v_TKH], axis=1)
+    if dtype.itemsize == 1:
+        limit = float(jnp.finfo(dtype).max)
+        kept = jnp.clip(kept, -limit, limit)
+    return kept.astype(dtype)

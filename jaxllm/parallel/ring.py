@@ -62,7 +62,7 @@ def ring(
     positions_T = batch.positions_T[batch.decodes :]
     before_T = batch.chunk_T(START) - 1
     tiles_RW = jnp.minimum(batch.chunks_RC[:, TILE, None] + jnp.arange(batch.tiles), batch.tiles - 1)
-    block = planes(k_TKH, v_TKH).astype(kv.dtype)  # keys and values as pages, [R, Y, K, tile, H]
+    block = planes(k_TKH, v_TKH, kv.dtype)  # keys and values as pages, [R, Y, K, tile, H]
     block = jnp.moveaxis(block.reshape(batch.tiles, batch.tile, *block.shape[1:]), 1, 3)
     found: Partial | None = None
     for step in range(size):

@@ -136,7 +136,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         pages = plan.pages * (plan.page_tokens // layout.mapping.stripes // page_size) * layout.size("pages")
-        pool = spec((pages, *functions.kv_shape(page_size)), DTYPES[plan.kv_dtype], layout.sharding(part, *KV_AXES))
+        pool = spec((pages, *functions.kv_shape(page_size)), np.dtype(plan.kv_dtype), layout.sharding(part, *KV_AXES))
         last = spec((num_slots,), np.int32, layout.sharding(part))
         args: list[Any] = [
             functions.abstract_weights(),

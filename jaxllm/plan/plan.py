@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.buckets import Bucket
-from jaxllm.engine.sizes import DEFAULTS, Room, longest_sequence, memory_fraction_variable, pool_size
+from jaxllm.engine.sizes import DEFAULTS, Room, kv_cache_dtype, longest_sequence, memory_fraction_variable, pool_size
 from jaxllm.engine.sizes import Sizes as BatchSizes
 from jaxllm.engine.slots import Variant
 from jaxllm.mapping import AXES, CpType, Mapping
@@ -109,7 +109,8 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     except ValueError as error:
         problem = str(error)
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
-    kv_dtype = dtype if config.kv_cache_config.dtype == "auto" else DTYPES[config.kv_cache_config.dtype]
+    kept = None if model.config is None else model.config.quantization
+    kv_dtype = kv_cache_dtype(config, dtype, kept is not None and kept.cache)
     page = config.kv_cache_config.tokens_per_block
     defaults = DEFAULTS["gpu"]
     plan = Plan(model, config, mapping, gpu, usable_memory(gpu), str(dtype), str(kv_dtype))
