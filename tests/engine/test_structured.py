@@ -231,8 +231,8 @@ def test_smollm2_at_a_high_temperature() -> None:
         "required": ["name", "born", "tags", "likes"],
         "additionalProperties": False,
     }
-    with LLM("smollm2-135m", max_batch_size=16, max_seq_len=1024, kv_cache_config={"max_tokens": 16_384}) as llm:
-        params = SamplingParams(temperature=1.5, max_tokens=600, seed=1, n=16, structured_outputs={"json": person})
+    with LLM("smollm2-135m", max_batch_size=9, max_seq_len=512, kv_cache_config={"max_tokens": 4096}) as llm:
+        params = SamplingParams(temperature=1.5, max_tokens=400, seed=1, n=8, structured_outputs={"json": person})
         plain = SamplingParams(max_tokens=48)
         alone = tokens_of(llm.generate("The capital of France is", plain))
         outputs = llm.generate(["A person: ", "The capital of France is"], [params, plain])
