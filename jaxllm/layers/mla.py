@@ -110,7 +110,9 @@ class MLA(nnx.Module):
         query, latent, key = jnp.split(latents, [latents.shape[1] - sizes.width, latents.shape[1] - sizes.rope], axis=1)
         q_TNH = self.queries(x_TD if self.query_norm is None else self.query_norm(query)).reshape(T, N, -1)
         kept = jnp.concatenate([self.latent_norm(latent), self._rotate(key[:, None], rope)[:, 0]], axis=1)
-        kernel = Kernel(partial(paged_attention, scale=self.scale), None, self.layout)
+        # The other kinds merge results that are as wide as queries.
+        values = sizes.rank if kind in (None, CpType.HELIX) else None
+        kernel = Kernel(partial(paged_attention, scale=self.scale, values=values), None, self.layout)
         up = self.kv_up[...].reshape(N, sizes.nope + sizes.value, sizes.rank)
         with jax.named_scope("absorb"):
             q_nope, q_rope = q_TNH[:, :, : sizes.nope], self._rotate(q_TNH[:, :, sizes.nope :], rope)
@@ -121,15 +123,15 @@ class MLA(nnx.Module):
             with jax.named_scope("kv_write"):
                 kv = write_pages(kv, kept[:, None], None, batch.positions_T, batch.pages_RW, batch.row_T, stripes)
             with jax.named_scope("paged_attention"):
-                out_TNH, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
+                out_TNL, _ = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
         else:
             latents_TKH = jnp.broadcast_to(kept[:, None], (T, groups, sizes.width))
-            out_TNH, kv = METHODS[kind](q_TNH, latents_TKH, None, kv, batch, kernel)
+            out_TNL, kv = METHODS[kind](q_TNH, latents_TKH, None, kv, batch, kernel)
         with jax.named_scope("values"):
-            found = out_TNH[:, :, : sizes.rank]
+            found = out_TNL[:, :, : sizes.rank]
             values_up = self._own_heads(up[:, sizes.nope :], found.shape[1])
-            values = jnp.einsum("tnl,nhl->tnh", found, values_up, preferred_element_type=jnp.float32)
-        return self.out(values.astype(dtype).reshape(T, -1), spread, residual=residual), kv
+            made = jnp.einsum("tnl,nhl->tnh", found, values_up, preferred_element_type=jnp.float32)
+        return self.out(made.astype(dtype).reshape(T, -1), spread, residual=residual), kv
 
     def _own_heads(self, up_NHL: jax.Array, count: int) -> jax.Array:
         """Those of the heads that this rank has the result of: all, or with HELIX a share of them, padded."""

@@ -134,7 +134,7 @@ class Kernel:
             last_T.reshape(R, -1),
             first_RQ=None if first_T is None else first_T.reshape(R, -1),
         )
-        return out.reshape(T, N, H), lse.reshape(T, N)
+        return out.reshape(T, N, -1), lse.reshape(T, N)
 
     def step(
         self,

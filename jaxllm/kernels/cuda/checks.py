@@ -8,19 +8,20 @@ from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import quantized_cuda
-from jaxllm.kernels.paged_attention import decode_cuda, prefill_cuda
+from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
 from jaxllm.kernels.router import cuda as router
 
 
 @functools.cache
-def check_kernels(quantized: bool = False) -> None:
+def check_kernels(quantized: bool = False, latent: bool = False) -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used.
 
-    quantized: also those that only models with quantised weights use.
+    quantized: also those that only models with quantised weights use; latent: with latent attention.
     """
     checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
     checks |= {experts_cuda.KERNEL: experts_cuda.check, router.KERNEL: router.check}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
+    checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     call.check_all(checks)

@@ -1,13 +1,7 @@
 // Attention of few query tokens per row over paged keys and values: reads every key and value once, at the speed of
 // memory (FlashDecoding; grouped queries share what is read).
 //
-// The work is a list of items, a row's KV head each: row 0, head 0, then head 1, ..., then row 1. Items are blocks of
-// BLOCK tokens; how many is known when the kernel runs, and so is how CTAs share the list:
-//   - where no row is longer than WHOLE blocks, CTA c has items c, c + CTAS, ...: nothing has to be merged, and what
-//     the first item needs is fetched before anything else is known
-//   - else each CTA has an equal, contiguous share of all blocks, so that neither long nor short rows, nor padding,
-//     leave part of the GPU idle. CTAs that share an item leave partial results, each at most two, and the last of them
-//     to finish merges those of the item.
+// An item of work is a row's KV head; see shares.cuh.
 //
 // Inside of a CTA each warp takes 16 tokens of a block, copies them to shared memory STAGES blocks ahead (across the
 // borders of items), and keeps a running softmax of its own; the warps meet only where an item ends.
@@ -21,19 +15,19 @@
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #include "ptx.cuh"
 
-constexpr int N = K * G, M = G * Q;
+constexpr int N = K * G, M = G * Q, ITEMS = K;
 constexpr int TOKENS = 16, BLOCK = WARPS * TOKENS, THREADS = WARPS * 32;
 constexpr int ROW = FP8 ? H : 2 * H;              // bytes of a token's key or value
 constexpr int CHUNKS = ROW / 16;                  // of 16 bytes
 constexpr int PLANE = TOKENS * ROW;               // a warp's keys, or values, of one block
 constexpr int STAGE = 2 * PLANE;
 constexpr int MAXIMA = WARPS * STAGES * STAGE;     // of each warp, and then their sums
-constexpr int FLAGS = MAXIMA + 2 * WARPS * 16 * 4; // of each warp
-constexpr int ROWS = FLAGS + WARPS * 4;            // where the tables of rows begin
+constexpr int TABLES = MAXIMA + 2 * WARPS * 16 * 4;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr float MASKED = -1e30f, UNSEEN = -1e29f;
 static_assert(M <= 16 && H % 32 == 0 && O % TOKENS == 0, "not what this kernel was written for");
 static_assert(8 * H * 4 <= STAGE, "warps leave eight rows of results in a stage");
+
+#include "shares.cuh"
 
 // Where a chunk of a token lies in its row of shared memory, so that 8 tokens' equal chunks lie in different banks.
 DEVICE u32 chunk_at(int token, int chunk) {
@@ -43,127 +37,6 @@ DEVICE u32 chunk_at(int token, int chunk) {
 
 // Where a dim of a row of a warp's results lies in its stage, in floats; four rows lie in different banks.
 DEVICE int result_at(int m, int dim) { return m % 8 * H + (dim ^ (m & 3) << 3); }
-
-// The rows of a call, in shared memory: their first blocks, their last visible keys (-1: none), and the blocks of one
-// head before each, which are only counted where items are shared.
-struct Rows {
-  int count;
-  int* low;     // [count]
-  int* last;    // [count]
-  int* before;  // [count + 1]
-
-  DEVICE int blocks(int row) const { return last[row] < 0 ? 0 : last[row] / BLOCK - low[row] + 1; }
-};
-
-// Blocks of one item that follow each other.
-struct Run {
-  int row, head, blocks;
-  int token, last;  // first token of the first block; last visible one of the row
-};
-
-// What a CTA still has to do: from block `skip` of item `item`, at most `budget` blocks.
-struct Walk {
-  int item, skip, budget;
-  bool whole;
-
-  // The next blocks, at most `most`; none at the end.
-  DEVICE Run take(const Rows& rows, int most) {
-    Run run = {0, 0, 0, 0, -1};
-#pragma unroll 1
-    while (item < rows.count * K && budget > 0) {
-      const int row = item / K, left = rows.blocks(row) - skip;
-      if (left > 0) {
-        run.row = row;
-        run.head = item % K;
-        run.token = (rows.low[row] + skip) * BLOCK;
-        run.last = rows.last[row];
-        run.blocks = min(min(left, most), budget);
-        budget -= run.blocks;
-        skip += run.blocks;
-        if (run.blocks == left) {
-          item += whole ? CTAS : 1;
-          skip = 0;
-        }
-        break;
-      }
-      item = whole ? item + CTAS : (row + 1) * K;  // the row sees nothing
-    }
-    return run;
-  }
-};
-
-// The list of blocks as CTAs share it: CTA c has blocks [begin(c), begin(c + 1)).
-struct Shares {
-  int total, ctas;
-
-  DEVICE int begin(int cta) const { return total / ctas * cta + min(cta, total % ctas); }
-  DEVICE int owner(int block) const {
-    const int each = total / ctas, more = total % ctas;  // the first `more` have one more
-    return block < more * (each + 1) ? block / (each + 1) : more + (block - more * (each + 1)) / each;
-  }
-};
-
-// The rows that a thread counts.
-DEVICE void rows_of_thread(const Rows& rows, int& from, int& to) {
-  const int each = (rows.count + THREADS - 1) / THREADS;
-  from = min((int)threadIdx.x * each, rows.count);
-  to = min(from + each, rows.count);
-}
-
-// Fills the tables of rows but for `before`; true if no row has more than WHOLE blocks.
-DEVICE bool look_at_rows(const Rows& rows, const int* positions, const int* first, int* flags) {
-  int from, to, longest = 0;
-  rows_of_thread(rows, from, to);
-#pragma unroll 1
-  for (int r = from; r < to; ++r) {
-    int last = -1, low = 0x7fffffff;
-    for (int i = 0; i < Q; ++i) {
-      const int at = positions[r * Q + i];
-      const int start = FIRST ? max(first[r * Q + i], 0) : 0;
-      if (at >= start) {
-        last = max(last, at);
-        low = min(low, start);
-      }
-    }
-    rows.last[r] = last;
-    rows.low[r] = last < 0 ? 0 : low / BLOCK;
-    longest = max(longest, rows.blocks(r));
-  }
-  const bool mine = __any_sync(~0u, longest > WHOLE);
-  if (threadIdx.x % 32 == 0) flags[threadIdx.x / 32] = mine;
-  __syncthreads();
-  bool any = false;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) any |= flags[w] != 0;
-  return !any;
-}
-
-// Fills `before`.
-DEVICE void count_blocks(const Rows& rows, int* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int from, to, mine = 0;
-  rows_of_thread(rows, from, to);
-#pragma unroll 1
-  for (int r = from; r < to; ++r) {
-    rows.before[r] = mine;
-    mine += rows.blocks(r);
-  }
-  int upto = mine;  // over the threads
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    const int other = __shfl_up_sync(~0u, upto, by);
-    if (lane >= by) upto += other;
-  }
-  if (lane == 31) sums[warp] = upto;
-  __syncthreads();
-  int offset = upto - mine;
-#pragma unroll 1
-  for (int w = 0; w < warp; ++w) offset += sums[w];
-#pragma unroll 1
-  for (int r = from; r < to; ++r) rows.before[r] += offset;
-  if (threadIdx.x == THREADS - 1) rows.before[rows.count] = offset + mine;
-  __syncthreads();
-}
 
 // The words of the queries that a lane multiplies: of fragment rows lane / 4 and 8 further.
 DEVICE void load_queries(u32 (&query)[H / 16][4], const u16* q, int row, int head, int lane) {
@@ -253,63 +126,6 @@ DEVICE float score(float product) {
   return (float)(SOFTCAP * LOG2E) * (1.f - 2.f * fast_reciprocal(1.f + power));
 }
 
-// Merges what CTAs `from` to `to` left of an item.
-DEVICE void combine(
-    const float* part_out, const float* part_lse, u16* out, float* lse, int row, int head, int from, int to
-) {
-  constexpr int AT_ONCE = H > 128 ? 8 : 16;  // loads under way
-  constexpr int FOURS = (H + 127) / 128;     // fours of dims of a lane
-  const int lane = threadIdx.x % 32, parts = to - from + 1;
-#pragma unroll 1
-  for (int m = threadIdx.x / 32; m < M; m += WARPS) {
-    auto slot = [&](int part) { return (size_t)(2 * (from + part) + (part == 0)) * M + m; };
-    float high = MASKED;
-#pragma unroll 1
-    for (int part = lane; part < parts; part += 32) high = fmaxf(high, __ldcg(part_lse + slot(part)));
-#pragma unroll
-    for (int by = 16; by; by /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, by));
-    float total = 0.f, x[FOURS][4] = {};
-#pragma unroll 1
-    for (int base = 0; base < parts; base += 32) {
-      const float mine = base + lane < parts ? fast_exp2(__ldcg(part_lse + slot(base + lane)) - high) : 0.f;
-      total += mine;
-#pragma unroll 1
-      for (int i = 0; i < 32 && base + i < parts; i += AT_ONCE) {
-#pragma unroll
-        for (int n = 0; n < FOURS; ++n) {
-          float4 four[AT_ONCE];
-#pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) {
-            const int part = min(base + i + j, parts - 1), dim = min(n * 128 + 4 * lane, H - 4);
-            four[j] = __ldcg((const float4*)(part_out + slot(part) * H + dim));
-          }
-#pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) {
-            const float weight = __shfl_sync(~0u, mine, i + j);  // 0 past the end
-            x[n][0] += weight * four[j].x;
-            x[n][1] += weight * four[j].y;
-            x[n][2] += weight * four[j].z;
-            x[n][3] += weight * four[j].w;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
-    const size_t target = (size_t)(row * Q + m / G) * N + head * G + m % G;
-    const float inverse = 1.f / total;
-#pragma unroll
-    for (int n = 0; n < FOURS; ++n) {
-      const int dim = n * 128 + 4 * lane;
-      if (dim < H)
-        *(uint2*)(out + target * H + dim) = make_uint2(
-            pack_bf16(x[n][0] * inverse, x[n][1] * inverse), pack_bf16(x[n][2] * inverse, x[n][3] * inverse)
-        );
-    }
-    if (lane == 0) lse[target] = high < UNSEEN ? MASKED : (high + fast_log2(total)) * LN2;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
     const u16* q,          // [R, Q, N, H]
     const u8* kv,          // [P, 2, K, O, H]
@@ -328,12 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
   if (cta >= CTAS) return;
   float* const maxima = (float*)(shared + MAXIMA);
   float* const sums = maxima + WARPS * 16;
-  int* const flags = (int*)(shared + FLAGS);
-  Rows rows;
-  rows.count = gridDim.x;
-  rows.low = (int*)(shared + ROWS);
-  rows.last = rows.low + rows.count;
-  rows.before = rows.last + rows.count;
+  const Rows rows(shared + TABLES, gridDim.x);
 
   // A lane has the page of block `lane` of a run. Of the first one, as it is in most calls, before that is known.
   auto load_pages = [&](int row, int token, int last) {
@@ -342,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
   };
   const int likely_row = min(cta / K, rows.count - 1);
   const int likely_pages = load_pages(likely_row, 0, min(WHOLE * BLOCK, W * O) - 1);
-  Walk walk = {cta, 0, 0x7fffffff, look_at_rows(rows, positions, first, flags)};
+  Work work(rows, positions, first, cta);
 
 #pragma unroll 1
   for (int r = cta; r < rows.count; r += CTAS) {  // rows that see nothing
@@ -352,28 +163,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
 #pragma unroll 1
     for (int i = threadIdx.x; i < Q * N; i += THREADS) lse[r * Q * N + i] = MASKED;
   }
-
-  Shares shares;
-  int begin = 0, end = 0;
-  if (!walk.whole) {
-    count_blocks(rows, (int*)maxima);
-    shares.total = rows.before[rows.count] * K;
-    shares.ctas = min(CTAS, (shares.total + MIN_SHARE - 1) / MIN_SHARE);
-    if (cta >= shares.ctas) return;
-    begin = shares.begin(cta);
-    end = shares.begin(cta + 1);
-    int low = 0, high = rows.count;  // before[low] * K <= begin < before[high] * K
-#pragma unroll 1
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (rows.before[middle] * K <= begin) low = middle;
-      else high = middle;
-    }
-    const int blocks = rows.before[low + 1] - rows.before[low], skip = begin - rows.before[low] * K;
-    walk.item = low * K + skip / blocks;
-    walk.skip = skip % blocks;
-    walk.budget = end - begin;
-  }
+  Walk walk = work.walk;
+  if (!walk.budget) return;
 
   Walk ahead = walk;  // of what is to be copied
   Run copied = {}, next = ahead.take(rows, 32);
@@ -393,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
       const int token = copied.token + copies * BLOCK + warp * TOKENS, seen = copied.last + 1 - token;
       const int id = __shfl_sync(~0u, page, copies);
       if (seen > 0) {
-        const u8* keys = kv + (((size_t)id * 2 * K + copied.head) * O + token % O) * ROW;
+        const u8* keys = kv + (((size_t)id * 2 * K + copied.item) * O + token % O) * ROW;
         const u8* values = keys + (size_t)K * O * ROW;
         const u32 to = stages + stage * STAGE;
 #pragma unroll
@@ -417,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
   auto begin_run = [&]() {
     run = walk.take(rows, 0x7fffffff);
     done = 0;
-    load_queries(query, q, run.row, run.head, lane);  // of row 0 at the end
+    load_queries(query, q, run.row, run.item, lane);  // of row 0 at the end
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = lane / 4 + half * 8;
@@ -490,12 +281,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
             sums[warp * 16 + lane / 4 + half * 8] = sum[half];
           }
         }
-        int start = begin, count = run.blocks;  // of the item in the list
-        if (!walk.whole) {
-          count = rows.before[run.row + 1] - rows.before[run.row];
-          start = rows.before[run.row] * K + run.head * count;
-        }
-        const bool here = start >= begin, complete = walk.whole || (here && start + count <= end);
+        const Part part = work.part_of(rows, run);
 #pragma unroll
         for (int half = 0; half < (M + 7) / 8; ++half) {
           if (half) __syncthreads();
@@ -520,27 +306,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
               y += two.y * factor;
             }
             const float inverse = 1.f / total;
-            const size_t target = (size_t)(run.row * Q + m / G) * N + run.head * G + m % G;
-            const size_t slot = (size_t)(2 * cta + here) * M + m;
-            if (complete) *(u32*)(out + target * H + d) = pack_bf16(x * inverse, y * inverse);
+            const size_t target = (size_t)(run.row * Q + m / G) * N + run.item * G + m % G;
+            const size_t slot = (size_t)part.slot * M + m;
+            if (part.complete()) *(u32*)(out + target * H + d) = pack_bf16(x * inverse, y * inverse);
             else *(float2*)(part_out + slot * H + d) = make_float2(x * inverse, y * inverse);
             if (d == 0) {
               const float log_sum = high < UNSEEN ? MASKED : high + fast_log2(total);
-              if (complete) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
+              if (part.complete()) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
               else part_lse[slot] = log_sum;
             }
           }
         }
         __syncthreads();
-        if (!complete) {
-          const int from = shares.owner(start), to = shares.owner(start + count - 1);
+        if (!part.complete()) {
           __threadfence();
           __syncthreads();
-          if (threadIdx.x == 0) flags[0] = atomicAdd(finished + from, 1);
+          if (threadIdx.x == 0) rows.flags[0] = atomicAdd(finished + part.from, 1);
           __syncthreads();
-          if (flags[0] == to - from) {  // all others have
+          if (rows.flags[0] == part.to - part.from) {  // all others have
             __threadfence();
-            combine(part_out, part_lse, out, lse, run.row, run.head, from, to);
+            merge_parts<H, M, WARPS>(part_out, part_lse, out, lse, part, warp, lane, [&](int m) {
+              return (run.row * Q + m / G) * N + run.item * G + m % G;
+            });
           }
         }
         begin_run();

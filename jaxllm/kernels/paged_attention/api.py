@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
 
-from jaxllm.kernels.paged_attention import cpu, decode_cuda, prefill_cuda, reference
+from jaxllm.kernels.paged_attention import cpu, decode_cuda, latent_cuda, prefill_cuda, reference
 from jaxllm.kernels.paged_attention.types import Implementation
 
 PLATFORMS = {"cpu": (cpu,), "cuda": (decode_cuda, prefill_cuda)}
 """Modules in the order in which their `choose(q, kv, pages, *, scale, softcap)` is asked for an Implementation, until
 one does not raise NotImplementedError. Where all do, and on other platforms, the reference does the work."""
+
+LATENT_PLATFORMS = {"cuda": (latent_cuda,)}
+"""The same where keys are the values too; `choose` has `values` as well."""
 
 
 def paged_attention(
@@ -25,6 +30,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     first_RQ: jax.Array | None = None,
+    values: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of R rows of Q query tokens, each row over its own pages.
 
@@ -41,22 +47,27 @@ def paged_attention(
       window: attend only to the last `window` positions, the query's own included; None for all.
       first_RQ: int32, in place of `window`: the first key that each query token sees; past positions_RQ, it sees none.
       softcap: scores become softcap * tanh(scores / softcap); None for none.
+      values: where Y is 1, how many of a key's numbers are its value: the first ones; None for all.
 
     Returns:
-      out_RQNH in q's dtype, and lse_RQN float32: the log of the sum of exponentiated scores, so that results over
-      different parts of the context can be merged.
+      out_RQNH in q's dtype, with H = `values` where given, and lse_RQN float32: the log of the sum of exponentiated
+      scores, so that results over different parts of the context can be merged.
     """
     first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
     branches: dict[str, Implementation] = {}
-    # No kernel has values that are their keys.
-    for platform, modules in PLATFORMS.items() if kv_PYKOH.shape[1] == 2 else ():
+    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    latent = kv_PYKOH.shape[1] == 1
+    if latent:
+        how["values"] = kv_PYKOH.shape[-1] if values is None else values
+    platforms: Mapping[str, Sequence[Any]] = LATENT_PLATFORMS if latent else PLATFORMS
+    for platform, modules in platforms.items():
         for module in modules:
             try:
-                branches[platform] = module.choose(q_RQNH, kv_PYKOH, pages_RW, scale=scale, softcap=softcap)
+                branches[platform] = module.choose(q_RQNH, kv_PYKOH, pages_RW, **how)
                 break
             except NotImplementedError:
                 continue
-    default = partial(reference.attend, scale=scale, softcap=softcap)
+    default = partial(reference.attend, scale=scale, softcap=softcap, values=how.get("values"))
     arguments = (q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ)
     # The program may be lowered for a GPU in a process whose default backend is a CPU (ahead-of-time compilation): what
     # it is lowered for decides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,7 +75,7 @@ def configure(
     if resident is None:
         # Bytes under way cover the latency of memory at any of these; small tiles want more warps to compute on them.
         resident = {8: 4, 16: 3, 24: 2, 32: 2, 64: 1}.get(stage // 1024 * 4 // warps, 3)
-    fixed = 2 * warps * 16 * 4 + 4 * warps + 12 * (R + 1)
+    fixed = 2 * warps * 16 * 4 + 8 * warps + 12 * (R + 1)
     room = min(SM_SHARED // resident - 1024, call.MAX_SHARED) - fixed
     stages = min(6, room // stage)
     if stages < 2:
@@ -130,7 +131,9 @@ def prepare(
     ) -> tuple[jax.Array, jax.Array]:
         launch = configure(*shapes, first=first_RQ is not None, **options)
         ptx = call.compile_or_refuse(KERNEL, KERNEL, launch.macros)
-        return attend(launch, ptx, q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ)
+        return attend(
+            KERNEL, launch, ptx, results(launch, q_RQNH.shape), q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ
+        )
 
     return run
 
@@ -149,20 +152,22 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
 
 
 def attend(
+    kernel: str,
     launch: Launch,
     ptx: str,
+    written: Sequence[tuple[tuple[int, ...], Any]],
     q_RQNH: jax.Array,
     kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
     first_RQ: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One launch."""
-    shapes = [jax.ShapeDtypeStruct(*result) for result in results(launch, q_RQNH.shape)]
+    """One launch of a kernel of decode attention. written: as `results`."""
+    shapes = [jax.ShapeDtypeStruct(*result) for result in written]
     first = positions_RQ if first_RQ is None else first_RQ
     arguments = [q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first, jnp.zeros(shapes[4].shape, jnp.int32)]
     out, lse, *_ = call.launch(
-        KERNEL,
+        kernel,
         ptx,
         arguments,
         shapes,

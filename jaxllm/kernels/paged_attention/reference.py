@@ -33,6 +33,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    values: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`. M is the query rows of one KV head: its G query heads times Q tokens."""
     R, Q, N, H = q_RQNH.shape
@@ -66,7 +67,7 @@ def attend(
         i, max_RKM, sum_RKM, out_RKMH = carry
         ids = lax.dynamic_slice_in_dim(pages_RW, i * per_block, per_block, axis=1)
         pages = pages_of(ids)
-        k_RKSH, v_RKSH = pages[0], pages[-1]
+        k_RKSH, v_RKSH = pages[0], pages[-1][..., :values]
         scores = lax.dot_general(
             q_RKMH, k_RKSH, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )  # R K M S
@@ -86,10 +87,10 @@ def attend(
         return i + 1, new_max, sum_RKM * keep + probs.sum(-1), out_RKMH * keep[..., None] + part
 
     zero = jnp.zeros((R, K, M), jnp.float32)
-    carry = (first, zero + MASKED, zero, jnp.zeros((R, K, M, H), jnp.float32))
+    carry = (first, zero + MASKED, zero, jnp.zeros((R, K, M, values or H), jnp.float32))
     _, max_RKM, sum_RKM, out_RKMH = lax.while_loop(lambda c: c[0] < last, step, carry)
 
     total = jnp.maximum(sum_RKM, jnp.finfo(jnp.float32).tiny)
-    out_RQNH = (out_RKMH / total[..., None]).reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
+    out_RQNH = (out_RKMH / total[..., None]).reshape(R, K, G, Q, -1).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, -1)
     lse_RQN = (max_RKM + jnp.log(total)).reshape(R, K, G, Q).transpose(0, 3, 1, 2).reshape(R, Q, N)
     return out_RQNH.astype(q_RQNH.dtype), lse_RQN

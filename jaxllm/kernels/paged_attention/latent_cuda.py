@@ -1,0 +1,154 @@
+"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.paged_attention import reference
+from jaxllm.kernels.paged_attention.decode_cuda import Launch, attend
+from jaxllm.kernels.paged_attention.types import Implementation
+
+KERNEL = "latent_decode"
+VALUES = 512
+"""Numbers of a token's value: those that all models with such attention have."""
+TILE = 64
+"""Query heads of an item of work: the rows of one matrix instruction."""
+BLOCK = 64
+"""Tokens that are worked on at once."""
+MAX_ROWS = 128
+"""Rows of a launch; their tables lie in shared memory."""
+
+
+def configure(
+    q_shape: tuple[int, ...],
+    kv_shape: tuple[int, ...],
+    width: int,
+    values: int,
+    *,
+    scale: float,
+    first: bool,
+    whole: int = 4,
+    min_share: int = 2,
+) -> Launch:
+    """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
+
+    Raises NotImplementedError for what the kernel cannot do.
+    """
+    R, Q, N, H = q_shape
+    _, parts, K, O, _ = kv_shape
+    if parts != 1 or K != 1 or Q != 1:
+        raise NotImplementedError(f"{Q} query tokens over {parts} x {K} heads, not one over latents")
+    if values != VALUES or H <= VALUES or H > VALUES + 64 or H % 64:
+        raise NotImplementedError(f"latents of {H} numbers, {values} of them values")
+    if N > TILE and N % TILE:
+        raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
+    if O % 8:
+        raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
+    ctas = call.SMS
+    macros: dict[str, object] = {
+        "HEADS": N,
+        "H": H,
+        "VALUES": values,
+        "O": O,
+        "W": width,
+        "CTAS": ctas,
+        "MIN_SHARE": min_share,
+        "WHOLE": whole,
+        "SCALE": repr(float(scale)),
+        "FIRST": int(first),
+    }
+    panels = 3 * 2 * BLOCK * H  # queries and two stages
+    shared = panels + 2 * TILE * BLOCK + 2 * 4 * TILE + 6 * 8 + 2 * 16 * 4 + (12 if first else 8) * R + 4
+    if shared > call.MAX_SHARED:
+        raise NotImplementedError(f"{R} rows: their tables do not fit into shared memory")
+    return Launch(macros, (R, -(-ctas // R)), 512, shared)
+
+
+def choose(
+    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, values: int, scale: float, softcap: float | None
+) -> Implementation:
+    """See `api.PLATFORMS`."""
+    call.require(KERNEL)
+    if q_RQNH.dtype != jnp.bfloat16 or kv_PYKOH.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"queries in {q_RQNH.dtype} and pages in {kv_PYKOH.dtype}")
+    if softcap is not None:
+        raise NotImplementedError("scores with a soft cap")
+    return prepare(q_RQNH, kv_PYKOH, pages_RW, values=values, scale=scale)
+
+
+def prepare(
+    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, values: int, scale: float, **tuning: int
+) -> Implementation:
+    """The kernel as an Implementation. tuning: arguments of `configure`."""
+    rows, width = min(q_RQNH.shape[0], MAX_ROWS), pages_RW.shape[1]
+    options: dict[str, Any] = {"scale": scale, **tuning}
+
+    def launch_of(count: int, first: bool) -> Launch:
+        return configure((count, *q_RQNH.shape[1:]), kv_PYKOH.shape, width, values, first=first, **options)
+
+    launch_of(rows, False)
+
+    def run(
+        q_RQNH: jax.Array,
+        kv_PYKOH: jax.Array,
+        pages_RW: jax.Array,
+        positions_RQ: jax.Array,
+        first_RQ: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        parts = []
+        for start in range(0, q_RQNH.shape[0], MAX_ROWS):
+            some = slice(start, start + MAX_ROWS)
+            q, first = q_RQNH[some], None if first_RQ is None else first_RQ[some]
+            launch = launch_of(q.shape[0], first is not None)
+            ptx = call.compile_or_refuse(KERNEL, KERNEL, launch.macros)
+            shapes = results(launch, q.shape)
+            parts.append(attend(KERNEL, launch, ptx, shapes, q, kv_PYKOH, pages_RW[some], positions_RQ[some], first))
+        out, lse = zip(*parts, strict=True)
+        return (out[0], lse[0]) if len(parts) == 1 else (jnp.concatenate(out), jnp.concatenate(lse))
+
+    return run
+
+
+def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, and counts of finished parts."""
+    R, Q, N, _ = q_shape
+    values, parts = int(str(launch.macros["VALUES"])), (2 * launch.ctas, min(N, TILE))
+    return [
+        ((R, Q, N, values), jnp.bfloat16),
+        ((R, Q, N), jnp.float32),
+        ((*parts, values), jnp.float32),
+        (parts, jnp.float32),
+        ((launch.ctas,), jnp.int32),
+    ]
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernel differs from the reference on a small input."""
+    rng = np.random.default_rng(0)
+    for N, windowed in ((128, False), (16, True)):
+        R, O, H, W = 5, 32, VALUES + 64, 40
+        q = jnp.asarray(rng.standard_normal((R, 1, N, H)), jnp.bfloat16)
+        kv = jnp.asarray(rng.standard_normal((R * W, 1, 1, O, H)), jnp.bfloat16)
+        pages = jnp.asarray(rng.permutation(R * W).reshape(R, W), jnp.int32)
+        positions = jnp.asarray([[0], [77], [-1], [1279], [640]], jnp.int32)
+        first = positions - 300 if windowed else None
+        scale = H**-0.5
+        kernel = prepare(q, kv, pages, values=VALUES, scale=scale)
+        found = jax.jit(kernel)(q, kv, pages, positions, first)
+
+        def plain(*arguments: Any, scale: float = scale) -> tuple[jax.Array, jax.Array]:
+            return reference.attend(*arguments, scale=scale, values=VALUES)
+
+        wide = (q.astype(jnp.float32), kv.astype(jnp.float32))
+        wanted = jax.jit(plain)(*wide, pages, positions, first)
+        real = np.asarray(positions) >= 0
+        for a, b in zip(found, wanted, strict=True):
+            difference = np.asarray(a, np.float32)[real] - np.asarray(b)[real]
+            error = np.linalg.norm(difference) / np.linalg.norm(np.asarray(b)[real])
+            if not error < 0.01:
+                raise ArithmeticError(f"wrong by {error:.1e} of the result with {N} heads")

@@ -1,0 +1,106 @@
+"""Decode attention over latents (MLA): against the reference, and its speed with all heads on a GPU and with some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_rows._measure import BANDWIDTH, FLOPS, Row, difference, time_call
+
+from jaxllm.kernels.paged_attention import latent_cuda, reference
+
+O, VALUES, H = 32, latent_cuda.VALUES, latent_cuda.VALUES + 64
+BF16 = jnp.bfloat16
+SCALE = (128 + 64) ** -0.5
+CASES = (
+    # N, page, window
+    (128, 32, None),
+    (16, 64, None),
+    (64, 32, 700),
+    (5, 16, None),
+)
+SPEEDS = ((64, 4096, 128), (64, 4096, 16), (8, 4096, 128), (1, 4096, 16), (1, 131_072, 16), (128, 512, 16))
+"""Rows, tokens, query heads."""
+
+
+def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
+    """Of results and lse against float32, and whether that is too much: rows of very different lengths, some empty."""
+    rng = np.random.default_rng(2)
+    R, W = 37, 4096 // page
+    q = jnp.asarray(rng.standard_normal((R, 1, N, H)), BF16)
+    kv = jnp.asarray(rng.standard_normal((R * W, 1, 1, page, H), np.float32), BF16)
+    pages = jnp.asarray(rng.permutation(R * W).reshape(R, W), jnp.int32)
+    lengths = np.where(rng.random((R, 1)) < 0.2, 0, rng.integers(1, 4097, (R, 1)) // rng.integers(1, 100, (R, 1)))
+    positions = jnp.asarray(lengths - 1, jnp.int32)
+    first = None if window is None else positions - window + 1
+    kernel = latent_cuda.prepare(q, kv, pages, values=VALUES, scale=SCALE)
+    found = jax.jit(kernel)(q, kv, pages, positions, first)
+    with jax.default_matmul_precision("highest"):
+        plain = jax.jit(partial(reference.attend, scale=SCALE, values=VALUES))
+        wanted = plain(q.astype(jnp.float32), kv.astype(jnp.float32), pages, positions, first)
+    real = np.asarray(positions) >= 0
+    out, lse = (np.asarray(x, np.float32) for x in found)
+    error = difference(out[real], np.asarray(wanted[0])[real])
+    lse_error = float(np.abs(lse - np.asarray(wanted[1]))[real].max())
+    finite = bool(np.isfinite(out).all() and (lse[~real] < -1e29).all())
+    return error, lse_error, not (error < 6e-3 and lse_error < 5e-3 and finite)
+
+
+def right() -> dict[str, Any]:
+    with ThreadPoolExecutor(len(CASES)) as pool:  # they compile side by side
+        found = list(pool.map(lambda case: errors(*case), CASES))
+    wrong = [str(case) for case, (_, _, bad) in zip(CASES, found, strict=True) if bad]
+    return {
+        "cases": len(CASES),
+        "difference": max(error for error, _, _ in found),
+        "lse_error": max(error for _, error, _ in found),
+        "wrong": "; ".join(wrong),
+    }
+
+
+@cache
+def latents() -> jax.Array:
+    """A pool of 1.2 GB."""
+    return jax.random.normal(jax.random.key(0), (2**15, 1, 1, O, H), BF16)
+
+
+def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], positions: jax.Array) -> jax.Array:
+    """One call for each table, each on queries that the result of the one before is a part of."""
+    for table in tables:
+        q = q.at[..., :VALUES].set(attend(q, kv, table, positions)[0])
+    return q
+
+
+def speed(rows: int, tokens: int, heads: int, reference_too: bool) -> dict[str, Any]:
+    used, kv = -(-tokens // O), latents()
+    calls = 4 if rows * tokens > 100_000 else 16
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
+    ids = [rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used) for _ in range(calls)]
+    tables = [jnp.asarray(table, jnp.int32) for table in ids]
+    positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
+    kernel = latent_cuda.prepare(q, kv, tables[0], values=VALUES, scale=SCALE)
+    seconds = time_call(jax.jit(partial(chain, kernel)), q, kv, tables, positions, calls=calls)
+    memory = 2 * H * rows * tokens / BANDWIDTH
+    products = 2 * (H + VALUES) * heads * rows * tokens / FLOPS
+    found = {
+        "us": seconds * 1e6,
+        "memory_floor_us": memory * 1e6,
+        "product_floor_us": products * 1e6,
+        "floor_percent": 100 * max(memory, products) / seconds,
+    }
+    if reference_too:
+        plain = jax.jit(partial(chain, partial(reference.attend, scale=SCALE, values=VALUES)))
+        found["reference_us"] = time_call(plain, q, kv, tables[:1], positions, calls=1) * 1e6
+    return found
+
+
+def rows() -> Iterator[Row]:
+    yield Row("right", right)
+    for i, (count, tokens, heads) in enumerate(SPEEDS):
+        yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
