@@ -73,7 +73,8 @@ def test_tokens_of_one_device(model: str, kind: str, cp: int, tp: int) -> None:
     need(cp * tp)
     found, stats = generate(model, kind, context_parallel_size=cp, tensor_parallel_size=tp)
     assert found == reference(model, kind)
-    assert stats["cache_hits"] > 0
+    # With STAR a page is a block on each rank: over eight it is longer than any of the prompts.
+    assert (stats["cache_hits"] > 0) == (kind != "STAR" or cp * 8 < 40)
 
 
 @pytest.mark.parametrize("kind", KINDS)
