@@ -28,12 +28,12 @@ SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "lm_head": (128256, 4096, {"out_dtype": F32}),
 }
 SWEEPS: dict[tuple[str, int], tuple[Tiling, ...]] = {
-    # rows of a tile, blocks of a cluster, warps, groups of 64 bytes of a row that a warp has under way
-    ("qkv", 1): (Tiling(16, 1, 8, 8), Tiling(16, 1, 16, 4), Tiling(32, 2, 16, 4), Tiling(32, 1, 8, 8)),
-    ("gate_up", 1): (Tiling(16, 1, 8, 8), Tiling(16, 1, 16, 4), Tiling(32, 2, 16, 4), Tiling(32, 1, 8, 8)),
-    ("gate_up", 16): (Tiling(16, 1, 16, 8), Tiling(32, 2, 8, 8), Tiling(64, 4, 8, 4)),
-    ("down", 8): (Tiling(16, 2, 16, 7), Tiling(16, 4, 16, 7), Tiling(32, 4, 8, 7)),
-    ("down", 16): (Tiling(16, 4, 16, 7), Tiling(32, 4, 8, 7), Tiling(32, 8, 8, 7)),
+    # rows of a tile, blocks of a cluster, warps, stages
+    ("qkv", 1): (Tiling(16, 1, 8, 5), Tiling(16, 1, 16, 4), Tiling(16, 1, 8, 12), Tiling(32, 2, 8, 4)),
+    ("gate_up", 1): (Tiling(16, 1, 8, 5), Tiling(16, 1, 16, 4), Tiling(16, 1, 8, 12), Tiling(32, 2, 8, 4)),
+    ("gate_up", 16): (Tiling(16, 1, 8, 4), Tiling(32, 2, 8, 3), Tiling(32, 2, 4, 7), Tiling(16, 2, 16, 3)),
+    ("down", 8): (Tiling(16, 2, 4, 10), Tiling(16, 4, 8, 8), Tiling(32, 4, 4, 8)),
+    ("down", 16): (Tiling(16, 4, 4, 12), Tiling(16, 8, 4, 12), Tiling(32, 8, 4, 6)),
 }
 
 

@@ -37,20 +37,18 @@ class Case:
 
 
 CASES = [
-    # rows of a tile, blocks of a cluster, warps, groups of 64 bytes
-    Case(1, 64, 256, Tiling(16, 1, 4, 2), out=np.dtype(np.float32)),
-    Case(1, 100, 256, Tiling(16, 1, 8, 1), clusters=2, residual=True),
+    # rows of a tile, blocks of a cluster, warps, stages
+    Case(1, 64, 512, Tiling(16, 1, 4, 3), out=np.dtype(np.float32)),
+    Case(1, 100, 256, Tiling(16, 1, 2, 2), clusters=2, residual=True),
     Case(3, 80, 576, Tiling(16, 2, 4, 2), clusters=2, out=np.dtype(np.float32)),
-    Case(8, 96, 1280, Tiling(32, 2, 4, 5), eps=1e-5),
-    Case(9, 96, 640, Tiling(32, 2, 4, 2), eps=1e-6, residual=True, clusters=1),
-    Case(16, 128, 512, Tiling(32, 1, 8, 2), eps=1e-5, activation="silu", clusters=2),
-    Case(17, 72, 544, Tiling(32, 2, 4, 3), activation="gelu_tanh", residual=True, clusters=1),
-    Case(32, 128, 1024, Tiling(64, 4, 4, 2), eps=1e-5, clusters=1),
-    Case(3, 48, 2048, Tiling(16, 8, 4, 1), residual=True, clusters=2),
-    Case(5, 160, 704, Tiling(32, 2, 4, 1), weight=E4M3, residual=True, clusters=2),
-    Case(1, 64, 1024, Tiling(16, 1, 8, 2), weight=E4M3, eps=1e-5, activation="silu"),
-    Case(2, 96, 704, Tiling(32, 2, 4, 2), weight=np.dtype(np.int8), eps=1e-5, activation="gelu_tanh"),
-    Case(12, 48, 320, Tiling(16, 1, 4, 2), weight=np.dtype(np.int8), out=np.dtype(np.float32)),
+    Case(9, 96, 640, Tiling(32, 2, 4, 3), eps=1e-6, residual=True, clusters=1),
+    Case(16, 128, 1024, Tiling(32, 1, 4, 4), eps=1e-5, activation="silu", clusters=2),
+    Case(17, 72, 544, Tiling(32, 2, 2, 3), activation="gelu_tanh", residual=True, clusters=1),
+    Case(32, 64, 2048, Tiling(32, 4, 4, 3), eps=1e-5, clusters=1),
+    Case(3, 48, 4096, Tiling(16, 8, 2, 3), residual=True, clusters=2),
+    Case(5, 160, 1088, Tiling(32, 2, 4, 3), weight=E4M3, residual=True, clusters=2),
+    Case(8, 64, 2048, Tiling(16, 1, 8, 3), weight=E4M3, eps=1e-5, activation="silu"),
+    Case(2, 96, 704, Tiling(32, 2, 2, 2), weight=np.dtype(np.int8), eps=1e-5, activation="gelu_tanh"),
 ]
 
 
@@ -131,7 +129,7 @@ def test_equals_float64(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_token_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(9, 64, 320, Tiling(32, 2, 4, 2), eps=1e-5, activation="silu")
+    case = Case(9, 64, 320, Tiling(32, 2, 2, 3), eps=1e-5, activation="silu")
     arguments = operands(case, 0)
     before = run(case, arguments, 0, monkeypatch)
     arguments[0][[0, 8]] = 3
@@ -145,7 +143,7 @@ def test_every_value_of_a_quantised_weight_is_exact(dtype: np.dtype, monkeypatch
     codes = np.arange(256, dtype=np.uint8)
     if dtype == E4M3:
         codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # not the NaNs
-    case = Case(1, 256, 64, Tiling(32, 1, 4, 1), weight=dtype, out=np.dtype(np.float32))
+    case = Case(1, 256, 64, Tiling(32, 1, 2, 2), weight=dtype, out=np.dtype(np.float32))
     arguments = operands(case, 0)
     weight = np.zeros((256, 64), np.uint8)
     weight[np.arange(256), np.arange(256) % 64] = codes
@@ -167,9 +165,10 @@ def test_the_split_fills_the_chip(tokens: int, itemsize: int, features: int, inp
     assert grid <= call.SMS and not grid % split.cluster
     rounds = -(-features // split.rows) / (grid // split.cluster)
     if features >= (3072 if itemsize == 2 else 4096) and (itemsize == 2 or tokens <= 16):
-        read = math.ceil(rounds) * split.rows * split.part(inputs * itemsize) * 64  # by the busiest block
+        part = split.turns(inputs * itemsize) * split.warps * 128
+        read = math.ceil(rounds) * split.rows * part  # by the busiest block
         assert read < features * inputs * itemsize / call.SMS / 0.9
-        assert split.warps * split.groups * 64 * split.rows >= 64 << 10
+        assert split.warps * (split.stages - 1) * 128 * split.rows >= 40 << 10
 
 
 def test_what_it_refuses() -> None:

@@ -7,6 +7,10 @@
 #include "cluster_on_cpu.h"
 #else
 
+// As cp_async_16; the second-level cache is told to fetch the 256 bytes around them.
+DEVICE void cp_async_16_ahead(u32 to, const void* from, u32 bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 // Lets the second-level cache fetch what another kernel will read; address and bytes are multiples of 16.
 DEVICE void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -1,23 +1,20 @@
 // out[T, F] = x[T, D] @ weight[F, D].T for few tokens: the weight is read once, at the speed of memory.
 //
-// Weights go from global memory straight into the registers that the tensor cores take them from, with no shared memory
-// between. The weight is the left operand (16 rows x 16 inputs), tokens are the columns. A product may take its inputs in
-// any order as long as both sides take the same: a lane reads 16 consecutive bytes of a row, which are its operands for
-// two products, and the same inputs of its token. Four lanes read 64 bytes of a row, and go on with the next 64.
+// A warp has its own lines of 128 bytes of each row, and its own ring of STAGES stages in shared memory, which it fills by
+// asynchronous copies of whole lines and empties by itself: no thread waits for another before the end of a tile, and
+// STAGES - 1 stages of each warp are under way at any time, over the ends of tiles. (What a multiprocessor can have under
+// way counts in lines of 128 bytes: loads of 64 bytes of a row reach 65 % of the bandwidth.)
 //
-// What is under way is in a ring of registers, refilled as it is used, over the ends of tiles: with 16 warps, 8 groups of
-// 64 bytes and 16 rows it is 128 KiB of a multiprocessor, which is what memory has to be asked for at a time to give all
-// it can. A tile is ROWS rows of the weight. A cluster of CLUSTER blocks works on a tile, each block on its part of the
-// inputs, and goes on to the tile that lies `clusters` further. The warps of a block split its part. All partial sums
-// are added up in a fixed order, in float32, by the block of the cluster that has the row; they are written to one of
-// two buffers in turn, so that a tile takes one barrier.
+// The weight is the left operand of the tensor cores' products (16 rows x 16 inputs), tokens are the columns. A tile is
+// ROWS rows of the weight. A cluster of CLUSTER blocks works on a tile, each block on its part of the inputs, and goes on
+// to the tile that lies `clusters` further. All partial sums are added up in a fixed order, in float32, by the block of
+// the cluster that has the row; they are written to one of two buffers in turn, so that a tile takes one barrier.
 //
 // Around the product, without any more kernels: RMSNorm of x before it, and after it act(gate) * up of the halves of
 // the rows, or the addition of a residual. x is brought to shared memory, and normed there, while the first weights come.
 //
 //   TOKENS FEATURES INPUTS   T, F (both halves, where gated) and D
-//   ROWS CLUSTER WARPS
-//   GROUPS     groups of 64 bytes of each row that a warp has under way
+//   ROWS CLUSTER WARPS STAGES
 //   WEIGHT     0: bf16; 1: e4m3, 2: int8, with a float32 scale of each row
 //   NORM EPS   1: x becomes x * rsqrt(mean(x^2) + EPS) * norm, rounded to bf16
 //   GATED      0: no; 1: silu; 2: gelu with tanh
@@ -25,32 +22,31 @@
 //   OUT_FLOAT  1: float32 results; 0: bf16
 //   AHEAD      bytes of `ahead`, the weight that is read next, that each block lets the second-level cache fetch
 #include "cluster.cuh"
-#include "stream.cuh"
 
 constexpr int THREADS = WARPS * 32;
-constexpr int GROUP = WEIGHT == 0 ? 32 : 64;    // inputs in 64 bytes of a row
-constexpr int VECTORS = GROUP / 32;             // of 8 inputs, that a lane has of a group
-constexpr int PRODUCTS = GROUP / 16;            // of 16 inputs each
-constexpr int ROW_GROUPS = INPUTS / GROUP;
-constexpr int PART = (ROW_GROUPS + CLUSTER - 1) / CLUSTER;  // groups of a block
-constexpr int ITERATIONS = (PART + WARPS * GROUPS - 1) / (WARPS * GROUPS);
-constexpr bool WHOLE = ITERATIONS * WARPS * GROUPS * CLUSTER == ROW_GROUPS;
-constexpr int BATCH = (GROUPS + 3) / 4;         // groups that are refilled together
-constexpr int BATCHES = (GROUPS + BATCH - 1) / BATCH;
+constexpr int BYTES = WEIGHT == 0 ? 2 : 1;      // of a value of the weight
+constexpr int LINE = 128 / BYTES;               // inputs in a line of 128 bytes of a row
+constexpr int ROW_LINES = (INPUTS + LINE - 1) / LINE;
+constexpr int PART = (ROW_LINES + CLUSTER - 1) / CLUSTER;   // lines of a block
+constexpr int TURNS = (PART + WARPS - 1) / WARPS;           // lines of a warp, of each tile
+constexpr bool WHOLE = TURNS * WARPS * CLUSTER * LINE == INPUTS;
 constexpr int MS = ROWS / 16;
 constexpr int NS = (TOKENS + 7) / 8;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS;
 constexpr int OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
 constexpr int TILES = (OUT_FEATURES + OUT_ROWS - 1) / OUT_ROWS;
-// x: [TOKENS, X_STRIDE bytes]. An odd number of 64 bytes: the 8 lanes that read at once, 64 bytes of 2 tokens, then touch
-// all banks. What lies beyond the block's part is zero.
-constexpr int PIECES = ITERATIONS * WARPS * GROUPS * GROUP / 8;  // of 8 inputs
-constexpr int X_STRIDE = PIECES * 16 | 64;
+// Shared memory: the warps' rings, [WARPS, STAGES, ROWS, 128 bytes], the 16 bytes at i of a row at i ^ row % 8; and x,
+// [TOKENS, X_STRIDE bytes]. The 8 pieces of 16 bytes that are read at once, of 8 rows or tokens, then touch all banks.
+// What lies beyond the block's inputs is zero.
+constexpr int STAGE = ROWS * 128;
+constexpr int X = WARPS * STAGES * STAGE;
+constexpr int PIECES = TURNS * WARPS * LINE / 8;  // of 8 inputs
+constexpr int X_STRIDE = PIECES * 16 + 16;
 // The sums of all warps of the cluster for the rows that a block adds up: 2 of [SOURCES, TOKENS, SUM_STRIDE].
 constexpr int SOURCES = CLUSTER * WARPS;
 constexpr int EIGHTH = 8 / CLUSTER;             // of 8 rows, those of a block
 constexpr int SUM_STRIDE = ROWS / CLUSTER + (CLUSTER == 1 ? 4 : 0);
-constexpr int SUMS = TOKENS * X_STRIDE;
+constexpr int SUMS = X + TOKENS * X_STRIDE;
 constexpr int BUFFER = SOURCES * TOKENS * SUM_STRIDE * 4;
 // Squares: [TOKENS, CLUSTER * TOKEN_WARPS]. A token is brought by TOKEN_WARPS warps.
 constexpr int warps_of_token() {
@@ -61,7 +57,7 @@ constexpr int warps_of_token() {
 constexpr int TOKEN_WARPS = warps_of_token();
 constexpr int SQUARES = SUMS + 2 * BUFFER;
 static_assert(SQUARES + (NORM ? TOKENS * CLUSTER * TOKEN_WARPS * 4 : 0) <= SHARED, "shared memory");
-static_assert(ROWS % 16 == 0 && 8 % CLUSTER == 0 && INPUTS % GROUP == 0 && (CLUSTER - 1) * PART < ROW_GROUPS, "sizes");
+static_assert(ROWS % 16 == 0 && 8 % CLUSTER == 0 && INPUTS % (16 / BYTES) == 0 && (CLUSTER - 1) * PART < ROW_LINES && STAGES > 1, "sizes");
 // Results of a tile that a block adds up, each with SPREAD lanes.
 constexpr int OUTPUTS = TOKENS * OUT_ROWS / CLUSTER;
 constexpr int lanes_of_output() {
@@ -104,12 +100,6 @@ DEVICE int weight_row(int tile, int row) {
   return row % 16 < 8 ? out : OUT_FEATURES + out;
 }
 
-// Where 16 bytes of a token lie in shared memory. Weights of 1 byte: the lane of a group has two, 64 bytes apart.
-DEVICE int x_at(int token, int piece) {
-  const int place = VECTORS == 1 ? piece : piece / 8 * 8 + piece % 2 * 4 + piece % 8 / 2;
-  return token * X_STRIDE + place * 16;
-}
-
 // All threads of the cluster have come here, and see what the others wrote to shared memory.
 DEVICE void sync_all() {
   if (CLUSTER > 1)
@@ -139,58 +129,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
   DYNAMIC_SHARED(shared);
   float* const squares = (float*)(shared + SQUARES);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int row = lane / 4, quarter = lane % 4;  // of a product: row of the weight and token; quarter of a group
+  const int row = lane / 4, quarter = lane % 4;  // of a product's results: row, and pair of tokens
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  const int first = rank * PART, groups = min(PART, ROW_GROUPS - first);
+  const int first = rank * PART * LINE, inputs = min(PART * LINE, INPUTS - first);  // of this block
 
-  uint4 ring[GROUPS][MS][2];
-  auto load = [&](int batch, int tile, int iteration) {
-    const int at = (iteration * WARPS + warp) * GROUPS;
-#pragma unroll
-    for (int m = 0; m < MS; m++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const size_t offset = (size_t)weight_row(tile, m * 16 + half * 8 + row) * (ROW_GROUPS * 64);
-        const u8* from = weight + offset + (first + at) * 64 + quarter * 16;
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-          const int s = batch * BATCH + i;
-          if (s >= GROUPS) continue;
-          if (WHOLE || at + s < groups)
-            ring[s][m][half] = load_streamed(from + s * 64);
-          else
-            ring[s][m][half] = make_uint4(0, 0, 0, 0);
-        }
-      }
-  };
-  int tile = cluster;
-#pragma unroll
-  for (int batch = 0; batch < BATCHES / 2; batch++)
-    if (tile < TILES) load(batch, tile, 0);
-
-  // The block's part of x. Each thread later works on what it brought itself.
-  const int first_token = warp / TOKEN_WARPS, first_piece = warp % TOKEN_WARPS * 32 + lane;
-  constexpr int TOKEN_STEP = WARPS / TOKEN_WARPS, PIECE_STEP = TOKEN_WARPS * 32;
+  // The block's part of x. Each thread later works on what it brought itself, 1 or 2 pieces at a time.
+  const int first_token = warp / TOKEN_WARPS, first_unit = warp % TOKEN_WARPS * 32 + lane;
+  constexpr int TOKEN_STEP = WARPS / TOKEN_WARPS, UNIT_STEP = TOKEN_WARPS * 32, UNIT = WEIGHT ? 2 : 1;
   for (int token = first_token; token < TOKENS; token += TOKEN_STEP)
-    for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
-      const bool inside = WHOLE || piece < groups * (GROUP / 8);
-      const u16* from = x + (size_t)token * INPUTS + (inside ? first * GROUP + piece * 8 : 0);
-      cp_async_16(shared_address(shared + x_at(token, piece)), from, inside ? 16 : 0);
-    }
-  cp_async_commit();
+    for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP)
 #pragma unroll
-  for (int batch = BATCHES / 2; batch < BATCHES; batch++)
-    if (tile < TILES) load(batch, tile, 0);
+      for (int piece = unit * UNIT; piece < unit * UNIT + UNIT; piece++) {
+        const bool inside = WHOLE || piece * 8 < inputs;
+        const u16* from = x + (size_t)token * INPUTS + (inside ? first + piece * 8 : 0);
+        cp_async_16(shared_address(shared + X + token * X_STRIDE + piece * 16), from, inside ? 16 : 0);
+      }
+  cp_async_commit();
+
+  // The next stage to be brought: its tile, its turn of that and its place in the ring.
+  const u32 ring = shared_address(shared + warp * STAGES * STAGE);
+  int next_tile = cluster, next_turn = 0, next_slot = 0;
+  auto bring = [&] {
+    if (next_tile < TILES) {
+      const int at = ((next_turn * WARPS + warp) * 8 + lane % 8) * 16;  // bytes, in the block's part of a row
+      const bool inside = WHOLE || at < inputs * BYTES;
+#pragma unroll
+      for (int i = 0; i < ROWS / 4; i++) {
+        const int r = i * 4 + lane / 8;
+        const u8* from = weight + (size_t)weight_row(next_tile, r) * (INPUTS * BYTES);
+        cp_async_16_ahead(ring + next_slot * STAGE + r * 128 + (lane % 8 ^ r % 8) * 16,
+                          inside ? from + first * BYTES + at : from, inside ? 16 : 0);
+      }
+      if (++next_turn == TURNS) next_turn = 0, next_tile += clusters;
+      if (++next_slot == STAGES) next_slot = 0;
+    }
+    cp_async_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) bring();
   if (CLUSTER > 1) cluster_sync();  // all have started
-  cp_async_wait<0>();
+  cp_async_wait<STAGES - 1>();
 
   if (NORM) {
     for (int token = first_token; token < TOKENS; token += TOKEN_STEP) {
       float sum = 0.f;
-      for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
-        const uint4 v = *(const uint4*)(shared + x_at(token, piece));
-        sum += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
-      }
+      for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP)
+#pragma unroll
+        for (int piece = unit * UNIT; piece < unit * UNIT + UNIT; piece++) {
+          const uint4 v = *(const uint4*)(shared + X + token * X_STRIDE + piece * 16);
+          sum += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
+        }
 #pragma unroll
       for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
       if (lane < CLUSTER) give(squares + (token * CLUSTER + rank) * TOKEN_WARPS + warp % TOKEN_WARPS, lane, sum);
@@ -204,24 +192,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
         for (int i = 0; i < CLUSTER * TOKEN_WARPS; i++) factor += squares[token * CLUSTER * TOKEN_WARPS + i];
         factor = rsqrtf(factor / INPUTS + EPS);
       }
-      for (int piece = first_piece; piece < PIECES; piece += PIECE_STEP) {
-        uint4* const at = (uint4*)(shared + x_at(token, piece));
-        uint4 v = *at;
-        if (NORM && (WHOLE || piece < groups * (GROUP / 8))) {
-          const float4* weights = (const float4*)(norm + first * GROUP + piece * 8);
-          const float4 a = __ldg(weights), b = __ldg(weights + 1);
-          v.x = normed(v.x, factor, a.x, a.y), v.y = normed(v.y, factor, a.z, a.w);
-          v.z = normed(v.z, factor, b.x, b.y), v.w = normed(v.w, factor, b.z, b.w);
+      for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP) {
+        uint4* const at = (uint4*)(shared + X + token * X_STRIDE + unit * UNIT * 16);
+        uint4 v[UNIT];
+#pragma unroll
+        for (int i = 0; i < UNIT; i++) {
+          v[i] = at[i];
+          const int input = (unit * UNIT + i) * 8;
+          if (NORM && (WHOLE || input < inputs)) {
+            const float4* weights = (const float4*)(norm + first + input);
+            const float4 a = __ldg(weights), b = __ldg(weights + 1);
+            v[i].x = normed(v[i].x, factor, a.x, a.y), v[i].y = normed(v[i].y, factor, a.z, a.w);
+            v[i].z = normed(v[i].z, factor, b.x, b.y), v[i].w = normed(v[i].w, factor, b.z, b.w);
+          }
         }
-        // Weights of 1 byte come out of `widen` in this order.
-        if (WEIGHT)
-          v = make_uint4(select_bytes(v.x, v.y, 0x5410), select_bytes(v.x, v.y, 0x7632),
-                         select_bytes(v.z, v.w, 0x5410), select_bytes(v.z, v.w, 0x7632));
-        *at = v;
+        // Values of 1 byte come out of `widen` in this order: of 16, those at even places, then the others.
+        if (WEIGHT) {
+          const uint4 a = v[0], b = v[UNIT - 1];
+          v[0] = make_uint4(select_bytes(a.x, a.y, 0x5410), select_bytes(a.z, a.w, 0x5410),
+                            select_bytes(b.x, b.y, 0x5410), select_bytes(b.z, b.w, 0x5410));
+          v[UNIT - 1] = make_uint4(select_bytes(a.x, a.y, 0x7632), select_bytes(a.z, a.w, 0x7632),
+                                   select_bytes(b.x, b.y, 0x7632), select_bytes(b.z, b.w, 0x7632));
+        }
+#pragma unroll
+        for (int i = 0; i < UNIT; i++) at[i] = v[i];
       }
     }
   __syncthreads();
 
+  // What this lane reads of a stage and of x for ldmatrix: a row or token of one of four matrices of 8 by 16 bytes.
+  const int a_row = lane % 16;
+  u32 x_rows[NS];  // columns beyond the tokens are not used, whatever they are
+#pragma unroll
+  for (int n = 0; n < NS; n++)
+    x_rows[n] = shared_address(shared + X) + min(n * 8 + lane % 8, TOKENS - 1) * X_STRIDE + lane / 8 * 16;
+  int slot = 0;
+
+  int tile = cluster;
   // This thread's results of a tile: index in [0, OUTPUTS), token by token.
   auto output = [&](int i) { return thread / SPREAD + i * (THREADS / SPREAD); };
   auto feature_of = [&](int at) {
@@ -238,51 +245,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
         added[i] = __ldg(residual + (size_t)(at / (OUT_ROWS / CLUSTER)) * OUT_FEATURES + feature);
     }
 #endif
-    const int next_tile = tile + clusters;
-    if (AHEAD && next_tile >= TILES && warp == 0) prefetch(ahead + ((size_t)blockIdx.x * 32 + lane) * (AHEAD / 32), AHEAD / 32);
+    if (AHEAD && tile + clusters >= TILES && warp == 0)
+      prefetch(ahead + ((size_t)blockIdx.x * 32 + lane) * (AHEAD / 32), AHEAD / 32);
 
     float acc[MS][NS][4] = {};
 #pragma unroll 1
-    for (int iteration = 0; iteration < ITERATIONS; iteration++) {
-      const bool last = iteration + 1 == ITERATIONS, more = !last || next_tile < TILES;
+    for (int turn = 0; turn < TURNS; turn++) {
+      cp_async_wait<STAGES - 2>();
+      __syncwarp();  // all lanes' copies are there, and all have read the stage before
+      bring();
+      const u32 stage = ring + slot * STAGE + a_row * 128;
+      const int line = turn * WARPS + warp;
 #pragma unroll
-      for (int batch = 0; batch < BATCHES; batch++) {
+      for (int half = 0; half < 2 * 2 / BYTES; half++) {  // 32 inputs
+        u32 b[NS][4];
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-          const int s = batch * BATCH + i;
-          if (s >= GROUPS) continue;
-          u32 b[NS][PRODUCTS][2];
+        for (int n = 0; n < NS; n++) ldmatrix_x4(b[n], x_rows[n] + (line * (LINE / 32) + half) * 64);
 #pragma unroll
-          for (int n = 0; n < NS; n++)
+        for (int m = 0; m < MS; m++)
 #pragma unroll
-            for (int v = 0; v < VECTORS; v++) {
-              const int group = (iteration * WARPS + warp) * GROUPS + s;
-              // Columns beyond the tokens are not used, whatever they are.
-              const uint4 in = *(const uint4*)(shared + min(n * 8 + row, TOKENS - 1) * X_STRIDE +
-                                               group * GROUP * 2 + v * 64 + quarter * 16);
-              b[n][2 * v][0] = in.x, b[n][2 * v][1] = in.y, b[n][2 * v + 1][0] = in.z, b[n][2 * v + 1][1] = in.w;
-            }
+          for (int k = half * BYTES; k < (half + 1) * BYTES; k++) {  // 32 bytes of a row
+            u32 a[4];
+            ldmatrix_x4(a, stage + m * 2048 + ((k * 2 + lane / 16 ^ a_row % 8) * 16));
+            if (WEIGHT == 0) {
 #pragma unroll
-          for (int m = 0; m < MS; m++) {
-            const uint4 top = ring[s][m][0], bottom = ring[s][m][1];
-            const u32 tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+              for (int n = 0; n < NS; n++) mma_bf16(acc[m][n], a, b[n][k % 2 * 2], b[n][k % 2 * 2 + 1]);
+            } else {
 #pragma unroll
-            for (int p = 0; p < PRODUCTS; p++) {
-              u32 a[4];
-              if (WEIGHT == 0) {
-                a[0] = tops[2 * p % 4], a[1] = bottoms[2 * p % 4];
-                a[2] = tops[(2 * p + 1) % 4], a[3] = bottoms[(2 * p + 1) % 4];
-              } else {
-                a[0] = widen(tops[p % 4]), a[1] = widen(bottoms[p % 4]);
-                a[2] = widen(tops[p % 4] >> 8), a[3] = widen(bottoms[p % 4] >> 8);
+              for (int p = 0; p < 2; p++) {
+                const u32 top = a[2 * p], bottom = a[2 * p + 1];
+                const u32 wide[4] = {widen(top), widen(bottom), widen(top >> 8), widen(bottom >> 8)};
+#pragma unroll
+                for (int n = 0; n < NS; n++) mma_bf16(acc[m][n], wide, b[n][2 * p], b[n][2 * p + 1]);
               }
-#pragma unroll
-              for (int n = 0; n < NS; n++) mma_bf16(acc[m][n], a, b[n][p][0], b[n][p][1]);
             }
           }
-        }
-        if (more) load(batch, last ? next_tile : tile, last ? 0 : iteration + 1);
       }
+      if (++slot == STAGES) slot = 0;
     }
 
     // The tile is done: each warp gives its sums to the blocks that have the rows.
@@ -338,4 +337,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
 #endif
     }
   }
+  cp_async_wait<0>();
 }

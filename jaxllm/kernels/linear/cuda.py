@@ -47,23 +47,18 @@ class Tiling:
     rows: int
     cluster: int
     warps: int
-    groups: int
+    stages: int
 
-    def part(self, row_bytes: int) -> int:
-        """Groups of 64 bytes of each row that a block reads, up to a whole number of iterations."""
-        stretch = self.warps * self.groups
-        return -(-row_bytes // (64 * self.cluster * stretch)) * stretch
+    def turns(self, row_bytes: int) -> int:
+        """Lines of 128 bytes of each row that a warp reads."""
+        return -(-row_bytes // (128 * self.cluster * self.warps))
 
     def shared(self, tokens: int, row_bytes: int, itemsize: int) -> int:
         """Bytes of shared memory, for weights of `itemsize` bytes."""
-        x = tokens * (self.part(row_bytes) * 128 // itemsize | 64)
+        ring = self.warps * self.stages * self.rows * 128
+        x = tokens * (self.turns(row_bytes) * self.warps * 256 // itemsize + 16)
         sums = self.cluster * self.warps * tokens * (self.rows // self.cluster + 4 * (self.cluster == 1)) * 4
-        return x + 2 * sums + tokens * self.cluster * self.warps * 4
-
-    def registers(self, tokens: int, itemsize: int) -> int:
-        """About how many a thread needs: weights under way, sums, a group of the tokens, and the rest."""
-        columns = -(-tokens // 8)
-        return self.groups * self.rows // 2 + columns * self.rows // 4 + columns * 8 // itemsize + 32
+        return ring + x + 2 * sums + tokens * self.cluster * self.warps * 4
 
     def grid(self, features: int) -> int:
         """Blocks: as few as need no more rounds than all would, so that each has the same work."""
@@ -73,10 +68,11 @@ class Tiling:
     def nanoseconds(self, tokens: int, features: int, row_bytes: int, itemsize: int) -> float:
         """An estimate, to compare splits by: the block's weights and tokens at the speed that it can get them at."""
         rounds = -(-features // self.rows) * self.cluster / self.grid(features)
-        weights = math.ceil(rounds) * self.rows * self.part(row_bytes) * 64
-        under_way = self.warps * self.groups * 64 * self.rows
-        x = tokens * self.part(row_bytes) * 128 / itemsize
-        return weights / 34.5 * max(1.0, 65536 / under_way) ** 0.5 + x / 120 + BARRIERS[self.cluster]
+        part = self.turns(row_bytes) * self.warps * 128
+        under_way = self.warps * (self.stages - 1) * 128 * self.rows
+        weights = math.ceil(rounds) * self.rows * part / 34.5
+        x = tokens * part * 2 / itemsize
+        return weights * max(1.0, 49152 / under_way) ** 0.5 + x / 120 + BARRIERS[self.cluster]
 
 
 def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
@@ -85,15 +81,16 @@ def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
     Raises NotImplementedError where nothing fits.
     """
     splits = []
-    for warps, most, registers in ((16, 8, 128), (8, 16, 255)):
-        for cluster in CLUSTERS:
-            for rows in (16, 32, 64):
-                of_warp = -(-row_bytes // (64 * cluster * warps))
-                iterations = -(-of_warp // (most * 16 // rows))
-                split = Tiling(rows, cluster, warps, -(-of_warp // iterations))
-                fits = split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED
-                if fits and split.registers(tokens, itemsize) <= registers and row_bytes // 64 >= cluster * cluster:
-                    splits.append(split)
+    for cluster in CLUSTERS:
+        for rows in (16, 32):
+            for warps in (8, 4):
+                most = 131072 // (warps * rows * 128)
+                for stages in range(min(most, 8 if warps == 8 else 16), 2, -1):
+                    split = Tiling(rows, cluster, warps, stages)
+                    if split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED:
+                        if row_bytes // 128 >= cluster * cluster:
+                            splits.append(split)
+                        break
     if not splits:
         raise NotImplementedError("it does not fit in shared memory")
     return min(splits, key=lambda split: split.nanoseconds(tokens, features, row_bytes, itemsize))
@@ -140,7 +137,7 @@ def implementation(
     fetched = 0 if ahead is None else min(AHEAD, ahead.size * ahead.dtype.itemsize // grid // 512 * 512)
     macros = {
         "TOKENS": T, "FEATURES": F, "INPUTS": D,
-        "ROWS": split.rows, "CLUSTER": split.cluster, "WARPS": split.warps, "GROUPS": split.groups,
+        "ROWS": split.rows, "CLUSTER": split.cluster, "WARPS": split.warps, "STAGES": split.stages,
         "WEIGHT": kind, "NORM": int(eps is not None), "EPS": f"{float(eps or 0.0)!r}f",
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual),
         "OUT_FLOAT": int(out_dtype == jnp.float32), "AHEAD": fetched, "SHARED": shared,
