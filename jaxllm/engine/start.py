@@ -89,7 +89,7 @@ def start(config: EngineConfig) -> Started:
         enable_compilation_cache(config.compilation_cache_dir)
         mesh = make_mesh(mapping)
         platform = mesh.devices.flat[0].platform
-        check_kernels(cfg.quantization is not None, cfg.has_latents)
+        check_kernels(cfg.quantization is not None, cfg.has_latents, cfg.experts is not None)
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
         layout = Layout(mapping, dtype, config.moe_config.method)

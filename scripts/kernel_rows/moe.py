@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_rows._measure import Row, difference, rate, time_call
 
-from jaxllm.kernels.grouped_matmul import cuda, reference
+from jaxllm.kernels.grouped_matmul import cuda, reference, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.router import cuda as router
 
@@ -23,6 +23,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "mixtral-8x7b tp2": (8, 2, 4096, 7168),
 }
 TOKENS = {"qwen3-30b-a3b": (1, 8, 16, 64, 256), "mixtral-8x7b": (1, 16, 64), "mixtral-8x7b tp2": (1,)}
+MANY_TOKENS = {"qwen3-30b-a3b": (8192, 256, 512), "mixtral-8x7b": (8192, 64), "mixtral-8x7b tp2": ()}
 SWEEPS: dict[int, dict[str, tuple[Tiling, Tiling]]] = {
     # tokens (Qwen3-30B-A3B) -> splits of the two products: span, tiles of rows, of columns, warps, depth, blocks
     1: {
@@ -61,7 +62,9 @@ def choices(E: int, X: int, T: int, count: int) -> np.ndarray:
     return np.argsort(rng.random((count, T, E)), axis=2)[:, :, :X].astype(np.int32)
 
 
-def speed(shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None) -> dict[str, Any]:
+def speed(
+    shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None, implementation: Any = cuda.implementation
+) -> dict[str, Any]:
     """Of the experts and the addition of the residual, each call with other experts."""
     E, X, D, F = SHAPES[shape]
     calls = 8 if T <= 64 else 3
@@ -69,7 +72,8 @@ def speed(shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None) -> di
     gate_up, down = weights(shape)
     x = jax.random.normal(jax.random.key(1), (T, D), BF16)
     weight_TX = jnp.full((T, X), 1 / X, jnp.float32)
-    kernel = cuda.implementation(x, chosen[0], gate_up, down, activation="silu", of=E, splits=splits)
+    options = {} if splits is None else {"splits": splits}
+    kernel = implementation(x, chosen[0], gate_up, down, activation="silu", of=E, **options)
 
     def chain(experts: Any, x: jax.Array, chosen: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
         for choice in chosen:
@@ -105,14 +109,17 @@ def right() -> dict[str, Any]:
     found: dict[str, Any] = {}
     worst, count = 0.0, 0
     plain = jax.jit(partial(reference.experts, activation="silu", of=16))
-    for T, X, E, D, F in ((1, 8, 16, 2048, 768), (8, 2, 8, 1024, 1792), (64, 8, 16, 512, 384), (200, 2, 16, 256, 96)):
+    few = ((1, 8, 16, 2048, 768), (8, 2, 8, 1024, 1792), (64, 8, 16, 512, 384), (200, 2, 16, 256, 96))
+    many = ((600, 2, 4, 512, 256), (1000, 4, 16, 256, 384))
+    for T, X, E, D, F in (*few, *many):
+        implementation = cuda.implementation if T < 600 else tiles_cuda.implementation
         rng = np.random.default_rng(T)
         x, gate_up, down = (
             jnp.asarray(rng.standard_normal(s, np.float32) / s[-1] ** 0.5, BF16)
             for s in ((T, D), (E, 2 * F, D), (E, D, F))
         )
         weight = jnp.asarray(rng.random((T, X)), jnp.float32)
-        kernel = jax.jit(cuda.implementation(x, choices(E, X, T, 1)[0], gate_up, down, activation="silu", of=16))
+        kernel = jax.jit(implementation(x, choices(E, X, T, 1)[0], gate_up, down, activation="silu", of=16))
         for kind in ("even", "one", "elsewhere"):
             chosen = choices(E, X, T, 1)[0]
             if kind == "one":
@@ -138,6 +145,9 @@ def rows() -> Iterator[Row]:
     for shape, tokens in TOKENS.items():
         for T in tokens:
             yield Row(f"decode {shape} T={T}", partial(speed, shape, T))
+        many = partial(speed, shape, implementation=tiles_cuda.implementation)
+        for T in MANY_TOKENS[shape]:
+            yield Row(f"{'prefill' if T > 1000 else 'tiles'} {shape} T={T}", partial(many, T))
         for T, splits in SWEEPS.items() if shape == "qwen3-30b-a3b" else ():
             for name, split in splits.items():
                 yield Row(f"sweep T={T} {name}", partial(speed, shape, T, split))

@@ -6,6 +6,7 @@ import functools
 
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
+from jaxllm.kernels.grouped_matmul import tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import quantized_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
@@ -14,14 +15,17 @@ from jaxllm.kernels.router import cuda as router
 
 
 @functools.cache
-def check_kernels(quantized: bool = False, latent: bool = False) -> None:
+def check_kernels(quantized: bool = False, latent: bool = False, experts: bool = False) -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used.
 
-    quantized: also those that only models with quantised weights use; latent: with latent attention.
+    quantized: also those that only models with quantised weights use; latent: with latent attention; experts: with
+    mixtures of experts.
     """
     checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
-    checks |= {experts_cuda.KERNEL: experts_cuda.check, router.KERNEL: router.check}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
+    if experts:
+        checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
+        checks |= {router.KERNEL: router.check}
     call.check_all(checks)
