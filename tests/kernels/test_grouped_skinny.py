@@ -158,7 +158,6 @@ def test_what_the_kernel_cannot_do() -> None:
         (of(), "gelu"),
         (of(D=48), "silu"),
         (of(F=48), "silu"),
-        (of(T=8192), "silu"),
     ):
         with pytest.raises(NotImplementedError):
             cuda.implementation(*arguments, activation=activation, of=4)
