@@ -72,9 +72,10 @@ def start(config: EngineConfig) -> Started:
         yield
         seconds[name] = time.perf_counter() - began
 
-    # Read when the first device is looked for; no effect on a CPU, or after that.
-    os.environ.update(memory_fraction_variable())
-    mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+    with phase("devices"):
+        # Read when the first device is looked for; no effect on a CPU, or after that.
+        os.environ.update(memory_fraction_variable())
+        mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
     if config.moe_config.alias:
         logger.info("moe_config.backend %s is TensorRT-LLM's: AUTO chooses here", config.moe_config.alias)
     with phase("files"):
@@ -85,7 +86,7 @@ def start(config: EngineConfig) -> Started:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = load_tokenizer(config.tokenizer if config.tokenizer is not None else files)
-    with phase("devices"):
+    with phase("kernels"):
         enable_compilation_cache(config.compilation_cache_dir)
         mesh = make_mesh(mapping)
         platform = mesh.devices.flat[0].platform

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -88,17 +89,28 @@ def compile_or_refuse(kernel: str, source: str, macros: Mapping[str, object]) ->
 
 
 def check_all(checks: Mapping[str, Check]) -> None:
-    """Runs the check of each kernel on this process's first GPU; a kernel whose check raises is turned off."""
-    for kernel, check in checks.items():
-        try:
-            require(kernel)
-        except NotImplementedError:
-            continue
+    """Runs the check of each kernel on this process's first GPU; a kernel whose check raises is turned off.
+
+    All at the same time: what they take is the compilers' time.
+    """
+
+    def run(kernel: str, check: Check) -> None:
         try:
             with jax.default_device(jax.local_devices()[0]):
                 check()
         except Exception as error:  # whatever a driver, a compiler or a wrong result makes of it
             refuse(kernel, f"its check failed: {str(error).strip() or type(error).__name__}")
+
+    wanted = {}
+    for kernel, check in checks.items():
+        try:
+            require(kernel)
+        except NotImplementedError:
+            continue
+        wanted[kernel] = check
+    if wanted:
+        with ThreadPoolExecutor(len(wanted), "check") as pool:
+            list(pool.map(run, wanted, wanted.values()))
 
 
 def launch(

@@ -21,7 +21,8 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     quantized: also those that only models with quantised weights use; latent: with latent attention; experts: with
     mixtures of experts.
     """
-    checks = {decode_cuda.KERNEL: decode_cuda.check, **prefill_cuda.CHECKS}
+    first, second = prefill_cuda.CHECKS.items()
+    checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
@@ -29,3 +30,4 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {router.KERNEL: router.check}
     call.check_all(checks)
+    call.check_all(dict([second]))  # of use only where the first is not

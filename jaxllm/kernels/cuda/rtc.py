@@ -37,6 +37,7 @@ LIBRARIES = (
 
 _lock = threading.Lock()
 _compiled: dict[str, str] = {}
+_compiling: dict[str, threading.Lock] = {}
 
 
 class CompileError(RuntimeError):
@@ -78,6 +79,8 @@ def compile_ptx(name: str, macros: Mapping[str, object]) -> str:
     parts = [source, *headers.values(), *options, str(version()), str(NEWEST_PTX)]
     key = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]
     with _lock:
+        alone = _compiling.setdefault(key, threading.Lock())
+    with alone:  # other sources are compiled meanwhile
         if key not in _compiled:
             path = cache_dir("cuda") / f"{name}-{key}.ptx"
             ptx = _read(path)
