@@ -34,7 +34,6 @@ _NOT_SUPPORTED_YET = {
     "guided_decoding_backend": "guided decoding",
     "host_cache_size": "KV offload",
     "load_balancer": "balancing the load of experts",
-    "max_num_tokens": "a limit on the tokens that experts take at a time",
     "lora_config": "LoRA",
     "max_attention_window": "overriding the attention windows of a model",
     "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
@@ -240,12 +239,19 @@ class MoeConfig(Strict):
         backend: of the experts' products: AUTO takes the fastest that this device has; XLA runs everywhere. The names
             that TensorRT-LLM has (CUTLASS, TRTLLM, ...) mean AUTO.
         dispatch: how tokens come to experts on other devices: "replicate" (every device has all tokens, and the sums
-            are added up), "all_to_all" (tokens are sent to their experts), or "auto", by the size of a step.
+            are added up), "all_to_all" (tokens are sent to their experts, in rounds of messages of a fixed size),
+            "ragged" (the same in messages as long as they need to be), or "auto": of the first two, for each size of
+            step, the one that a reckoning of bytes and latency finds faster.
+        exchange_from: with "auto", tokens of a device from which they are sent, in place of the reckoning.
+        max_num_tokens: tokens of all devices that the experts of a layer work on at a time, which bounds their memory;
+            more go in turns. None = all of a step.
         disable_finalize_fusion: without effect: the results of a token's experts are always added in one order.
     """
 
     backend: str = "AUTO"
-    dispatch: Literal["auto", "replicate", "all_to_all"] = "auto"
+    dispatch: Literal["auto", "replicate", "all_to_all", "ragged"] = "auto"
+    exchange_from: int | None = Field(default=None, ge=1)
+    max_num_tokens: int | None = Field(default=None, ge=1)
     disable_finalize_fusion: bool = False
 
     @field_validator("backend")
@@ -257,13 +263,22 @@ class MoeConfig(Strict):
             raise ValueError(f"moe_config.backend = {value!r} is unknown; {hint}")
         return value.upper()
 
+    @model_validator(mode="after")
+    def _exchange_when(self) -> MoeConfig:
+        if self.exchange_from is not None and self.dispatch != "auto":
+            raise ValueError(
+                f"moe_config.exchange_from = {self.exchange_from} has no meaning with dispatch = {self.dispatch!r}; "
+                "leave one of them out"
+            )
+        return self
+
     @property
     def alias(self) -> str | None:
         """The backend, if it is one of another engine's."""
         return None if self.backend in MOE_BACKENDS else self.backend
 
     @property
-    def method(self) -> Literal["replicate", "all_to_all"] | None:
+    def method(self) -> Literal["replicate", "all_to_all", "ragged"] | None:
         """The dispatch; None for auto."""
         return None if self.dispatch == "auto" else self.dispatch
 

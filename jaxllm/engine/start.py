@@ -34,6 +34,7 @@ from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping
 from jaxllm.models.quantization import choose
 from jaxllm.models.registry import config_from_gguf, config_from_hf
+from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh
 from jaxllm.weights.dummy import dummy_params
@@ -93,7 +94,7 @@ def start(config: EngineConfig) -> Started:
         check_kernels(cfg.quantization is not None, cfg.has_latents, cfg.experts is not None)
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
-        layout = Layout(mapping, dtype, config.moe_config.method)
+        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config))
         stages = [
             StepFunctions(cfg, layout, stage_mesh(mesh, index), layers)
             for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))

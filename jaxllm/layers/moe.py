@@ -17,7 +17,7 @@ from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import Declared, param
 from jaxllm.parallel.collectives import Axes
-from jaxllm.parallel.expert import choose_method, experts
+from jaxllm.parallel.expert import experts
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec
 
@@ -136,10 +136,12 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`."""
         num_experts, chosen = self.router.num_experts, self.router.chosen
-        ep = self.layout.size("experts")
-        method = self.layout.expert_method or choose_method(ep, chosen, x_TD.shape[0], bool(tokens))
+        T, dispatch = x_TD.shape[0], self.layout.dispatch
+        row_bytes = x_TD.shape[1] * x_TD.dtype.itemsize
+        method = dispatch.choose(self.layout.size("experts"), chosen, T, row_bytes, bool(tokens))
         routes = None
-        if method == "replicate" and not tokens:  # every rank routes its own rows
+        # every rank routes its own rows, all at once
+        if method == "replicate" and not tokens and T <= (dispatch.max_tokens or T):
             with jax.named_scope("router"):
                 y_TD, *routes = self.router.normed(x_TD, norm)
         else:
@@ -169,6 +171,7 @@ class MoE(nnx.Module):
                 tokens=tokens,
                 method=method,
                 shared=None if self.shared is None else self.shared.partial,
+                max_tokens=dispatch.max_tokens,
             )
         return y_TD if residual is None else residual + y_TD
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Axes = tuple[str, ...]
@@ -53,6 +54,41 @@ def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes) -> jax.Array:
 def all_to_all(x: jax.Array, axes: Axes) -> jax.Array:
     """x[i] goes to rank i; the result's [j] came from rank j. The first axis is as long as there are ranks."""
     return lax.all_to_all(x, axes, 0, 0) if ranks(axes) > 1 else x
+
+
+def ragged_all_to_all(
+    rows: jax.Array,
+    room: int,
+    start_C: jax.Array,
+    count_C: jax.Array,
+    land_C: jax.Array,
+    received_C: jax.Array,
+    axes: Axes,
+) -> jax.Array:
+    """rows[start_C[i] :][: count_C[i]] go to rank i, into its result at land_C[i]; [room, ...], zero elsewhere.
+
+    received_C: how many come from each rank. One collective on a GPU; elsewhere everybody's rows go to everybody.
+    """
+    if ranks(axes) == 1:
+        raise ValueError("one rank has nobody to exchange rows with")
+
+    def on_gpu(rows: jax.Array, *lengths: jax.Array) -> jax.Array:
+        return lax.ragged_all_to_all(rows, jnp.zeros((room, *rows.shape[1:]), rows.dtype), *lengths, axis_name=axes)
+
+    def elsewhere(
+        rows: jax.Array, start_C: jax.Array, count_C: jax.Array, land_C: jax.Array, _: jax.Array
+    ) -> jax.Array:
+        rows_C = all_gather(rows, axes)
+        start, count, land = (all_gather(x, axes)[:, rank(axes)] for x in (start_C, count_C, land_C))
+        out = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
+        for sender in range(ranks(axes)):
+            place = jnp.arange(room) - land[sender]
+            found = rows_C[sender].at[start[sender] + place].get(mode="fill", fill_value=0)
+            here = (place >= 0) & (place < count[sender])
+            out = jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), found, out)
+        return out
+
+    return lax.platform_dependent(rows, start_C, count_C, land_C, received_C, cuda=on_gpu, default=elsewhere)
 
 
 def rotate(x: jax.Array, axis: str) -> jax.Array:

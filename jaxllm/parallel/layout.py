@@ -7,14 +7,14 @@ weights, pages and tokens is decided here, in `Layout.table`, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.mapping import CpType, Mapping
-from jaxllm.parallel.expert import Method
+from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.mesh import partition
 
@@ -48,8 +48,8 @@ class Layout:
 
     mapping: Mapping
     dtype: np.dtype
-    expert_method: Method | None = None
-    """How tokens and experts come together; None: by the sizes of the step."""
+    dispatch: Dispatch = field(default_factory=Dispatch)
+    """How tokens and experts come together."""
 
     @property
     def cp_type(self) -> CpType | None:

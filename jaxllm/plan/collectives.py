@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxllm.mapping import CpType
-from jaxllm.parallel.expert import EP, capacity, choose_method
+from jaxllm.parallel.expert import EP, capacity
 from jaxllm.plan.gpus import Gpu
 from jaxllm.plan.sizes import Model, Sizes
 
@@ -36,9 +36,8 @@ class Collective:
         share = (self.ranks - 1) / self.ranks
         if self.kind == "reduce_scatter":
             return (self.ranks - 1) * self.bytes
-        return {"all_reduce": 2 * share, "all_gather": share, "all_to_all": share, "permute": 1, "send": 1}[
-            self.kind
-        ] * self.bytes
+        sent = {"all_reduce": 2 * share, "permute": 1.0, "send": 1.0}.get(self.kind, share)
+        return sent * self.bytes
 
     def seconds(self, gpu: Gpu) -> float:
         """Time of all of them, if nothing hides it."""
@@ -70,7 +69,7 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
         else:
             add("all_reduce", where, axes, count, own * row)
 
-    ffn, vocab = layout.axes("ffn"), layout.axes("vocab")
+    vocab = layout.axes("vocab")
     if layers.start == 0:
         add("all_gather", "token ids", lanes, 1, own * 4 * sizes.shards(set(lanes)))
         add_up("embedding", vocab, 1, lanes or spread)
@@ -98,28 +97,46 @@ def collectives(model: Model, sizes: Sizes, layers: range, tokens: int, *, promp
         add("all_to_all", "their partial attention", CP, n, own * cp * partial, conditional=True)
     add_up("attention output", layout.axes("head_out"), n, spread)
     split = lanes or spread
-    exchanged = 0
-    for chosen, shared in sizes.chosen(layers):
+    mixtures = sizes.chosen(layers)
+
+    def ffn_of(count: int, here: int) -> None:
+        """An FFN of `here` tokens of each rank that tokens are split over."""
+        add("all_gather", "tokens before the FFN", split, count, here * row * sizes.shards(set(split)))
+        if split:
+            add("reduce_scatter", "FFN output", split, count, here * row)
+        else:
+            add("all_reduce", "FFN output", layout.axes("ffn"), count, here * row)
+
+    ffn_of(n - len(mixtures), own // shares)
+    ep, limit = layout.mapping.ep, layout.dispatch.max_tokens
+    for chosen, shared in mixtures:
         here = own // shares
-        method = layout.expert_method or choose_method(layout.mapping.ep, chosen, here, bool(split))
-        if method == "all_to_all" and layout.mapping.ep > 1:
-            exchanged += 0 if shared else 1  # what is shared goes the way of a dense layer besides
-            others, between = layout.axes("expert_ffn"), tuple(axis for axis in split if axis not in EP)
-            share = here * sizes.shards(set(between)) if split else -(-here // layout.mapping.ep)
-            room = capacity(share, chosen, layout.mapping.ep)
-            sent = room * layout.mapping.ep
-            add("all_gather", "tokens to the columns of their experts", between, 1, share * row)
-            add("all_reduce", "rounds of the exchange", EP, int(room < share), 4)
-            add("all_to_all", "tokens to their experts", EP, 1, sent * row)
-            add("all_to_all", "numbers and weights of their experts", EP, 1, sent * chosen * 8)
-            add("all_to_all", "sums of their experts", EP, 1, sent * row)
-            if between:
-                add("reduce_scatter", "columns of the experts", between, 1, here * row)
-            add("all_reduce", "columns of the experts", set(others) - set(between), 1, (here if split else share) * row)
-            if not split:
-                add("all_gather", "tokens after their experts", EP, 1, share * row * layout.mapping.ep)
-    add("all_gather", "tokens before the FFN", split, n - exchanged, own * row * sizes.shards(set(lanes)))
-    add_up("FFN output", ffn, n - exchanged, split)
+        method = layout.dispatch.choose(ep, chosen, here, row, bool(split))
+        turns = 1 if limit is None else -(-here // max(1, limit // sizes.shards(set(split))))
+        here = -(-here // turns)
+        if method == "replicate" or ep == 1 or shared:
+            ffn_of(turns, here)
+        if method == "replicate" or ep == 1:
+            continue
+        others, between = layout.axes("expert_ffn"), tuple(axis for axis in split if axis not in EP)
+        share = here * sizes.shards(set(between)) if split else -(-here // ep)
+        add("all_gather", "tokens to the columns of their experts", between, turns, share * row)
+        if method == "all_to_all":
+            room = capacity(share, chosen, ep)
+            add("all_reduce", "rounds of the exchange", EP, turns * (room < share), 4)
+            add("all_to_all", "tokens to their experts", EP, turns, room * ep * row)
+            add("all_to_all", "numbers and weights of their experts", EP, turns, room * ep * chosen * 8)
+            add("all_to_all", "sums of their experts", EP, turns, room * ep * row)
+        else:
+            sent = share * (1 - (1 - 1 / ep) ** chosen) * ep
+            add("all_gather", "lengths of messages", EP, turns, 4 * ep * ep)
+            add("ragged_all_to_all", "tokens, their experts and weights", EP, turns, sent * (row + 8 * chosen))
+            add("ragged_all_to_all", "sums of their experts", EP, turns, sent * row)
+        if between:
+            add("reduce_scatter", "columns of the experts", between, turns, here * row)
+        add("all_reduce", "columns of the experts", set(others) - set(between), turns, (here if split else share) * row)
+        if not split:
+            add("all_gather", "tokens after their experts", EP, turns, share * row * ep)
     if layers.stop == model.num_layers:
         rows = 1 if prompt else own
         if prompt:

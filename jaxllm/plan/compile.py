@@ -35,6 +35,7 @@ HLO_NAMES = {
     "all_gather": "all-gather",
     "reduce_scatter": "reduce-scatter",
     "all_to_all": "all-to-all",
+    "ragged_all_to_all": "ragged-all-to-all",
     "permute": "collective-permute",
 }
 
@@ -107,6 +108,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
 
     from jaxllm.engine.batch import Packer
     from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+    from jaxllm.parallel.expert import Dispatch
     from jaxllm.parallel.layout import Layout
     from jaxllm.parallel.mesh import make_mesh, stage_mesh
     from jaxllm.plan.plan import DTYPES
@@ -114,7 +116,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
     cfg = plan.model.config
     if cfg is None:
         raise ConfigError(f"cannot compile {plan.model.name}: {plan.model.refusal}")
-    layout = Layout(plan.mapping, DTYPES[plan.dtype], plan.config.moe_config.method)
+    layout = Layout(plan.mapping, DTYPES[plan.dtype], Dispatch.of(plan.config.moe_config))
     mesh = make_mesh(plan.mapping, devices)
     page_size = plan.config.kv_cache_config.tokens_per_block
     num_slots = layout.size("requests") * plan.max_batch_size + 1

@@ -16,6 +16,7 @@ from jaxllm.engine.sizes import Sizes as BatchSizes
 from jaxllm.engine.slots import Variant
 from jaxllm.mapping import AXES, CpType, Mapping
 from jaxllm.models.fit import check_mapping
+from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.layout import Layout
 from jaxllm.plan.collectives import Collective, collectives
 from jaxllm.plan.gpus import Gpu
@@ -120,7 +121,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     try:
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
-        layout = Layout(mapping, dtype, config.moe_config.method)
+        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config))
         sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping)
         span = layout.mapping.page_span(page)
     except ValueError as error:
@@ -218,7 +219,9 @@ def _activations(model: Model, sizes: Sizes, batch: BatchSizes, layers: range, i
     own = max(bucket.tokens(batch.tile) for bucket in batch.buckets)
     spread = own * sizes.layout.size("requests")
     attention = own * 3 * sizes.query_width
-    ffn = spread * 3 * sizes.ffn_width
+    limit = sizes.layout.dispatch.max_tokens
+    experts = spread if limit is None else min(spread, limit)
+    ffn = 3 * max(spread * sizes.ffn_width, experts * sizes.expert_width)
     step = itemsize * (3 * own * model.hidden_size + max(attention, ffn))
     if layers.stop < len(sizes.layers):
         return step

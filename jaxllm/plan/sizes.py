@@ -68,7 +68,8 @@ class Sizes:
     """A model as laid out by one Layout.
 
     embed, layers, norm, head: its parameters; tied: embed and head are one table.
-    padded_vocab: over all ranks. query_heads, query_width, ffn_width: of a device, the last of its widest activations.
+    padded_vocab: over all ranks. query_heads, query_width: of a device. ffn_width, expert_width: of its widest
+    activations in dense layers, and in those with experts, of which so many tokens are computed at a time as it says.
     """
 
     layout: Layout
@@ -82,6 +83,7 @@ class Sizes:
     query_heads: int
     query_width: int
     ffn_width: int
+    expert_width: int = 0
 
     def shards(self, axes: set[str]) -> int:
         """Devices along these mesh axes."""
@@ -201,14 +203,14 @@ def _dense_sizes(cfg: ModelConfig, layout: Layout) -> Sizes:
         padded_vocab=embed.shape[0],
         query_heads=heads.q_heads,
         query_width=heads.q_heads * cfg.head_dim,
-        ffn_width=max(_ffn_width(cfg, layout, sparse) for sparse in kinds),
+        ffn_width=-(-cfg.intermediate_size // layout.size("ffn")) if False in layers else 0,
+        expert_width=_expert_width(cfg, layout) if True in layers else 0,
     )
 
 
-def _ffn_width(cfg: ModelConfig, layout: Layout, sparse: bool) -> int:
-    """Of the intermediate of a layer; with experts all that they have for a token."""
-    if cfg.experts is None or not sparse:
-        return -(-cfg.intermediate_size // layout.size("ffn"))
+def _expert_width(cfg: ModelConfig, layout: Layout) -> int:
+    """All that the experts of a layer have for a token."""
+    assert cfg.experts is not None
     share = ROOM * cfg.experts.chosen / layout.size("experts")
     return math.ceil(share * (cfg.experts.width / layout.size("expert_ffn") + cfg.hidden_size))
 
