@@ -33,7 +33,6 @@ _NOT_SUPPORTED_YET = {
     "enable_lora": "LoRA",
     "guided_decoding_backend": "guided decoding",
     "host_cache_size": "KV offload",
-    "load_balancer": "balancing the load of experts",
     "lora_config": "LoRA",
     "max_attention_window": "overriding the attention windows of a model",
     "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
@@ -232,6 +231,35 @@ MOE_BACKENDS_ELSEWHERE = (
 )  # fmt: skip
 
 
+class MoeLoadBalancerConfig(Strict):
+    """Which experts are where, as TensorRT-LLM's load balancer has it; in YAML or JSON, or as a file of that.
+
+    Attributes:
+        num_slots: places for experts in a layer, on all devices together; more than there are experts make room for
+            copies of those with the most tokens. None = as many as the assignments have, or as there are experts.
+        initial_global_assignments: of a layer by its number, the expert of each slot; other layers have the experts in
+            order, and the first ones once more in the slots that are left.
+        layer_updates_per_iter: layers whose experts move after a step, to where the load of the last steps wants them;
+            0 = none ever do.
+        iters_per_reading: steps between two readings of the load.
+    """
+
+    num_slots: int | None = Field(default=None, ge=1)
+    initial_global_assignments: dict[int, list[int]] | None = None
+    layer_updates_per_iter: int = Field(default=0, ge=0)
+    iters_per_reading: int = Field(default=128, ge=1)
+
+    @field_validator("initial_global_assignments", mode="before")
+    @classmethod
+    def _layers_by_number(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        bad = [key for key in value if not isinstance(key, int) and not (isinstance(key, str) and key.isdigit())]
+        if bad:
+            raise ValueError(f"initial_global_assignments names layer {bad[0]!r}, which is no number")
+        return {int(key): slots for key, slots in value.items()}  # JSON has no other keys than strings
+
+
 class MoeConfig(Strict):
     """How mixtures of experts are computed.
 
@@ -245,6 +273,8 @@ class MoeConfig(Strict):
         exchange_from: with "auto", tokens of a device from which they are sent, in place of the reckoning.
         max_num_tokens: tokens of all devices that the experts of a layer work on at a time, which bounds their memory;
             more go in turns. None = all of a step.
+        load_balancer: a `MoeLoadBalancerConfig`, or a file of its settings in YAML or JSON; None = each expert is in
+            one place, in order.
         disable_finalize_fusion: without effect: the results of a token's experts are always added in one order.
     """
 
@@ -252,7 +282,13 @@ class MoeConfig(Strict):
     dispatch: Literal["auto", "replicate", "all_to_all", "ragged"] = "auto"
     exchange_from: int | None = Field(default=None, ge=1)
     max_num_tokens: int | None = Field(default=None, ge=1)
+    load_balancer: MoeLoadBalancerConfig | None = None
     disable_finalize_fusion: bool = False
+
+    @field_validator("load_balancer", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        return load_yaml(value) if isinstance(value, (str, os.PathLike)) else value
 
     @field_validator("backend")
     @classmethod

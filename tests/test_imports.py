@@ -31,12 +31,13 @@ LAYERS: list[list[set[str]]] = [
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
     [{"config"}, {"sampling_params", "structured"}],
-    [{"mapping"}, {"cache"}, {"bins"}, {"formats"}],
+    [{"mapping"}, {"cache"}, {"bins"}, {"formats"}, {"placement"}],
 ]
 
 NO_JAX = [
     "config",
     "mapping",
+    "placement",
     "sampling_params",
     "structured",
     "engine.request",

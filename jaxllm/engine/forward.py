@@ -52,7 +52,9 @@ class StepFunctions:
         self.cfg = cfg
         self.layout = layout
         self.mesh = mesh
+        self.layers = layers
         self.num_layers = len(layers)
+        self.mixtures = [number for number in layers if cfg.sparse(number)]
         self.first = layers.start == 0
         self.last = layers.stop == cfg.num_layers
         self.paths = [path for path, _ in variables]
@@ -100,6 +102,21 @@ class StepFunctions:
         heads = self.layout.heads(self.cfg.num_heads, self.cfg.num_kv_heads)
         planes = 2 if self.cfg.latent is None else 1
         return (planes, heads.ranks * heads.kv_heads, page_size, self.cfg.head_dim)
+
+    @property
+    def loads(self) -> tuple[tuple[int, ...], PartitionSpec] | None:
+        """Shape and place of the array that counts tokens, int32 [ranks, mixtures, E]; None where nobody wants it.
+
+        Each rank of ep counts the tokens that it routes; each of cp those that it has, decodes among them.
+        """
+        if not self.layout.counts_loads or not self.mixtures or self.cfg.experts is None:
+            return None
+        mapping = self.layout.mapping
+        return (mapping.cp * mapping.ep, len(self.mixtures), self.cfg.experts.count), PartitionSpec(("cp", "ep"))
+
+    def weight_index(self, path: str) -> int:
+        """Where a parameter that is an array of its own is in what `flatten` makes."""
+        return len(self._together) + self._alone.index(path)
 
     def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
         """The arrays that the programs take: on a CPU norm weights of one length stacked, then all others."""
@@ -178,7 +195,7 @@ class StepFunctions:
             return token_R, logits_RV, hidden, last_token.at[slots_R].set(token_R), kv
 
         pages, stream = layout.partition(*KV_AXES), layout.stream(T, D)
-        kv_specs = [pages] * self.num_layers
+        kv_specs = [pages] * self.num_layers + ([] if self.loads is None else [self.loads[1]])
         none = PartitionSpec()
         args = [self._weight_specs, kv_specs, none if self.first or self.last else None, layout.partition("requests")]
         return jax.shard_map(

@@ -48,8 +48,19 @@ class Stage:
         pages = functions.layout.sharding(self.mesh, *KV_AXES)
         zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
         self.kv: list[KVPages] = [zeros() for _ in range(functions.num_layers)]
+        if functions.loads is not None:
+            counts, place = functions.loads
+            where = NamedSharding(self.mesh, place)
+            self._no_loads = jax.jit(lambda: jnp.zeros(counts, np.int32), out_shardings=where)
+            self.kv.append(self._no_loads())
         self.programs: dict[Any, Any] = {}
         self.inputs: dict[Any, NamedSharding] = {}
+
+    def take_loads(self) -> jax.Array:
+        """The tokens of each expert so far, see `StepFunctions.loads`; they are counted anew from here on."""
+        taken = self.kv[-1]
+        self.kv[-1] = self._no_loads()
+        return taken
 
     def hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
         """x_TD of a step with `tokens` tokens on each rank."""

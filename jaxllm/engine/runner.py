@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.batch import PackedStep, Packer
 from jaxllm.engine.buckets import Bucket, Picker
 from jaxllm.engine.clock import HostClock
@@ -83,6 +84,8 @@ class Runner:
         repeats: int = 1,
     ):
         self.stages = stages
+        # Of those stages whose experts move.
+        self.balancers: list[Balancer] = []
         # Decode steps of a dispatch, where it may have several.
         self.repeats = repeats
         # Everything that follows the last layer is on the last stage's devices.
@@ -140,6 +143,8 @@ class Runner:
                 jobs["repeated", bucket, choice] = partial(self._compile_repeated, bucket, choice)
         for tokens in sorted({b.tokens(self.tile) for b in self.buckets if b.tiles}):
             jobs["hidden_of", tokens] = partial(self._compile_hidden_of, tokens)
+        for number, balancer in enumerate(self.balancers):
+            jobs["balance", number] = balancer.compile
         return jobs | {
             "reset": self._compile_reset,
             "masks": self._compile_masks,
@@ -268,6 +273,7 @@ class Runner:
 
     def release(self) -> None:
         """Gives the device memory of weights and pages back; nothing can be launched afterwards."""
+        self.balancers = []
         for stage in self.stages:
             stage.release()
         self._programs = {}
@@ -297,6 +303,8 @@ class Runner:
         ]
         if self._copies_to_host:
             token_R.copy_to_host_async()
+        for balancer in self.balancers:
+            balancer.after_step()
         self.clock.add("dispatch", packed_at)
         return InFlight(step, packed, token_R, sampled, prompt_logprobs)
 

@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm import placement
 from jaxllm.cache import cache_dir
 from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
@@ -31,7 +33,7 @@ from jaxllm.kernels.cuda.checks import check_kernels
 from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
-from jaxllm.models.fit import check_mapping
+from jaxllm.models.fit import check_mapping, place_experts
 from jaxllm.models.quantization import choose
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.expert import Dispatch
@@ -84,6 +86,8 @@ def start(config: EngineConfig) -> Started:
         cfg = quantized(model_config(files), config)
         page_size = config.kv_cache_config.tokens_per_block
         check_mapping(mapping, cfg, page_size=page_size, max_seq_len=config.max_seq_len)
+        balancer = config.moe_config.load_balancer
+        placed = place_experts(balancer, cfg, mapping.ep)
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = load_tokenizer(config.tokenizer if config.tokenizer is not None else files)
@@ -94,7 +98,7 @@ def start(config: EngineConfig) -> Started:
         check_kernels(cfg.quantization is not None, cfg.has_latents, cfg.experts is not None)
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
-        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config))
+        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config), placed)
         stages = [
             StepFunctions(cfg, layout, stage_mesh(mesh, index), layers)
             for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))
@@ -102,6 +106,8 @@ def start(config: EngineConfig) -> Started:
         sizes = Sizes.choose(config, defaults, mapping)
     with phase("weights"):
         weights = _load(config, cfg, files, stages)
+        for functions, params in zip(stages, weights, strict=True):
+            _fill_tables(functions, params)
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = kv_cache_dtype(config, dtype, cfg.quantization is not None and cfg.quantization.cache)
@@ -130,6 +136,9 @@ def start(config: EngineConfig) -> Started:
             repeats=config.num_scheduler_steps,
         )
         del weights
+        if balancer is not None and balancer.layer_updates_per_iter:
+            moving = {"layers_per_step": balancer.layer_updates_per_iter, "every": balancer.iters_per_reading}
+            runner.balancers = [Balancer(stage, **moving) for stage in runner.stages if stage.functions.mixtures]
     with phase("compile"):
         _compile(runner, config.progress)
     with phase("warm_up"):
@@ -226,6 +235,17 @@ def _load(
         return [load(stage.specs, mesh=stage.mesh) for stage in stages]
     finally:
         source.close()
+
+
+def _fill_tables(functions: StepFunctions, params: dict[str, jax.Array]) -> None:
+    """Tells the layers with experts which slot each expert is in."""
+    placed, experts = functions.layout.placement, functions.cfg.experts
+    if placed is None or experts is None:
+        return
+    everywhere = functions.layout.sharding(functions.mesh)
+    for number in functions.mixtures:
+        table = placement.table(placed.of(number, experts.count), experts.count)
+        params[f"layers.{number - functions.layers.start}.mlp.slots"] = jax.device_put(table, everywhere)
 
 
 def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype) -> Room:

@@ -109,6 +109,7 @@ class MoE(nnx.Module):
     """In place of a `GatedMLP`; gate_up [E, 2 * F, D] and down [E, D, F] are the experts'. shared: every token's.
 
     biases: of gate_up, [E, 2 * F], and of down, [E, D], which one of the ranks that share an expert has.
+    slots: of `placement.table`, where the layout places experts in slots: then the stacks are by slot, not by expert.
     """
 
     def __init__(
@@ -121,59 +122,92 @@ class MoE(nnx.Module):
         *,
         activation: str,
         biases: tuple[ParamSpec, ParamSpec] | None = None,
+        slots: ParamSpec | None = None,
     ):
         self.router = router
         self.gate_up = param(gate_up)
         self.down = param(down)
         self.gate_up_bias = None if biases is None else param(biases[0])
         self.down_bias = None if biases is None else param(biases[1])
+        self.slots = None if slots is None else param(slots)
         self.shared = shared
         self.layout = layout
         self.activation = activation
 
     def __call__(
-        self, x_TD: jax.Array, norm: RMSNorm, tokens: Axes = (), residual: jax.Array | None = None
-    ) -> jax.Array:
-        """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`."""
+        self,
+        x_TD: jax.Array,
+        norm: RMSNorm,
+        tokens: Axes = (),
+        residual: jax.Array | None = None,
+        valid_T: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`.
+
+        valid_T: which rows are tokens, not padding. Then only those get experts, and the tokens that each expert got,
+        int32 [E], are the second result: over all ranks of ep, those of the step.
+        """
         num_experts, chosen = self.router.num_experts, self.router.chosen
         T, dispatch = x_TD.shape[0], self.layout.dispatch
         row_bytes = x_TD.shape[1] * x_TD.dtype.itemsize
         method = dispatch.choose(self.layout.size("experts"), chosen, T, row_bytes, bool(tokens))
         routes = None
         # every rank routes its own rows, all at once
-        if method == "replicate" and not tokens and T <= (dispatch.max_tokens or T):
+        if method == "replicate" and not tokens and (dispatch.max_tokens or T) >= T:
             with jax.named_scope("router"):
                 y_TD, *routes = self.router.normed(x_TD, norm)
         else:
             y_TD = norm(x_TD)
+            if valid_T is not None:  # rows of zeros tell the ranks that they come to
+                y_TD = jnp.where(valid_T[:, None], y_TD, 0)
 
-        def route(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            if routes is not None:
-                return routes[0], routes[1]
+        def route(x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
             with jax.named_scope("router"):
-                return self.router(x_TD)
+                chosen_TX, weights_TX = self.router(x_TD) if routes is None else routes
+                load_E = None
+                if valid_T is not None:
+                    real_T = valid_T if routes is not None else (x_TD != 0).any(axis=1)
+                    chosen_TX = jnp.where(real_T[:, None], chosen_TX, -1)
+                    counted = jnp.where(chosen_TX < 0, num_experts, chosen_TX)
+                    load_E = jnp.zeros(num_experts, jnp.int32).at[counted].add(1, mode="drop")
+                if self.slots is not None:
+                    chosen_TX = in_slots(chosen_TX, self.slots[...], num_experts)
+                return chosen_TX, weights_TX, load_E
 
         def compute(x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
             weights, biases = (self.gate_up[...], self.down[...]), None
             if self.gate_up_bias is not None and self.down_bias is not None:
                 biases = self.gate_up_bias[...], self.down_bias[...]
             return api.experts(
-                x_TD, chosen_TX, weights_TX, *weights, activation=self.activation, of=num_experts, biases=biases
+                x_TD, chosen_TX, weights_TX, *weights, activation=self.activation, of=num_slots, biases=biases
             )
 
+        num_slots = num_experts if self.layout.placement is None else self.layout.placement.num_slots
         with jax.named_scope("experts"):
-            y_TD = experts(
+            y_TD, load_E = experts(
                 y_TD,
                 route,
                 compute,
-                num_experts=num_experts,
+                num_experts=num_slots,
                 axes=(*self.layout.axes("experts"), *self.layout.axes("expert_ffn")),
                 tokens=tokens,
                 method=method,
                 shared=None if self.shared is None else self.shared.partial,
                 max_tokens=dispatch.max_tokens,
             )
-        return y_TD if residual is None else residual + y_TD
+        return y_TD if residual is None else residual + y_TD, load_E
+
+
+def in_slots(chosen_TX: jax.Array, table: jax.Array, num_experts: int) -> jax.Array:
+    """The slots of the chosen experts (-1 stays); the rows of a step take those of an expert in turn.
+
+    table: see `placement.table`.
+    """
+    E, T = num_experts, chosen_TX.shape[0]
+    expert_TX = jnp.maximum(chosen_TX, 0)
+    count, start, order = table[:E], table[E : 2 * E], table[2 * E :]
+    turn_TX = (jnp.arange(T, dtype=jnp.int32)[:, None] + expert_TX) % jnp.maximum(count[expert_TX], 1)
+    return jnp.where(chosen_TX < 0, -1, order[start[expert_TX] + turn_TX])
 
 
 def top(values_TE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -14,12 +14,14 @@ ranks they and the tokens are split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
@@ -32,6 +34,8 @@ from jaxllm.layers.quantize import Declared
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
 from jaxllm.models.quantization import HEAD
+from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.collectives import rank as rank_of
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
 from jaxllm.parallel.layout import Layout
@@ -45,7 +49,7 @@ class Block(nnx.Module):
     """One layer: attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, cfg: ModelConfig, layout: Layout, index: int):
-        specs = _Specs(cfg, layout, f"model.layers.{index}.")
+        specs = _Specs(cfg, layout, f"model.layers.{index}.", index)
         attention, mlp = "self_attn.", "mlp."
         self.layout = layout
 
@@ -103,6 +107,7 @@ class Block(nnx.Module):
                 layout,
                 activation=cfg.activation,
                 biases=specs.expert_biases(experts) if experts.biases else None,
+                slots=specs.expert_slots(experts) if layout.placement is not None else None,
             )
         else:
             parts = (mlp, cfg.intermediate_size)
@@ -140,7 +145,9 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
-    ) -> tuple[jax.Array, KVPages]:
+    ) -> tuple[jax.Array, KVPages, jax.Array | None]:
+        """The layer on x, the written pages, and the tokens of each expert where they are counted."""
+        load_E = None
         spread = self.layout.spread(batch.tokens, x_TD.shape[1])
         # Where there is no norm between, the product itself adds the residual.
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
@@ -150,9 +157,19 @@ class Block(nnx.Module):
             x_TD = y if post_attention is None else x_TD + post_attention(y)
         with jax.named_scope("mlp"):
             residual = x_TD if post_mlp is None else None
-            y = self.mlp(x_TD, self.mlp_norm, spread or self.layout.axes("requests"), residual)
+            tokens = spread or self.layout.axes("requests")
+            if isinstance(self.mlp, MoE):
+                valid_T = self._valid(batch, spread, x_TD.shape[0]) if self.layout.counts_loads else None
+                y, load_E = self.mlp(x_TD, self.mlp_norm, tokens, residual, valid_T)
+            else:
+                y = self.mlp(x_TD, self.mlp_norm, tokens, residual)
             x_TD = y if post_mlp is None else x_TD + post_mlp(y)
-        return x_TD, kv
+        return x_TD, kv, load_E
+
+    def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
+        """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""
+        valid_T = batch.positions_T >= 0
+        return lax.dynamic_slice_in_dim(valid_T, rank_of(spread) * rows, rows) if spread else valid_T
 
 
 class Decoder(nnx.Module):
@@ -184,19 +201,25 @@ class Decoder(nnx.Module):
     def __call__(self, x: jax.Array, kv: list[KVPages], batch: AttentionBatch) -> tuple[jax.Array, list[KVPages]]:
         """Hidden states x_TD of a step's tokens after these layers, and the pages with their keys and values written.
 
+        Where the tokens of experts are counted, kv has an array for it at the end, see `StepFunctions.loads`.
+
         x is tokens_T in the first stage and x_TD of the stage before in the others; the last stage's are normed. The
         rows of x_TD are split as `Layout.stream` says.
         """
         cfg = self.cfg
         x_TD = self._embed(x) if self.first else x
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
-        written = []
-        for layer, pages, window in zip(self.layers, kv, self.windows, strict=True):
+        written, loads = [], []
+        pools, counted = kv[: len(self.windows)], kv[len(self.windows) :]
+        for layer, pages, window in zip(self.layers, pools, self.windows, strict=True):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
-            x_TD, pages = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
+            x_TD, pages, load_E = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
             written.append(pages)
+            loads += [] if load_E is None else [load_E]
+        if counted:
+            written.append(counted[0] + jnp.stack(loads)[None])
         if self.norm is None:
             return x_TD, written
         with jax.named_scope("final_norm"):
@@ -320,8 +343,9 @@ def _expert_shapes(experts: ExpertsConfig, D: int) -> dict[str, tuple[int, ...]]
 class _Specs:
     """Declares the parameters of one layer: which checkpoint rows each rank's part of a fused matrix consists of."""
 
-    def __init__(self, cfg: ModelConfig, layout: Layout, prefix: str):
+    def __init__(self, cfg: ModelConfig, layout: Layout, prefix: str, layer: int = 0):
         self.cfg = cfg
+        self.layer = layer
         self.layout = layout
         self.prefix = prefix
         self.heads = layout.heads(cfg.num_heads, cfg.num_kv_heads)
@@ -455,14 +479,24 @@ class _Specs:
     def expert_gate_up(self, experts: ExpertsConfig) -> Declared:
         """Of each expert, each rank's rows are its gate rows, then its up rows."""
         rows, segments = self._expert_rows(experts, "weight")
-        shape = (experts.count, rows, self.cfg.hidden_size)
+        shape = (len(self._slots(experts)), rows, self.cfg.hidden_size)
         return self._matrix(shape, ("experts", "expert_ffn", None), segments, axis=1, stacked=True)
+
+    def _slots(self, experts: ExpertsConfig) -> Sequence[int]:
+        """The expert of each matrix of a stack."""
+        placement = self.layout.placement
+        return range(experts.count) if placement is None else placement.of(self.layer, experts.count)
+
+    def expert_slots(self, experts: ExpertsConfig) -> ParamSpec:
+        """Of `placement.table`; no checkpoint has it."""
+        size = 2 * experts.count + len(self._slots(experts))
+        return ParamSpec((size,), np.dtype(np.int32), (None,), (Segment(None, 0, size),))
 
     def _expert_rows(self, experts: ExpertsConfig, kind: str) -> tuple[int, list[Segment]]:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
         segments = [
             s
-            for number in range(experts.count)
+            for number in self._slots(experts)
             for rank in range(ranks)
             for part in (names.gate, names.up)
             for s in split_segments(self._expert(names, number, part, kind), F, ranks, rank)
@@ -473,23 +507,23 @@ class _Specs:
         """Of the first product by rows, as its weight; that of the second is the first rank's, and zero on others."""
         rows, segments = self._expert_rows(experts, "bias")
         axes = ("experts", "expert_ffn")
-        first = self._spec((experts.count, rows), axes, segments, axis=1, stacked=True)
+        first = self._spec((len(self._slots(experts)), rows), axes, segments, axis=1, stacked=True)
         ranks, D, names = self.layout.size("expert_ffn"), self.cfg.hidden_size, experts.names
         segments = []
-        for number in range(experts.count):
+        for number in self._slots(experts):
             segments.append(Segment(self._expert(names, number, names.down, "bias"), 0, D))
             segments += [Segment(None, 0, (ranks - 1) * D)] if ranks > 1 else []
-        return first, self._spec((experts.count, ranks * D), axes, segments, axis=1, stacked=True)
+        return first, self._spec((len(self._slots(experts)), ranks * D), axes, segments, axis=1, stacked=True)
 
     def expert_down(self, experts: ExpertsConfig) -> Declared:
         ranks, F, names = self.layout.size("expert_ffn"), experts.width, experts.names
         segments = [
             s
-            for number in range(experts.count)
+            for number in self._slots(experts)
             for rank in range(ranks)
             for s in split_segments(self._expert(names, number, names.down), F, ranks, rank)
         ]
-        shape = (experts.count, self.cfg.hidden_size, ranks * ceil_div(F, ranks))
+        shape = (len(self._slots(experts)), self.cfg.hidden_size, ranks * ceil_div(F, ranks))
         return self._matrix(shape, ("experts", None, "expert_ffn"), segments, axis=2, stacked=True)
 
     def _expert(self, names: ExpertNames, number: int, part: str, kind: str = "weight") -> str:

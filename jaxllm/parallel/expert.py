@@ -45,8 +45,13 @@ if TYPE_CHECKING:
     from jaxllm.config import MoeConfig
 
 Method = Literal["replicate", "all_to_all", "ragged"]
-Route = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""The experts of each of x_TD's tokens, int32 [T, X], of all there are, and their weights, float32 [T, X]."""
+Route = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array | None]]
+"""The experts of each of x_TD's tokens, int32 [T, X], of all there are, and their weights, float32 [T, X].
+
+And how many tokens each expert got, int32 [E], if that is counted.
+"""
+Found = tuple[jax.Array, jax.Array | None]
+"""The result of tokens, [T, D], and the tokens of each expert, as far as this rank is the one that counts them."""
 Compute = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """The experts of this rank: (x_TD, chosen_TX, weights_TX) -> float32 [T, D], where chosen counts from its first one."""
 Shared = Callable[[jax.Array], jax.Array]
@@ -100,8 +105,8 @@ def experts(
     method: Method,
     shared: Shared | None = None,
     max_tokens: int | None = None,
-) -> jax.Array:
-    """The weighted sum of each token's experts and what is shared, [T, D] in x's dtype.
+) -> Found:
+    """The weighted sum of each token's experts and what is shared, [T, D] in x's dtype; and what `route` counted.
 
     Args:
       num_experts: over all ranks.
@@ -111,7 +116,7 @@ def experts(
     """
     method = method if ranks(EP) > 1 else "replicate"
 
-    def run(x_TD: jax.Array) -> jax.Array:
+    def run(x_TD: jax.Array) -> Found:
         return METHODS[method](x_TD, route, compute, num_experts // ranks(EP), axes, tokens, shared)
 
     T, D = x_TD.shape
@@ -121,20 +126,23 @@ def experts(
     # A loop, so that the turns' memory is one turn's.
     rows = -(-T // turns)
     x_CTD = jnp.pad(x_TD, ((0, turns * rows - T), (0, 0))).reshape(turns, rows, D)
-    return lax.map(run, x_CTD).reshape(-1, D)[:T]
+    out_CTD, load_CE = lax.map(run, x_CTD)
+    return out_CTD.reshape(-1, D)[:T], None if load_CE is None else load_CE.sum(axis=0)
 
 
 def replicate(
     x_TD: jax.Array, route: Route, compute: Compute, local: int, axes: Axes, tokens: Axes, shared: Shared | None = None
-) -> jax.Array:
+) -> Found:
     """Every rank computes its own experts for all tokens; `local` is how many it has."""
     # Gathered first and routed by every rank: a collective less than with the routes beside the tokens.
     x_TD = gather_rows(x_TD, tokens)
-    chosen_TX, weights_TX = route(x_TD)
+    chosen_TX, weights_TX, load_E = route(x_TD)
     out_TD = compute(x_TD, chosen_TX - rank(EP) * local, weights_TX)
     if shared is not None:  # no collective of its own
         out_TD = out_TD + shared(x_TD).astype(jnp.float32)
-    return sum_partial(out_TD.astype(x_TD.dtype), axes, tokens)
+    if load_E is not None:  # all ranks have routed the same tokens
+        load_E = jnp.where(rank(EP) == 0, load_E, 0)
+    return sum_partial(out_TD.astype(x_TD.dtype), axes, tokens), load_E
 
 
 def dispatch(
@@ -147,26 +155,27 @@ def dispatch(
     shared: Shared | None = None,
     *,
     exchange: Callable[[jax.Array, jax.Array, jax.Array, Compute, int], jax.Array],
-) -> jax.Array:
+) -> Found:
     """Tokens go to the ranks of ep that have their experts, and the weighted sums come back."""
     T, dtype = x_TD.shape[0], x_TD.dtype
     if shared is not None:
         extra_TD = sum_partial(shared(gather_rows(x_TD, tokens)), axes, tokens)
-        return extra_TD + dispatch(x_TD, route, compute, local, axes, tokens, exchange=exchange)
+        out_TD, load_E = dispatch(x_TD, route, compute, local, axes, tokens, exchange=exchange)
+        return extra_TD + out_TD, load_E
     others = tuple(axis for axis in axes if axis not in EP)
     split = tuple(axis for axis in tokens if axis not in EP)
     if tokens:
         # Each of the ranks that have the columns of an expert needs what any of them has.
         x_TD = gather_rows(x_TD, split)
-        chosen_TX, weights_TX = route(x_TD)
+        chosen_TX, weights_TX, load_E = route(x_TD)
     else:
         rows = -(-T // ranks(EP))
         first = rank(EP) * rows
         x_TD = lax.dynamic_slice_in_dim(jnp.pad(x_TD, ((0, rows * ranks(EP) - T), (0, 0))), first, rows)
-        chosen_TX, weights_TX = route(x_TD)
+        chosen_TX, weights_TX, load_E = route(x_TD)
         chosen_TX = jnp.where((first + jnp.arange(rows) < T)[:, None], chosen_TX, -1)
     out_TD = sum_partial(exchange(x_TD, chosen_TX, weights_TX, compute, local).astype(dtype), others, split)
-    return out_TD if tokens else gather_rows(out_TD, EP)[:T]
+    return out_TD if tokens else gather_rows(out_TD, EP)[:T], load_E
 
 
 def in_rounds(x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, compute: Compute, local: int) -> jax.Array:
@@ -253,7 +262,7 @@ def capacity(tokens: int, chosen: int, ep: int) -> int:
     return min(tokens, max(8, -(-int(ROOM * expected) // 8) * 8))
 
 
-METHODS: dict[Method, Callable[..., jax.Array]] = {
+METHODS: dict[Method, Callable[..., Found]] = {
     "replicate": replicate,
     "all_to_all": partial(dispatch, exchange=in_rounds),
     "ragged": partial(dispatch, exchange=ragged),

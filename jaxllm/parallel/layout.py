@@ -17,6 +17,7 @@ from jaxllm.mapping import CpType, Mapping
 from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.mesh import partition
+from jaxllm.placement import Placement
 
 MODEL_AXES = ("ep", "tp")
 """Dense weights shard over ep and tp together, so that a model without experts can use every device of a stage."""
@@ -50,6 +51,13 @@ class Layout:
     dtype: np.dtype
     dispatch: Dispatch = field(default_factory=Dispatch)
     """How tokens and experts come together."""
+    placement: Placement | None = None
+    """Which slot has which expert; None: each has one, in order, and weights are by expert."""
+
+    @property
+    def counts_loads(self) -> bool:
+        """Whether the tokens of each expert are counted."""
+        return self.placement is not None and self.placement.online
 
     @property
     def cp_type(self) -> CpType | None:

@@ -108,6 +108,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
 
     from jaxllm.engine.batch import Packer
     from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+    from jaxllm.models.fit import place_experts
     from jaxllm.parallel.expert import Dispatch
     from jaxllm.parallel.layout import Layout
     from jaxllm.parallel.mesh import make_mesh, stage_mesh
@@ -116,7 +117,8 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
     cfg = plan.model.config
     if cfg is None:
         raise ConfigError(f"cannot compile {plan.model.name}: {plan.model.refusal}")
-    layout = Layout(plan.mapping, DTYPES[plan.dtype], Dispatch.of(plan.config.moe_config))
+    placed = place_experts(plan.config.moe_config.load_balancer, cfg, plan.mapping.ep)
+    layout = Layout(plan.mapping, DTYPES[plan.dtype], Dispatch.of(plan.config.moe_config), placed)
     mesh = make_mesh(plan.mapping, devices)
     page_size = plan.config.kv_cache_config.tokens_per_block
     num_slots = layout.size("requests") * plan.max_batch_size + 1
@@ -140,9 +142,10 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
         pages = plan.pages * (plan.page_tokens // layout.mapping.stripes // page_size) * layout.size("pages")
         pool = spec((pages, *functions.kv_shape(page_size)), np.dtype(plan.kv_dtype), layout.sharding(part, *KV_AXES))
         last = spec((num_slots,), np.int32, layout.sharding(part))
+        loads = [] if functions.loads is None else [functions.loads]
         args: list[Any] = [
             functions.abstract_weights(),
-            [pool] * len(stage.layers),
+            [pool] * len(stage.layers) + [spec(size, np.int32, NamedSharding(part, at)) for size, at in loads],
             last if functions.first or functions.last else None,
         ]
         args.append(spec(shape.shape, np.int32, layout.sharding(part, "requests")))
@@ -157,6 +160,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
         memory, hlo = program.memory_analysis(), program.as_text()
         assert memory is not None and hlo is not None
         inputs = 4 * num_slots * (functions.first or functions.last)
+        inputs += sum(4 * int(np.prod(size[1:])) for size, _ in loads)
         inputs += 4 * int(np.prod(shape.shape)) // layout.size("requests")
         if not functions.first:
             shard = args[-1].sharding.shard_shape(args[-1].shape)

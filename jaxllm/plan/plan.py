@@ -15,7 +15,7 @@ from jaxllm.engine.sizes import DEFAULTS, Room, kv_cache_dtype, longest_sequence
 from jaxllm.engine.sizes import Sizes as BatchSizes
 from jaxllm.engine.slots import Variant
 from jaxllm.mapping import AXES, CpType, Mapping
-from jaxllm.models.fit import check_mapping
+from jaxllm.models.fit import check_mapping, place_experts
 from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.layout import Layout
 from jaxllm.plan.collectives import Collective, collectives
@@ -121,7 +121,10 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     try:
         longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
-        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config))
+        placed = None
+        if model.config is not None:
+            placed = place_experts(config.moe_config.load_balancer, model.config, mapping.ep)
+        layout = Layout(mapping, dtype, Dispatch.of(config.moe_config), placed)
         sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping)
         span = layout.mapping.page_span(page)
     except ValueError as error:

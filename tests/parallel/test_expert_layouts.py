@@ -54,7 +54,8 @@ class Case:
             "context_parallel_size": self.cp,
             "cp_config": {"cp_type": self.kind or CpType.ULYSSES},
             "enable_attention_dp": self.attention_dp,
-            "moe_config": {"dispatch": self.dispatch},
+            # half of the lanes' prompts at a time
+            "moe_config": {"dispatch": self.dispatch, "max_num_tokens": 24 if self.attention_dp else None},
         }
 
     @property
@@ -81,7 +82,7 @@ def every_case() -> Iterator[Case]:
         for tp, ep, pp, cp in sizes:
             for kind in (CpType.ULYSSES, CpType.RING, CpType.HELIX) if cp > 1 else (None,):
                 for attention_dp in (False, True):
-                    for dispatch in ("replicate", "all_to_all") if ep > 1 else ("replicate",):
+                    for dispatch in ("replicate", "all_to_all", "ragged") if ep > 1 else ("replicate",):
                         case = Case(model, tp, ep, pp, cp, kind, attention_dp, dispatch)
                         if case.possible:
                             yield case
@@ -114,7 +115,7 @@ def answers(case: Case) -> tuple[list[list[int]], list[list[int]]]:
 
 
 CHOSEN = [
-    Case("mixtral", tp=2, ep=4),
+    Case("mixtral", tp=2, ep=4, dispatch="ragged"),
     Case("qwen3_moe", tp=2, ep=4, attention_dp=True, dispatch="all_to_all"),
     Case("qwen3_moe", tp=2, ep=2, cp=2, kind=CpType.HELIX),
     Case("deepseek_v3", tp=1, ep=2, cp=2, kind=CpType.HELIX),
