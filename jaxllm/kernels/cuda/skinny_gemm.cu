@@ -42,12 +42,15 @@ constexpr int STAGE = ROWS * 128;
 constexpr int X = WARPS * STAGES * STAGE;
 constexpr int PIECES = TURNS * WARPS * LINE / 8;  // of 8 inputs
 constexpr int X_STRIDE = PIECES * 16 + 16;
-// The sums of all warps of the cluster for the rows that a block adds up: 2 of [SOURCES, TOKENS, SUM_STRIDE].
-constexpr int SOURCES = CLUSTER * WARPS;
+// Sums of a block's rows to be added up: of its warps, or of the cluster's blocks, which add up their warps' first. 2 of
+// [SOURCES, TOKENS, SUM_STRIDE], and in a cluster the warps' [WARPS, TOKENS, ROWS + 4].
+constexpr int SOURCES = CLUSTER == 1 ? WARPS : CLUSTER;
 constexpr int EIGHTH = 8 / CLUSTER;             // of 8 rows, those of a block
-constexpr int SUM_STRIDE = ROWS / CLUSTER + (CLUSTER == 1 ? 4 : 0);
+constexpr int WARP_STRIDE = ROWS + 4;           // floats; the lanes of a warp then write to all banks
+constexpr int SUM_STRIDE = CLUSTER == 1 ? WARP_STRIDE : ROWS / CLUSTER;
 constexpr int SUMS = X + TOKENS * X_STRIDE;
 constexpr int BUFFER = SOURCES * TOKENS * SUM_STRIDE * 4;
+constexpr int OF_WARPS = SUMS + 2 * BUFFER;
 // Squares: [TOKENS, CLUSTER * TOKEN_WARPS]. A token is brought by TOKEN_WARPS warps.
 constexpr int warps_of_token() {
   int count = WARPS;
@@ -55,7 +58,7 @@ constexpr int warps_of_token() {
   return count;
 }
 constexpr int TOKEN_WARPS = warps_of_token();
-constexpr int SQUARES = SUMS + 2 * BUFFER;
+constexpr int SQUARES = OF_WARPS + (CLUSTER == 1 ? 0 : WARPS * TOKENS * WARP_STRIDE * 4);
 static_assert(SQUARES + (NORM ? TOKENS * CLUSTER * TOKEN_WARPS * 4 : 0) <= SHARED, "shared memory");
 static_assert(ROWS % 16 == 0 && 8 % CLUSTER == 0 && INPUTS % (16 / BYTES) == 0 && (CLUSTER - 1) * PART < ROW_LINES && STAGES > 1, "sizes");
 // Results of a tile that a block adds up, each with SPREAD lanes.
@@ -284,19 +287,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
       if (++slot == STAGES) slot = 0;
     }
 
-    // The tile is done: each warp gives its sums to the blocks that have the rows.
+    // The tile is done. In a cluster, each block adds up its warps' sums and gives them to the blocks that have the rows.
     float* const sums = (float*)(shared + SUMS + buffer * BUFFER);
+    float* const of_warps = CLUSTER == 1 ? sums : (float*)(shared + OF_WARPS);
 #pragma unroll
     for (int m = 0; m < MS; m++)
 #pragma unroll
       for (int n = 0; n < NS; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int token = n * 8 + quarter * 2 + j % 2, r = (m * 2 + j / 2) * EIGHTH + row % EIGHTH;
+          const int token = n * 8 + quarter * 2 + j % 2;
           if (token < TOKENS)
-            give(sums + ((rank * WARPS + warp) * TOKENS + token) * SUM_STRIDE + r, row / EIGHTH, acc[m][n][j]);
+            of_warps[(warp * TOKENS + token) * WARP_STRIDE + m * 16 + j / 2 * 8 + row] = acc[m][n][j];
         }
-    sync_all();
+    __syncthreads();
+    if (CLUSTER > 1) {
+      for (int i = thread; i < TOKENS * ROWS; i += THREADS) {
+        const int token = i / ROWS, r = i % ROWS;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += of_warps[(w * TOKENS + token) * WARP_STRIDE + r];
+        give(sums + (rank * TOKENS + token) * SUM_STRIDE + r / 8 * EIGHTH + r % EIGHTH, r % 8 / EIGHTH, sum);
+      }
+      cluster_sync();
+    }
     auto total = [&](int token, int r) {
       float sum = 0.f;
 #pragma unroll

@@ -6,6 +6,7 @@ their own: at batch 1 a decode step is as much waiting for small kernels to star
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ WEIGHTS = {"bfloat16": 0, "float8_e4m3fn": 1, "int8": 2}
 CLUSTERS = {1: call.SMS, 2: call.SMS // 2, 4: 32, 8: 16}
 """Clusters of so many blocks that are on the chip at once: one of 4 or 8 must be in one of 8 groups of processors."""
 BARRIERS = {1: 0, 2: 450, 4: 1200, 8: 2000}
-"""Nanoseconds that waiting for one another costs the blocks of a cluster, about."""
+"""Nanoseconds that clusters cost, about, beyond the barriers of their tiles."""
 AHEAD = 64 * 1024
 """Bytes of the weight that is read next, for each block to bring to the second-level cache."""
 
@@ -57,8 +58,9 @@ class Tiling:
         """Bytes of shared memory, for weights of `itemsize` bytes."""
         ring = self.warps * self.stages * self.rows * 128
         x = tokens * (self.turns(row_bytes) * self.warps * 256 // itemsize + 16)
-        sums = self.cluster * self.warps * tokens * (self.rows // self.cluster + 4 * (self.cluster == 1)) * 4
-        return ring + x + 2 * sums + tokens * self.cluster * self.warps * 4
+        of_warps = self.warps * tokens * (self.rows + 4) * 4
+        sums = 2 * of_warps if self.cluster == 1 else of_warps + 2 * tokens * self.rows * 4
+        return ring + x + sums + tokens * self.cluster * self.warps * 4
 
     def grid(self, features: int) -> int:
         """Blocks: as few as need no more rounds than all would, so that each has the same work."""
@@ -66,13 +68,17 @@ class Tiling:
         return self.cluster * -(-tiles // -(-tiles // clusters))
 
     def nanoseconds(self, tokens: int, features: int, row_bytes: int, itemsize: int) -> float:
-        """An estimate, to compare splits by: the block's weights and tokens at the speed that it can get them at."""
-        rounds = -(-features // self.rows) * self.cluster / self.grid(features)
+        """An estimate, to compare splits by: weights at the speed that a block can get them at, or its work on them."""
+        rounds = math.ceil(-(-features // self.rows) * self.cluster / self.grid(features))
         part = self.turns(row_bytes) * self.warps * 128
         under_way = self.warps * (self.stages - 1) * 128 * self.rows
-        weights = math.ceil(rounds) * self.rows * part / 34.5
+        weights = self.rows * part / 34.5 * max(1.0, 49152 / under_way) ** 0.5
+        # A warp's own work on a line: what depends on one another, or all that share a tensor core.
+        products = self.rows // 16 * 8 // itemsize * -(-tokens // 8)
+        line = 80 + max(160 / itemsize, 10 * products * max(1, self.warps // 4))
+        of_tile = self.turns(row_bytes) * line + (1500 if self.cluster > 1 else 400)
         x = tokens * part * 2 / itemsize
-        return weights * max(1.0, 49152 / under_way) ** 0.5 + x / 120 + BARRIERS[self.cluster]
+        return rounds * max(weights, of_tile) + x / 120 + BARRIERS[self.cluster]
 
 
 def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
@@ -81,16 +87,12 @@ def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
     Raises NotImplementedError where nothing fits.
     """
     splits = []
-    for cluster in CLUSTERS:
-        for rows in (16, 32):
-            for warps in (8, 4):
-                most = 131072 // (warps * rows * 128)
-                for stages in range(min(most, 8 if warps == 8 else 16), 2, -1):
-                    split = Tiling(rows, cluster, warps, stages)
-                    if split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED:
-                        if row_bytes // 128 >= cluster * cluster:
-                            splits.append(split)
-                        break
+    for cluster, rows, warps in itertools.product(CLUSTERS, (16, 32), (8, 4)):
+        for stages in range(131072 // (warps * rows * 128), 2, -1):
+            split = Tiling(rows, cluster, warps, stages)
+            if split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED and row_bytes // 128 >= cluster * cluster:
+                splits.append(split)
+                break
     if not splits:
         raise NotImplementedError("it does not fit in shared memory")
     return min(splits, key=lambda split: split.nanoseconds(tokens, features, row_bytes, itemsize))
