@@ -74,6 +74,9 @@ def add_server_options(parser: Parser) -> None:
     group.add_argument(
         "--tool-parser", choices=choices(ServeConfig, "tool_parser"), help="form of tool calls (default: auto)"
     )
+    group.add_argument(
+        "--reasoning-parser", choices=choices(ServeConfig, "reasoning_parser"), help="form of reasoning (default: auto)"
+    )
     group.add_argument("--ssl-certfile", metavar="PEM", help="certificate for https")
     group.add_argument("--ssl-keyfile", metavar="PEM", help="its key")
     group.add_argument("--max-queue-size", type=positive, metavar="N", help="requests that may wait (default: 2048)")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
 from jaxllm.serve.answers import CompletionLogprobs, Envelope, chat_logprobs, merged, sse, usage
 from jaxllm.serve.errors import bad_request
+from jaxllm.serve.forms import forced_schema
 from jaxllm.serve.generation import Delta, Generation
 from jaxllm.serve.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Generate
 from jaxllm.serve.server import Server
-from jaxllm.serve.tools import ToolCall, ToolText
+from jaxllm.serve.speech import Caller, ChosenCalls, ForcedCalls, NamedCall, ReasoningText, Speech
+from jaxllm.serve.tools import ToolText
 
 
 class Job(ABC):
@@ -101,8 +104,13 @@ class _Whole:
         return "".join(self.texts)
 
 
+_PROMPT_END_TOKENS = 16  # enough to see whether a template has begun, or ended, the model's reasoning
+
+
 class ChatJob(Job):
     """A chat completion."""
+
+    _reasons = False  # the answer begins with reasoning
 
     chunk_kind = "chat.completion.chunk"
 
@@ -110,16 +118,16 @@ class ChatJob(Job):
         super().__init__(server, body)
         self.chat = body
         self.envelope = Envelope("chat.completion", "chatcmpl", server.model)
-        self._tools: list[ToolText] = []
+        self._speech: list[Speech] = []
 
     async def start(self) -> None:
         body, server = self.chat, self.server
         params = body.engine_params()
-        names, parser = body.tool_names, server.tool_parser
-        if names and parser is None:
+        if body.forces_calls:
+            schema = forced_schema(body.tools or [], body.tool_choice or "", body.parallel_tool_calls is not False)
+            params["structured_outputs"] = {"json": json.dumps(schema)}
+        elif body.tool_names and server.tool_parser is None:
             raise bad_request("this model's chat template tells of no tools; serve it with --tool_parser", "tools")
-        if names and parser is not None:
-            self._tools = [ToolText(parser, names) for _ in range(self.n)]
         if body.logprobs:
             params["logprobs"] = body.top_logprobs or 0
         prompt = body.prompt_token_ids
@@ -133,8 +141,29 @@ class ChatJob(Job):
         if body.token_limit is not None:
             params["max_tokens"] = body.token_limit
         _check_min_tokens(params)
+        self._speech = [self._new_speech(prompt) for _ in range(self.n)]
+        if "structured_outputs" in params and self._reasons and server.end_think_id is not None:
+            params["structured_outputs"]["begin_after"] = server.end_think_id
         # The marks of a call are special tokens in some vocabularies.
-        self.generations = [server.submit(body, prompt, params, False if self._tools else None)]
+        special = bool(body.tool_names) and not body.forces_calls
+        self.generations = [server.submit(body, prompt, params, False if special else None)]
+
+    def _new_speech(self, prompt: list[int]) -> Speech:
+        body, server = self.chat, self.server
+        reasoning, caller = None, None
+        if server.reasoning_parser is not None:
+            end = server.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
+            reasoning = ReasoningText(server.reasoning_parser, end)
+            self._reasons = not reasoning.is_over
+        if body.forces_calls:
+            caller = self._forced()
+        elif body.tool_names and server.tool_parser is not None:
+            caller = ChosenCalls(ToolText(server.tool_parser, body.tool_names))
+        return Speech(reasoning, caller)
+
+    def _forced(self) -> Caller:
+        choice = self.chat.tool_choice
+        return NamedCall(choice["function"]["name"]) if isinstance(choice, dict) else ForcedCalls()
 
     def usage(self) -> dict[str, Any]:
         return usage(self.generations)
@@ -155,21 +184,14 @@ class ChatJob(Job):
             for index in range(self.n)
         ]
 
-    def _said(self, index: int, text: str, reason: str | None) -> tuple[str, list[ToolCall], str | None]:
-        """(text for the client, calls, finish reason) of new text of the model."""
-        if not self._tools:
-            return text, [], reason
-        text = self._tools[index].feed(text)
-        if reason is None:
-            return text, [], None
-        rest, calls = self._tools[index].finish()
-        return text + rest, calls, "tool_calls" if calls and reason == "stop" else reason
-
     def choice(self, number: int, delta: Delta) -> dict[str, Any]:
-        text, calls, reason = self._said(delta.index, delta.text, delta.finish_reason)
-        content: dict[str, Any] = {"content": text} if text or reason is None else {}
-        if calls:
-            content["tool_calls"] = [call.body(index) for index, call in enumerate(calls)]
+        spoken = self._speech[delta.index].feed(delta.text, delta.finish_reason)
+        reason = spoken.reason
+        content: dict[str, Any] = {"content": spoken.text} if spoken.text or reason is None else {}
+        if spoken.reasoning and self.chat.include_reasoning is not False:
+            content = {"reasoning_content": spoken.reasoning, **({"content": spoken.text} if spoken.text else {})}
+        if spoken.calls:
+            content["tool_calls"] = spoken.calls
         logprobs = self._logprobs(delta.tokens, delta.logprobs) if delta.tokens else None
         choice = {
             "index": delta.index, "delta": content, "logprobs": logprobs, "finish_reason": reason
@@ -183,15 +205,18 @@ class ChatJob(Job):
     async def whole(self) -> dict[str, Any]:
         choices = []
         for index, found in enumerate((await self._collect())[0]):
-            text, calls, reason = self._said(index, found.text, found.finish_reason)
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            if calls:
-                message |= {"content": text or None, "tool_calls": [call.body() for call in calls]}
+            spoken = self._speech[index].feed(found.text, found.finish_reason)
+            message: dict[str, Any] = {"role": "assistant", "content": spoken.text, "refusal": None}
+            if spoken.reasoning and self.chat.include_reasoning is not False:
+                message["reasoning_content"] = spoken.reasoning
+            if spoken.calls:
+                calls = [{name: value for name, value in call.items() if name != "index"} for call in spoken.calls]
+                message |= {"content": spoken.text or None, "tool_calls": calls}
             choice = {
                 "index": index,
                 "message": message,
                 "logprobs": self._logprobs(found.tokens, found.rows),
-                "finish_reason": reason,
+                "finish_reason": spoken.reason,
                 "stop_reason": found.stop_reason,
             }
             if self.body.return_token_ids:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ class Hub:
         self.max_queue_size = max_queue_size
         self.request_ids = itertools.count()
         self.connections: set[Connection] = set()
+        # Grammars take up to seconds to compile; messages of other requests do not wait for them.
+        self.compilers = ThreadPoolExecutor(2, "grammar")
         self._key = key
         Path(path).unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -109,6 +112,7 @@ class Connection:
         self._sock, self._channel = sock, channel
         self._requests: dict[int, Request] = {}  # by the frontend's id
         self._news: deque[tuple[int, Request | None, Update]] = deque()
+        self._compiling: dict[int, bool] = {}  # requests whose grammar is being compiled, and whether they are wanted
         self._wake = threading.Event()
         self._writing = False
         self._closed = False
@@ -138,13 +142,28 @@ class Connection:
     def _handle(self, message: dict[str, Any]) -> None:
         kind, request_id = message["type"], message["id"]
         if kind == "submit":
-            self._submit(request_id, message)
+            if "structured_outputs" in message["params"]:
+                self._compiling[request_id] = True
+                self._hub.compilers.submit(self._submit_compiled, request_id, message)
+            else:
+                self._submit(request_id, message)
+        elif request_id in self._compiling:
+            self._compiling[request_id] = False  # whatever else, it is wanted no more
         elif request_id in self._requests:
             number = self._requests[request_id].request_id
             if kind == "abort":
                 self._engine.abort(number)
             elif kind == "stop":
                 self._engine.stop(number, message["index"])
+
+    def _submit_compiled(self, request_id: int, message: dict[str, Any]) -> None:
+        """Submits a request with a grammar, in a thread that may wait for it."""
+        if self._compiling[request_id] and not self._closed:
+            self._submit(request_id, message)
+        wanted = self._compiling.pop(request_id)
+        request = self._requests.get(request_id)
+        if request is not None and (self._closed or not wanted):
+            self._engine.abort(request.request_id)
 
     def _submit(self, request_id: int, message: dict[str, Any]) -> None:
         def on_update(update: Update) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jaxllm.sampling_params import MAX_LOGPROBS
 from jaxllm.serve.errors import ApiError, bad_request
+from jaxllm.serve.forms import form_of
 from jaxllm.serve.tools import check_tools, with_parsed_arguments
 
 MAX_N = 128
@@ -30,11 +31,6 @@ _REFUSED: dict[str, str] = {
     "bad_words": _MISSING,
     "allowed_token_ids": "is not supported; use logit_bias",
     "prompt_embeds": _MISSING,
-    "structured_outputs": _MISSING,
-    "guided_json": _MISSING,
-    "guided_regex": _MISSING,
-    "guided_choice": _MISSING,
-    "guided_grammar": _MISSING,
     "audio": _MISSING,
     "functions": "is not supported; it was replaced by tools",
     "function_call": "is not supported; it was replaced by tool_choice",
@@ -88,6 +84,12 @@ class Generate(BaseModel):
     priority: float | None = Field(default=None, ge=-1e9, le=1e9, allow_inf_nan=False)
     prompt_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
     return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +136,9 @@ class Generate(BaseModel):
             "min_tokens": self.min_tokens,
             "ignore_eos": bool(self.ignore_eos),
         }
+        form = form_of(self)
+        if form is not None:
+            params["structured_outputs"] = form.to_dict()
         return {name: value for name, value in params.items() if value is not None}
 
 
@@ -166,9 +171,10 @@ class ChatRequest(Generate):
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -176,18 +182,26 @@ class ChatRequest(Generate):
     def _chat(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise ValueError(f"response_format of type {kind!r} is not supported yet; leave it out")
         names = check_tools(self.tools or [])
         choice = self.tool_choice
-        if isinstance(choice, dict) or choice == "required":
-            raise ValueError("tool_choice: to force a call is not supported yet; use auto or none")
-        if choice not in (None, "auto", "none"):
-            raise ValueError(f"tool_choice = {choice!r} must be auto or none")
-        if choice == "auto" and not names:
-            raise ValueError("tool_choice = 'auto' needs tools")
+        if isinstance(choice, dict):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if choice.get("type") != "function" or name not in names:
+                shown = ", ".join(names) or "there are none"
+                raise ValueError(f"tool_choice names {name!r}, which is not among the tools ({shown})")
+        elif choice not in (None, "auto", "none", "required"):
+            raise ValueError(f"tool_choice = {choice!r} must be auto, none, required or name a function")
+        elif choice in ("auto", "required") and not names:
+            raise ValueError(f"tool_choice = {choice!r} needs tools")
+        if self.forces_calls and form_of(self) is not None:
+            raise ValueError("a forced tool_choice and another form of the output exclude each other; give one")
         return self
+
+    @property
+    def forces_calls(self) -> bool:
+        """Whether the answer has to be calls."""
+        return isinstance(self.tool_choice, dict) or self.tool_choice == "required"
 
     @property
     def tool_names(self) -> list[str]:

@@ -14,6 +14,7 @@ from jaxllm.serve.generation import Generation, Output, TextOptions
 from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.protocol import Generate
 from jaxllm.serve.settings import ServeConfig
+from jaxllm.serve.speech import END_THINK, choose_reasoning
 from jaxllm.serve.tools import choose_parser
 
 _INLINE_CHARACTERS = 4096  # a longer text is tokenised in a thread, or other requests would wait for it
@@ -41,6 +42,8 @@ class Server:
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.tool_parser = choose_parser(self.settings.tool_parser, self.tokenizer.chat_template)
+        self.reasoning_parser = choose_reasoning(self.settings.reasoning_parser, self.tokenizer.chat_template)
+        self.end_think_id: int | None = vocabulary.get(END_THINK)
         self._longest_token = max(map(len, vocabulary), default=1)
 
     @property

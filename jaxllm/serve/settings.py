@@ -20,6 +20,7 @@ class ServeConfig(Strict):
         api_key: bearer token that every route but /health and /metrics asks for; None = none.
         ssl_certfile, ssl_keyfile: PEM files; both or neither.
         tool_parser: the form in which the model writes tool calls; "auto" goes by its chat template.
+        reasoning_parser: the form of its reasoning, which answers give as reasoning_content; "auto" as above.
         max_queue_size: sequences that may wait for the engine; more are refused with 503.
         max_body_bytes, max_header_bytes: of a request.
         body_timeout: seconds in which the body of a request has to arrive.
@@ -36,6 +37,7 @@ class ServeConfig(Strict):
     served_model_name: str | None = None
     num_serve_frontends: int = Field(default=1, ge=1, le=64)
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "deepseek"] = "auto"
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = "auto"
     api_key: str | None = Field(default=None, min_length=1)
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None

@@ -182,6 +182,9 @@ def check_tools(tools: list[dict[str, Any]]) -> list[str]:
         name = function.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"tools.{index}.function.name = {name!r} must be letters, digits, _, . and -, at most 64")
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise ValueError(f"tools.{index}.function.parameters must be a JSON Schema")
         names.append(name)
     return names
 

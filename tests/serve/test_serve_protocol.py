@@ -62,8 +62,6 @@ def refused(model: Any, body: dict[str, Any]) -> dict[str, Any]:
         ("stream_options", {"include_usage": True}),
         ("suffix", "x"),
         ("best_of", 2),
-        ("guided_json", {"type": "object"}),
-        ("structured_outputs", {"regex": "a"}),
         ("lora_request", "x"),
     ],
 )
@@ -111,7 +109,6 @@ def test_refused_completions(body: dict[str, Any], word: str) -> None:
         ({"tool_choice": "maybe"}, "maybe"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "JSON"),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "tool_calls"),
-        ({"response_format": {"type": "json_object"}}, "json_object"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ],
 )

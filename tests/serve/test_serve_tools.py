@@ -112,6 +112,8 @@ class FakeServer:
     model = "m"
     tokenizer = None
     tool_parser = PARSERS["hermes"]()
+    reasoning_parser = None
+    end_think_id = None
 
     async def chat_tokens(self, *args: Any) -> list[int]:
         return [1]
