@@ -37,9 +37,9 @@ SHORT = {1: 128, 8: 24, 64: 8, 256: 6}
 LONG = {(1, 131_072): 4, (8, 32_768): 2, (64, 2048): 4}
 """Calls by rows and tokens."""
 TUNINGS: dict[str, tuple[dict[str, int], ...]] = {
-    "B=1 x 160": ({"resident": 1}, {"warps": 8, "resident": 1}, {"resident": 3}),
-    "B=64 x 160": ({"resident": 3}, {"warps": 8, "resident": 1}, {"whole": 0}),
-    "B=64 x 2048": ({"resident": 3}, {"min_share": 4}),
+    "B=1 x 160": ({"warps": 4}, {"warps": 8, "resident": 1}),
+    "B=64 x 160": ({"warps": 12, "resident": 1}, {"warps": 8, "resident": 1}, {"resident": 3}, {"whole": 0}),
+    "B=1 x 131072": ({"warps": 4},),
 }
 
 

@@ -60,6 +60,7 @@ BF16, FP8 = jnp.bfloat16, jnp.float8_e4m3fn
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     # R, Q, K, G, H, O, W, dtype
     "llama": ((5, 1, 2, 4, 128, 32, 10, BF16), {"ctas": 7}),
+    "tall_shared": ((3, 1, 2, 4, 128, 32, 25, BF16), {"ctas": 7, "warps": 12, "resident": 1}),
     "one_row": ((1, 1, 2, 4, 128, 32, 20, BF16), {"ctas": 9}),
     "one_cta": ((4, 1, 2, 4, 128, 32, 4, BF16), {"ctas": 1}),
     "shared": ((5, 1, 2, 4, 128, 32, 10, BF16), {"ctas": 7, "whole": 2}),
@@ -88,7 +89,10 @@ def test_equals_reference(case: str, seed: int) -> None:
     window, softcap = options.get("window"), options.get("softcap")
     first = None if window is None else positions - window + 1
     common = {"scale": sizes[4] ** -0.5, "softcap": softcap}
-    tuning = {key: value for key, value in options.items() if key in ("ctas", "whole", "min_share")}
+    tuning = {
+        key: value for key, value in options.items() if key in ("ctas", "whole", "min_share", "warps", "resident")
+    }
+    tuning.setdefault("warps", 4)
     out, lse = emulate(q, kv, pages, positions, first, seed=seed, **tuning, **common)
     clean = jnp.nan_to_num(kv.astype(jnp.float32))
     wanted, wanted_lse = reference.attend(q.astype(jnp.float32), clean, pages, positions, first, **common)
@@ -140,7 +144,8 @@ def test_shared_memory_and_bytes_under_way(H: int, G: int, rows: int) -> None:
         )  # fmt: skip
         resident, stages = int(str(launch.macros["RESIDENT"])), int(str(launch.macros["STAGES"]))
         assert resident * (launch.shared + 1024) <= decode_cuda.SM_SHARED
-        under_way = resident * (stages - 1) * 4 * 16 * 2 * H * (1 if fp8 else 2)  # while one is computed on
+        warps = int(str(launch.macros["WARPS"]))
+        under_way = resident * (stages - 1) * warps * 16 * 2 * H * (1 if fp8 else 2)  # while one is computed on
         # 4.6 TB/s times 1 us of latency, over 132 multiprocessors, is 35 KB.
         assert under_way >= 40 * 1024
         assert launch.grid[0] == rows and launch.grid[0] * launch.grid[1] >= launch.ctas

@@ -59,6 +59,7 @@ DEVICE void load_queries(u32 (&query)[H / 16][4], const u16* q, int row, int hea
 
 // Scores of 16 queries and 16 tokens, as accumulators of two products.
 DEVICE void multiply_keys(float (&scores)[2][4], const u32 (&query)[H / 16][4], u32 keys, int lane) {
+  float s[2][2][4] = {};  // of every second product: each waits for the one before
 #if FP8
   const int token = lane & 15, right = lane >> 4;
 #pragma unroll
@@ -67,7 +68,7 @@ DEVICE void multiply_keys(float (&scores)[2][4], const u32 (&query)[H / 16][4], 
     ldmatrix_x4(r, keys + chunk_at(token, step + right));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      mma_f16(scores[i & 1], query[step + i / 2], e4m3_to_f16((u16)r[i]), e4m3_to_f16((u16)(r[i] >> 16)));
+      mma_f16(s[i / 2][i & 1], query[step + i / 2], e4m3_to_f16((u16)r[i]), e4m3_to_f16((u16)(r[i] >> 16)));
   }
 #else
   const int token = (lane >> 4) * 8 + (lane & 7), right = lane >> 3 & 1;
@@ -75,10 +76,14 @@ DEVICE void multiply_keys(float (&scores)[2][4], const u32 (&query)[H / 16][4], 
   for (int step = 0; step < H / 16; ++step) {
     u32 r[4];
     ldmatrix_x4(r, keys + chunk_at(token, 2 * step + right));
-    mma_bf16(scores[0], query[step], r[0], r[1]);
-    mma_bf16(scores[1], query[step], r[2], r[3]);
+    mma_bf16(s[step % 2][0], query[step], r[0], r[1]);
+    mma_bf16(s[step % 2][1], query[step], r[2], r[3]);
   }
 #endif
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[n][j] = s[0][n][j] + s[1][n][j];
 }
 
 // out += weights @ values of 16 tokens.
@@ -167,9 +172,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
   if (!walk.budget) return;
 
   Walk ahead = walk;  // of what is to be copied
-  Run copied = {}, next = ahead.take(rows, 32);
-  int page = 0, next_page = likely_pages;
-  if (!walk.whole || next.row != likely_row || next.token) next_page = load_pages(next.row, next.token, next.last);
+  Run copied = ahead.take(rows, 32), next = {};
+  int page = likely_pages, next_page = 0;
+  if (!walk.whole || copied.row != likely_row || copied.token) page = load_pages(copied.row, copied.token, copied.last);
   int copies = 0;  // of this run
   const u32 stages = shared_address(shared) + warp * (STAGES * STAGE);
   auto copy = [&](int stage) {
@@ -177,26 +182,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
       copied = next;
       page = next_page;
       copies = 0;
-      next = ahead.take(rows, 32);
-      next_page = load_pages(next.row, next.token, next.last);
     }
-    if (copies < copied.blocks) {
+    if (copied.blocks) {
       const int token = copied.token + copies * BLOCK + warp * TOKENS, seen = copied.last + 1 - token;
       const int id = __shfl_sync(~0u, page, copies);
       if (seen > 0) {
         const u8* keys = kv + (((size_t)id * 2 * K + copied.item) * O + token % O) * ROW;
         const u8* values = keys + (size_t)K * O * ROW;
         const u32 to = stages + stage * STAGE;
+        auto copy_tokens = [&](int count) {
 #pragma unroll
-        for (int i = 0; i < CHUNKS / 2; ++i) {
-          const int chunk = i * 32 + lane;  // a page's tokens are one after the other
-          const u32 at = to + chunk_at(chunk / CHUNKS, chunk % CHUNKS);
-          const u32 bytes = chunk / CHUNKS < seen ? 16 : 0;
-          cp_async_16(at, keys + chunk * 16, bytes);
-          cp_async_16(at + PLANE, values + chunk * 16, bytes);
-        }
+          for (int i = 0; i < CHUNKS / 2; ++i) {
+            const int chunk = i * 32 + lane;  // a page's tokens are one after the other
+            const u32 at = to + chunk_at(chunk / CHUNKS, chunk % CHUNKS);
+            const u32 bytes = chunk / CHUNKS < count ? 16 : 0;
+            cp_async_16(at, keys + chunk * 16, bytes);
+            cp_async_16(at + PLANE, values + chunk * 16, bytes);
+          }
+        };
+        if (seen >= TOKENS) copy_tokens(TOKENS);  // almost always, and half the instructions
+        else copy_tokens(seen);
       }
-      ++copies;
+      if (copies++ == 0) {
+        next = ahead.take(rows, 32);
+        next_page = load_pages(next.row, next.token, next.last);
+      }
     }
     cp_async_commit();
   };
@@ -221,117 +231,117 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
 #pragma unroll
     for (int n = 0; n < H / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
   };
+#pragma unroll 1
+  for (int s = 0; s < STAGES; ++s) copy(s);
   begin_run();
-  for (int step = 0, stage = 0; run.blocks; ++step, stage = stage + 1 == STAGES ? 0 : stage + 1) {
-    if (step >= STAGES) {
-      cp_async_wait<STAGES - 1>();
-      __syncwarp();
-      const int token = run.token + done * BLOCK + warp * TOKENS;
-      if (token <= run.last) {
-        const u32 keys = stages + stage * STAGE;
-        float s[2][4] = {};
-        multiply_keys(s, query, keys, lane);
-        float high[2] = {top[0], top[1]};
+  for (int stage = 0; run.blocks; stage = stage + 1 == STAGES ? 0 : stage + 1) {
+    cp_async_wait<STAGES - 1>();
+    __syncwarp();
+    const int token = run.token + done * BLOCK + warp * TOKENS;
+    if (token <= run.last) {
+      const u32 keys = stages + stage * STAGE;
+      float s[2][4];
+      multiply_keys(s, query, keys, lane);
+      float high[2] = {top[0], top[1]};
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int key = token + n * 8 + lane % 4 * 2 + j % 2, half = j / 2;
-            const bool visible = key <= highest[half] && (!FIRST || key >= lowest[half]);
-            s[n][j] = visible ? score(s[n][j]) : MASKED;
-            high[half] = fmaxf(high[half], s[n][j]);
-          }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 1));
-          high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 2));
-        }
-        if (__any_sync(~0u, high[0] > top[0] || high[1] > top[1])) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float keep = fast_exp2(top[half] - high[half]);
-            top[half] = high[half];
-            sum[half] *= keep;
-#pragma unroll
-            for (int n = 0; n < H / 8; ++n) {
-              o[n][2 * half] *= keep;
-              o[n][2 * half + 1] *= keep;
-            }
-          }
+        for (int j = 0; j < 4; ++j) {
+          const int key = token + n * 8 + lane % 4 * 2 + j % 2, half = j / 2;
+          const bool visible = key <= highest[half] && (!FIRST || key >= lowest[half]);
+          s[n][j] = visible ? score(s[n][j]) : MASKED;
+          high[half] = fmaxf(high[half], s[n][j]);
         }
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            s[n][j] = fast_exp2(s[n][j] - top[j / 2]);
-            sum[j / 2] += s[n][j];
-          }
-        multiply_values(o, s, keys + PLANE, lane);
+      for (int half = 0; half < 2; ++half) {
+        high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 1));
+        high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 2));
       }
-      __syncwarp();  // all lanes have read the stage
-      ++done;
-      if (done == run.blocks) {
-        // The warps' results become one. They meet in the stage that each has just read.
+      if (__any_sync(~0u, high[0] > top[0] || high[1] > top[1])) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-          sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-          if (lane % 4 == 0) {
-            maxima[warp * 16 + lane / 4 + half * 8] = top[half];
-            sums[warp * 16 + lane / 4 + half * 8] = sum[half];
+          const float keep = fast_exp2(top[half] - high[half]);
+          top[half] = high[half];
+          sum[half] *= keep;
+#pragma unroll
+          for (int n = 0; n < H / 8; ++n) {
+            o[n][2 * half] *= keep;
+            o[n][2 * half + 1] *= keep;
           }
         }
-        const Part part = work.part_of(rows, run);
+      }
 #pragma unroll
-        for (int half = 0; half < (M + 7) / 8; ++half) {
-          if (half) __syncthreads();
-          float* const mine = (float*)(shared + (warp * STAGES + stage) * STAGE);
-          if (lane / 4 + half * 8 < M)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int n = 0; n < H / 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i) mine[result_at(lane / 4, dim_of(n, i, lane))] = o[n][2 * half + i];
-          __syncthreads();
-          for (int i = 2 * threadIdx.x; i < min(M - half * 8, 8) * H; i += 2 * THREADS) {
-            const int m = half * 8 + i / H, d = i % H;
-            float high = MASKED, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) high = fmaxf(high, maxima[w * 16 + m]);
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-              const float factor = fast_exp2(maxima[w * 16 + m] - high);
-              const float2 two = *(const float2*)((float*)(shared + (w * STAGES + stage) * STAGE) + result_at(m, d));
-              total += sums[w * 16 + m] * factor;
-              x += two.x * factor;
-              y += two.y * factor;
-            }
-            const float inverse = 1.f / total;
-            const size_t target = (size_t)(run.row * Q + m / G) * N + run.item * G + m % G;
-            const size_t slot = (size_t)part.slot * M + m;
-            if (part.complete()) *(u32*)(out + target * H + d) = pack_bf16(x * inverse, y * inverse);
-            else *(float2*)(part_out + slot * H + d) = make_float2(x * inverse, y * inverse);
-            if (d == 0) {
-              const float log_sum = high < UNSEEN ? MASKED : high + fast_log2(total);
-              if (part.complete()) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
-              else part_lse[slot] = log_sum;
-            }
-          }
+        for (int j = 0; j < 4; ++j) {
+          s[n][j] = fast_exp2(s[n][j] - top[j / 2]);
+          sum[j / 2] += s[n][j];
         }
+      multiply_values(o, s, keys + PLANE, lane);
+    }
+    __syncwarp();  // all lanes have read the stage
+    ++done;
+    if (done == run.blocks) {
+      // The warps' results become one. They meet in the stage that each has just read.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        if (lane % 4 == 0) {
+          maxima[warp * 16 + lane / 4 + half * 8] = top[half];
+          sums[warp * 16 + lane / 4 + half * 8] = sum[half];
+        }
+      }
+      const Part part = work.part_of(rows, run);
+#pragma unroll
+      for (int half = 0; half < (M + 7) / 8; ++half) {
+        if (half) __syncthreads();
+        float* const mine = (float*)(shared + (warp * STAGES + stage) * STAGE);
+        if (lane / 4 + half * 8 < M)
+#pragma unroll
+          for (int n = 0; n < H / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) mine[result_at(lane / 4, dim_of(n, i, lane))] = o[n][2 * half + i];
         __syncthreads();
-        if (!part.complete()) {
-          __threadfence();
-          __syncthreads();
-          if (threadIdx.x == 0) rows.flags[0] = atomicAdd(finished + part.from, 1);
-          __syncthreads();
-          if (rows.flags[0] == part.to - part.from) {  // all others have
-            __threadfence();
-            merge_parts<H, M, WARPS>(part_out, part_lse, out, lse, part, warp, lane, [&](int m) {
-              return (run.row * Q + m / G) * N + run.item * G + m % G;
-            });
+        for (int i = 2 * threadIdx.x; i < min(M - half * 8, 8) * H; i += 2 * THREADS) {
+          const int m = half * 8 + i / H, d = i % H;
+          float high = MASKED, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+          for (int w = 0; w < WARPS; ++w) high = fmaxf(high, maxima[w * 16 + m]);
+#pragma unroll
+          for (int w = 0; w < WARPS; ++w) {
+            const float factor = fast_exp2(maxima[w * 16 + m] - high);
+            const float2 two = *(const float2*)((float*)(shared + (w * STAGES + stage) * STAGE) + result_at(m, d));
+            total += sums[w * 16 + m] * factor;
+            x += two.x * factor;
+            y += two.y * factor;
+          }
+          const float inverse = 1.f / total;
+          const size_t target = (size_t)(run.row * Q + m / G) * N + run.item * G + m % G;
+          const size_t slot = (size_t)part.slot * M + m;
+          if (part.complete()) *(u32*)(out + target * H + d) = pack_bf16(x * inverse, y * inverse);
+          else *(float2*)(part_out + slot * H + d) = make_float2(x * inverse, y * inverse);
+          if (d == 0) {
+            const float log_sum = high < UNSEEN ? MASKED : high + fast_log2(total);
+            if (part.complete()) lse[target] = log_sum < UNSEEN ? MASKED : log_sum * LN2;
+            else part_lse[slot] = log_sum;
           }
         }
-        begin_run();
       }
+      __syncthreads();
+      if (!part.complete()) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) rows.flags[0] = atomicAdd(finished + part.from, 1);
+        __syncthreads();
+        if (rows.flags[0] == part.to - part.from) {  // all others have
+          __threadfence();
+          merge_parts<H, M, WARPS>(part_out, part_lse, out, lse, part, warp, lane, [&](int m) {
+            return (run.row * Q + m / G) * N + run.item * G + m % G;
+          });
+        }
+      }
+      begin_run();
     }
     copy(stage);
   }

@@ -21,6 +21,8 @@ MAX_QUERIES = 16
 """Query heads of a KV head times query tokens of a row: the rows of one matrix instruction."""
 TOKENS = 16
 """Tokens of a warp's block."""
+TALL = 12
+"""Warps of a block for few items: 192 tokens at once."""
 WHOLE = 192 * 1024
 """Bytes of keys and values of one head that one block of threads reads sooner than several could share and merge."""
 SM_SHARED = 228 * 1024
@@ -51,16 +53,17 @@ def configure(
     scale: float,
     softcap: float | None,
     first: bool,
-    warps: int = 4,
+    warps: int | None = None,
     resident: int | None = None,
-    min_share: int = 2,
+    min_share: int | None = None,
     whole: int | None = None,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH and pages_RW with W = width.
 
-    warps, resident: of a block, and blocks of a multiprocessor; None: what fills its shared memory well. whole: blocks
-    of tokens of the longest rows that are not shared; None: WHOLE bytes. Raises NotImplementedError for what the kernel
-    cannot do.
+    warps, resident: of a block, and blocks of a multiprocessor; None: what fills its shared memory well, and where each
+    item has a multiprocessor of its own, one tall block, which has less to do one after the other. min_share: blocks of
+    tokens worth sharing an item for; None: 128 tokens or more. whole: blocks of tokens of the longest rows that are not
+    shared; None: WHOLE bytes. Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
     _, _, K, O, _ = kv_shape
@@ -71,7 +74,11 @@ def configure(
         raise NotImplementedError(f"{queries} queries for each KV head, and at most {MAX_QUERIES} share what is read")
     if O % TOKENS:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of {TOKENS}")
-    stage = warps * TOKENS * 2 * H * (1 if fp8 else 2)  # keys and values of one block
+    token = 2 * H * (1 if fp8 else 2)  # bytes of a key and a value
+    if warps is None and resident is None and R * K <= call.SMS and 2 * TALL * TOKENS * token <= WHOLE:
+        warps, resident = TALL, 1
+    warps = warps or 4
+    stage = warps * TOKENS * token
     if resident is None:
         # Bytes under way cover the latency of memory at any of these; small tiles want more warps to compute on them.
         resident = {8: 4, 16: 3, 24: 2, 32: 2, 64: 1}.get(stage // 1024 * 4 // warps, 3)
@@ -92,7 +99,7 @@ def configure(
         "STAGES": stages,
         "CTAS": ctas,
         "RESIDENT": resident,
-        "MIN_SHARE": min_share,
+        "MIN_SHARE": min_share or -(-128 // (warps * TOKENS)),
         "WHOLE": max(2, min(8, WHOLE // stage)) if whole is None else whole,
         "SCALE": repr(float(scale)),
         "SOFTCAP": repr(float(softcap)) if softcap else "0",
