@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 import ml_dtypes
@@ -44,3 +45,33 @@ class Format:
     def groups(self, columns: int) -> int:
         """Scales of a row; the last group may be shorter."""
         return 1 if self.group is None else -(-columns // self.group)
+
+
+class Storage(Enum):
+    """How a checkpoint stores a quantised matrix [F, D].
+
+    SCALED: `weight` in e4m3 or int8 and `weight_scale` (`weight_scale_inv`), which it is multiplied with: one number, a
+    column [F, 1], or one for each block of rows and inputs.
+    PACKED: `weight_packed` int32 [F, D * bits / 32], the first input in the lowest bits, half of the range added to
+    values, and `weight_scale` [F, G] (compressed-tensors).
+    AWQ: `qweight` int32 [D, F / 8], `qzeros` [G, F / 8], `scales` [G, F]; the outputs of a word are in their own order.
+    GPTQ: `qweight` int32 [D * bits / 32, F], `qzeros` [G, F * bits / 32], `scales` [G, F].
+    """
+
+    SCALED = "scaled"
+    PACKED = "packed"
+    AWQ = "awq"
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How the matrices of a checkpoint are stored.
+
+    rows: of a block of SCALED. zero_offset: what zero points of GPTQ are stored without.
+    """
+
+    layout: Storage
+    format: Format
+    rows: int = 1
+    zero_offset: int = 0

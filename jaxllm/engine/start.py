@@ -43,6 +43,7 @@ from jaxllm.weights.dummy import dummy_params
 from jaxllm.weights.experts import split_experts
 from jaxllm.weights.load import load_params
 from jaxllm.weights.resolve import ModelFiles, resolve_model
+from jaxllm.weights.scaled import scaled
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _load(
     """The parameters of each stage, on its devices."""
     if config.load_format == "dummy":
         return [dummy_params(stage.specs, stage.mesh, config.seed) for stage in stages]
-    source = files.open()
+    source = scaled(files.open(), None if cfg.quantization is None else cfg.quantization.stored)
     if cfg.experts is not None:
         names = cfg.experts.names
         parts = (names.module, names.gate, names.up, names.down)

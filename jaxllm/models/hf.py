@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxllm.layers.rope import RopeConfig
+from jaxllm.models import quantization
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.fields import Fields, check_heads
 
@@ -28,7 +29,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Settings that a checkpoint of a supported architecture may carry and that would change its arithmetic.
 UNSUPPORTED = {
-    "quantization_config": "quantised Hugging Face checkpoints are not supported, use the unquantised one or a GGUF",
     "no_rope_layers": "layers without rotary embeddings are not supported",
     "attention_chunk_size": "chunked attention is not supported",
     "rope_interleaved": "interleaved rotary embeddings are not supported",
@@ -173,6 +173,7 @@ def base_config(fields: Fields, family: str, *, activation_key: str = "hidden_ac
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         activation=ACTIVATIONS[act],
         dtype=_dtype(fields),
+        quantization=quantization.from_hf(fields),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         eos_token_ids=fields.token_ids("eos_token_id"),
         **extra,

@@ -112,9 +112,9 @@ def check(
         if name in found and found[name].shape != tuple(shape) and (found[name].shape or not found[name].problem)
     ]
     problems += [
-        f"{name}: dtype U8 is not supported here, only as blocks of MXFP4"
+        f"{name}: values in {found[name].dtype} without scales: config.json does not say how they are quantised"
         for name in needed
-        if name in found and found[name].dtype == np.uint8
+        if name in found and (found[name].dtype.kind in "iu" or found[name].dtype.itemsize == 1)
     ]
     problems += unreadable(found, needed)
     if problems:

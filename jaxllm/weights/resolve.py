@@ -22,6 +22,8 @@ HUB_TIMEOUT_S = 10.0
 INDEX = "model.safetensors.index.json"
 TOKENS = "tokenizer.ggml.tokens"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+MODELOPT = "hf_quant_config.json"
+"""Where NVIDIA's ModelOpt says how it quantised a checkpoint."""
 _COPIED = (
     *TOKENIZER_FILES,
     "merges.txt",
@@ -32,6 +34,7 @@ _COPIED = (
     "chat_template.json",
     "config.json",
     "generation_config.json",
+    MODELOPT,
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -144,6 +147,11 @@ def _directory(root: Path, need_weights: bool) -> ModelFiles:
         metadata = _json(root / METADATA_FILE)
     elif (root / "config.json").is_file():
         config = _json(root / "config.json")
+        if not config.get("quantization_config") and (root / MODELOPT).is_file():
+            config["quantization_config"] = {
+                "quant_method": "modelopt",
+                **_json(root / MODELOPT).get("quantization", {}),
+            }
     else:
         raise ModelNotFoundError(root, "no config.json here: it must lie beside the weights")
     if metadata is not None:
