@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxllm import __version__
 from jaxllm.engine.iterations import Iteration
-from jaxllm.serve.answers import sse, to_json, token_text
+from jaxllm.serve.answers import to_json, token_text
 from jaxllm.serve.completions import ChatJob, CompletionJob, Job
 from jaxllm.serve.errors import ApiError, as_api_error, bad_request, internal_error
 from jaxllm.serve.gate import Gate, logger
@@ -31,9 +31,11 @@ from jaxllm.serve.protocol import (
     parse_json,
     validate,
 )
+from jaxllm.serve.responses import ResponseJob, ResponsesRequest, cancelled, not_found
 from jaxllm.serve.server import Server
 
 T = TypeVar("T")
+AnyJob = Job | ResponseJob
 _HEALTH_GENERATE_SECONDS = 20.0
 _ITERATION_FIELDS = [one.name for one in fields(Iteration)]
 
@@ -50,7 +52,7 @@ class Answer(Response):
 class EventStream(Response):
     """Server-sent events. Ends, and closes its job, when the client is gone; an error becomes the last event."""
 
-    def __init__(self, first: bytes, events: AsyncIterator[bytes], job: Job, note: dict[str, Any]) -> None:
+    def __init__(self, first: bytes, events: AsyncIterator[bytes], job: AnyJob, note: dict[str, Any]) -> None:
         super().__init__(status_code=200)
         self._first, self._events, self._job, self._note = first, events, job, note
 
@@ -83,7 +85,8 @@ class EventStream(Response):
                 logger.exception("a stream failed")
             self._note["outcome"] = "error"
             body = internal_error() if known is None else known.body
-            await send({"type": "http.response.body", "body": sse(body) + b"data: [DONE]\n\n", "more_body": True})
+            last = self._job.failure(body)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -92,7 +95,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _note_usage(note: dict[str, Any], job: Job) -> None:
+def _note_usage(note: dict[str, Any], job: AnyJob) -> None:
     if job.generations:
         found = job.usage()
         note["prompt_tokens"], note["completion_tokens"] = found["prompt_tokens"], found["completion_tokens"]
@@ -123,7 +126,9 @@ async def _body(request: Request) -> dict[str, Any]:
 def make_app(server: Server) -> ASGIApp:
     """The ASGI application of one frontend."""
 
-    async def generate(request: Request, model: type[Generate], job_type: Callable[[Server, Any], Job]) -> Response:
+    async def generate(
+        request: Request, model: type[Generate | ResponsesRequest], job_type: Callable[[Server, Any], AnyJob]
+    ) -> Response:
         body = validate(model, await _body(request))
         server.check_model(body.model)
         server.hello  # noqa: B018 - raises when there is no engine
@@ -132,9 +137,14 @@ def make_app(server: Server) -> ASGIApp:
         streaming = False
         try:
             await job.start()
+            if isinstance(job, ResponseJob) and job.body.background:
+                streaming = True  # the job is closed by whoever goes on with it
+                return Answer(job.run_behind())
             if not body.stream:
                 answer = await _unless_gone(request, job.whole())
-                note["finish_reason"] = answer["choices"][0]["finish_reason"]
+                note["finish_reason"] = (
+                    answer["choices"][0]["finish_reason"] if "choices" in answer else answer["status"]
+                )
                 return Answer(answer)
             events = job.chunks()
             # An error before the first event still has a status of its own.
@@ -160,6 +170,18 @@ def make_app(server: Server) -> ASGIApp:
 
     async def chat_completions(request: Request) -> Response:
         return await generate(request, ChatRequest, ChatJob)
+
+    async def responses(request: Request) -> Response:
+        return await generate(request, ResponsesRequest, ResponseJob)
+
+    async def response(request: Request) -> Response:
+        found = server.store.get(request.path_params["response_id"])
+        if found is None:
+            raise not_found(request.path_params["response_id"], "response_id")
+        return Answer(found["response"])
+
+    async def cancel_response(request: Request) -> Response:
+        return Answer(await cancelled(server, request.path_params["response_id"]))
 
     def card(name: str) -> dict[str, Any]:
         hello = server.client.hello or {}
@@ -246,6 +268,9 @@ def make_app(server: Server) -> ASGIApp:
     routes = [
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/responses/{response_id}", response),
+        Route("/v1/responses/{response_id}/cancel", cancel_response, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/tokenize", tokenize, methods=["POST"]),

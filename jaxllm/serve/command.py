@@ -80,6 +80,10 @@ def add_server_options(parser: Parser) -> None:
     group.add_argument("--ssl-certfile", metavar="PEM", help="certificate for https")
     group.add_argument("--ssl-keyfile", metavar="PEM", help="its key")
     group.add_argument("--max-queue-size", type=positive, metavar="N", help="requests that may wait (default: 2048)")
+    group.add_argument(
+        "--response-store-bytes", type=int, metavar="N", help="for kept answers of /v1/responses (default: 64 MiB)"
+    )
+    group.add_argument("--response-store-seconds", type=float, metavar="S", help="that they are kept (default: 3600)")
     group.add_argument("--max-body-bytes", type=positive, metavar="N", help="of a request (default: 32 MiB)")
     group.add_argument("--max-header-bytes", type=positive, metavar="N", help="of a request (default: 32 KiB)")
     group.add_argument("--body-timeout", type=float, metavar="S", help="for a request's body to arrive (default: 30)")

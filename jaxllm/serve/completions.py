@@ -13,7 +13,7 @@ from jaxllm.serve.forms import forced_schema
 from jaxllm.serve.generation import Delta, Generation
 from jaxllm.serve.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Generate
 from jaxllm.serve.server import Server
-from jaxllm.serve.speech import Caller, ChosenCalls, ForcedCalls, NamedCall, ReasoningText, Speech
+from jaxllm.serve.speech import Caller, ChosenCalls, ForcedCalls, NamedCall, ReasoningText, Speech, Spoken
 from jaxllm.serve.tools import ToolText
 
 
@@ -73,6 +73,10 @@ class Job(ABC):
         if wants_usage:
             yield sse(self.envelope.wrap([], usage=self.usage()))
         yield b"data: [DONE]\n\n"
+
+    def failure(self, body: dict[str, Any]) -> bytes:
+        """The events with which a stream ends that failed; clients look for an error among them."""
+        return sse(body) + b"data: [DONE]\n\n"
 
     async def _collect(self) -> list[list[_Whole]]:
         """Everything that was generated, by generation and sequence."""
@@ -184,11 +188,23 @@ class ChatJob(Job):
             for index in range(self.n)
         ]
 
-    def choice(self, number: int, delta: Delta) -> dict[str, Any]:
+    def feed(self, delta: Delta) -> Spoken:
+        """What a delta says."""
         spoken = self._speech[delta.index].feed(delta.text, delta.finish_reason)
+        if self.chat.include_reasoning is False:
+            spoken.reasoning = ""
+        return spoken
+
+    def logprobs_of(self, delta: Delta) -> list[dict[str, Any]]:
+        """Entries for the tokens of a delta; none where they were not asked for."""
+        found = self._logprobs(delta.tokens, delta.logprobs) if delta.tokens else None
+        return [] if found is None else list(found["content"])
+
+    def choice(self, number: int, delta: Delta) -> dict[str, Any]:
+        spoken = self.feed(delta)
         reason = spoken.reason
         content: dict[str, Any] = {"content": spoken.text} if spoken.text or reason is None else {}
-        if spoken.reasoning and self.chat.include_reasoning is not False:
+        if spoken.reasoning:
             content = {"reasoning_content": spoken.reasoning, **({"content": spoken.text} if spoken.text else {})}
         if spoken.calls:
             content["tool_calls"] = spoken.calls

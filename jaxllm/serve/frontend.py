@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from jaxllm.serve.child import Boot, exit_code_of, start_logging
 from jaxllm.serve.errors import unavailable
@@ -37,6 +38,7 @@ def main() -> int:
         from jaxllm.serve.metrics import Metrics
         from jaxllm.serve.server import Server
         from jaxllm.serve.settings import ServeConfig
+        from jaxllm.serve.store import ResponseStore
         from jaxllm.weights.resolve import resolve_model
 
         settings = ServeConfig(**boot.settings["serve"])
@@ -45,7 +47,9 @@ def main() -> int:
         tokenizer = load_tokenizer(engine.tokenizer if engine.tokenizer is not None else files)
         client = EngineClient(boot.settings["socket"], boot.key, lambda hello: boot.report({"engine": hello["pid"]}))
         names = [settings.served_model_name or engine.model]
-        server = Server(settings, names, tokenizer, client, Metrics(client, names[0]))
+        kept = Path(boot.settings["socket"]).parent / "responses"
+        store = ResponseStore(kept, settings.response_store_bytes, settings.response_store_seconds)
+        server = Server(settings, names, tokenizer, client, Metrics(client, names[0]), store)
         config = uvicorn.Config(
             make_app(server),
             http="h11",  # the one that bounds the size of headers

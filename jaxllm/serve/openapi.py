@@ -9,16 +9,19 @@ from pydantic import BaseModel
 from jaxllm import __version__
 from jaxllm.serve.gate import OPEN_ROUTES
 from jaxllm.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jaxllm.serve.responses import ResponsesRequest
 
 _BODIES: dict[str, tuple[type[BaseModel], str, str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation", "ChatCompletion"),
     "/v1/completions": (CompletionRequest, "Continue prompts", "Completion"),
+    "/v1/responses": (ResponsesRequest, "Answer an input", "Response"),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation", "Tokens"),
     "/detokenize": (DetokenizeRequest, "Text of token ids", "Text"),
 }
 _READS: dict[str, tuple[str, str]] = {
     "/v1/models": ("The models that are served", "Models"),
     "/v1/models/{name}": ("One model", "Model"),
+    "/v1/responses/{response_id}": ("An answer that was kept", "Response"),
     "/health": ("Whether requests are served", "Health"),
     "/health_generate": ("The same, with a token generated", "Health"),
     "/version": ("The version", "Version"),
@@ -49,6 +52,10 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     "Completion": _object({
         **_COMMON, "object": {"const": "text_completion"}, "usage": _USAGE,
         "choices": _list(_object({**_CHOICE, "text": _STRING})),
+    }),
+    "Response": _object({
+        "id": _STRING, "object": {"const": "response"}, "created_at": _INTEGER, "status": _STRING, "model": _STRING,
+        "output": _list(_object({"type": _STRING, "id": _STRING})),
     }),
     "Tokens": _object({"count": _INTEGER, "max_model_len": _INTEGER, "tokens": _list(_INTEGER)}),
     "Text": _object({"prompt": _STRING}),
@@ -130,12 +137,16 @@ def openapi(vocab_size: int | None, guarded: bool) -> dict[str, Any]:
         paths[path] = {"post": operation}
     for path, (summary, answer) in _READS.items():
         operation = _operation(path, summary, answer, (503,) if answer == "Health" else (400, 404), guarded)
-        if path.endswith("{name}"):
-            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
+        if path.endswith("}"):
+            name = path.rpartition("{")[2][:-1]
+            operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": _STRING}]
         if path == "/iteration_stats":
             since = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
             operation["parameters"] = [{"name": "since", "in": "query", "required": False, "schema": since}]
         paths[path] = {"get": operation}
+    cancel = _operation("/v1/responses", "Stop an answer in the background", "Response", (400, 404), guarded)
+    where = {"name": "response_id", "in": "path", "required": True, "schema": _STRING}
+    paths["/v1/responses/{response_id}/cancel"] = {"post": {**cancel, "parameters": [where]}}
     text = {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": _STRING}}}}
     paths["/metrics"] = {"get": {"summary": "Figures for Prometheus", "responses": text, "security": []}}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.protocol import Generate
 from jaxllm.serve.settings import ServeConfig
 from jaxllm.serve.speech import END_THINK, choose_reasoning
+from jaxllm.serve.store import ResponseStore
 from jaxllm.serve.tools import choose_parser
 
 _INLINE_CHARACTERS = 4096  # a longer text is tokenised in a thread, or other requests would wait for it
@@ -35,9 +37,11 @@ class Server:
     tokenizer: Tokenizer
     client: EngineClient
     metrics: Metrics
+    store: ResponseStore
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     in_flight: int = 0
+    _behind: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -49,6 +53,20 @@ class Server:
     @property
     def model(self) -> str:
         return self.names[0]
+
+    def run_behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Goes on with work after its request was answered; the server drains it like a request."""
+
+        async def counted() -> None:
+            self.in_flight += 1
+            try:
+                await work
+            finally:
+                self.in_flight -= 1
+
+        task = asyncio.create_task(counted())
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
 
     def health(self) -> str | None:
         """What is wrong; None when requests are served."""

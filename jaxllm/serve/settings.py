@@ -22,6 +22,7 @@ class ServeConfig(Strict):
         tool_parser: the form in which the model writes tool calls; "auto" goes by its chat template.
         reasoning_parser: the form of its reasoning, which answers give as reasoning_content; "auto" as above.
         max_queue_size: sequences that may wait for the engine; more are refused with 503.
+        response_store_bytes, response_store_seconds: what /v1/responses may keep in all, and how long.
         max_body_bytes, max_header_bytes: of a request.
         body_timeout: seconds in which the body of a request has to arrive.
         request_timeout: seconds after which a request is cancelled; None = never.
@@ -42,6 +43,8 @@ class ServeConfig(Strict):
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     max_queue_size: int = Field(default=2048, ge=1)
+    response_store_bytes: int = Field(default=64 << 20, ge=0)
+    response_store_seconds: float = Field(default=3600.0, gt=0)
     max_body_bytes: int = Field(default=32 << 20, ge=1024)
     max_header_bytes: int = Field(default=32 << 10, ge=1024)
     body_timeout: float = Field(default=30.0, gt=0)
