@@ -15,12 +15,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.engine.batch import BatchShape
+from jaxllm.kernels.all_reduce.api import Group
+from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Decoder, abstract, flat_variables
-from jaxllm.parallel.collectives import Axes, all_reduce, gather_rows, rank, ranks
+from jaxllm.parallel.collectives import Axes, Exchange, all_reduce, exchanging, gather_rows, rank, ranks
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import partition
@@ -77,8 +79,11 @@ class StepFunctions:
                 self._together.setdefault(spec.shape[0], []).append(path)
         together = {path for paths in self._together.values() for path in paths}
         self._alone = [path for path in self.paths if path not in together]
+        # Memory of GPUs for small sums over a tensor parallel group; None where XLA makes all sums, as on a CPU.
+        self.group = Group.open(mesh, layout.axes("ffn"))
         stacks = [PartitionSpec()] * len(self._together)
         self._weight_specs = stacks + [partition(self.specs[path].axes) for path in self._alone]
+        self._weight_specs += [] if self.group is None else [self.group.spec]
 
     def head(self, weights: dict[str, jax.Array]) -> Weight:
         """The parameter that logits are made with."""
@@ -119,18 +124,23 @@ class StepFunctions:
         return len(self._together) + self._alone.index(path)
 
     def flatten(self, weights: dict[str, jax.Array]) -> list[jax.Array]:
-        """The arrays that the programs take: on a CPU norm weights of one length stacked, then all others."""
+        """The arrays that the programs take: on a CPU norm weights of one length stacked, then all others.
+
+        Where sums go through memory that the GPUs share, what tells each of it comes last.
+        """
         stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=self.layout.sharding(self.mesh))
         stacks = [stack(*(weights[path] for path in paths)) for paths in self._together.values()]
-        return stacks + [weights[path] for path in self._alone]
+        group = [] if self.group is None else [self.group.array]
+        return [*stacks, *(weights[path] for path in self._alone), *group]
 
     def abstract_weights(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes of what `flatten` makes."""
         stacks = [((len(paths), size), np.dtype(np.float32)) for size, paths in self._together.items()]
+        group = [] if self.group is None else [(self.group.array.shape, self.group.array.dtype)]
         alone = [(self.specs[path].shape, self.specs[path].dtype) for path in self._alone]
         return [
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, axes))
-            for (shape, dtype), axes in zip(stacks + alone, self._weight_specs, strict=True)
+            for (shape, dtype), axes in zip(stacks + alone + group, self._weight_specs, strict=True)
         ]
 
     def _model(self, weights: list[jax.Array]) -> Decoder:
@@ -169,6 +179,10 @@ class StepFunctions:
                 assert last_token is not None
                 # Not x.at[:decodes].set(): a scatter over all of x, which crashes Shardy in jax 0.11.2.
                 x = jnp.concatenate([last_token[slots_R[:decodes]], x[decodes:]])
+            exchange = None
+            if self.group is not None:
+                *weights, words = weights
+                exchange = Exchange(words, self.group.axes, all_reduce_few)
             model = self._model(weights)
             attention = AttentionBatch(
                 decodes,
@@ -178,7 +192,8 @@ class StepFunctions:
                 shape.unpack(packed[0]).positions_T[:, decodes:],
                 batch.chunks_RC if shape.chunk_columns else None,
             )
-            hidden_TD, kv = model(x, kv, attention)
+            with exchanging(exchange):
+                hidden_TD, kv = model(x, kv, attention)
             if not self.last:
                 return hidden_TD, kv
             assert last_token is not None

@@ -103,6 +103,8 @@ class Stage:
     def release(self) -> None:
         """Gives the device memory back."""
         self.weights, self.kv, self.programs, self.head = [], [], {}, None
+        if self.functions.group is not None:
+            self.functions.group.close()
 
 
 class ReturnedTokens:

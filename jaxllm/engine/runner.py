@@ -24,6 +24,7 @@ from jaxllm.engine.pipeline import ReturnedTokens, Stage
 from jaxllm.engine.request import Sequence
 from jaxllm.engine.slots import SlotTable, Variant
 from jaxllm.engine.step import Chunk, LaneSteps, Step
+from jaxllm.kernels.all_reduce.api import Group
 from jaxllm.layers.sampling import (
     PenaltyState,
     SampleOutput,
@@ -60,10 +61,16 @@ class InFlight:
     token_R: jax.Array
     sampled: SampleOutput | None
     prompt_logprobs: list[PromptLogprobs]
+    groups: list[Group]
 
     def read(self) -> list[list[int]]:
-        """Sampled token of each result row of the step, for each of its repeats. Blocks until the devices are done."""
+        """Sampled token of each result row of the step, for each of its repeats. Blocks until the devices are done.
+
+        Raises PeerError if one of them gave up on another.
+        """
         tokens = np.asarray(self.token_R)
+        for group in self.groups:
+            group.raise_if_failed()
         return np.atleast_2d(tokens)[:, self.packed.rows].tolist()
 
 
@@ -86,6 +93,7 @@ class Runner:
         self.stages = stages
         # Of those stages whose experts move.
         self.balancers: list[Balancer] = []
+        self._groups = [stage.functions.group for stage in stages if stage.functions.group is not None]
         # Decode steps of a dispatch, where it may have several.
         self.repeats = repeats
         # Everything that follows the last layer is on the last stage's devices.
@@ -185,6 +193,8 @@ class Runner:
             for choice in _REPEATED:
                 self._forward_repeated(self.packer.pack(nothing, bucket), choice)
         jax.block_until_ready(self._last_token)
+        for group in self._groups:
+            group.raise_if_failed()
 
     def _abstract(self, value: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
@@ -306,7 +316,7 @@ class Runner:
         for balancer in self.balancers:
             balancer.after_step()
         self.clock.add("dispatch", packed_at)
-        return InFlight(step, packed, token_R, sampled, prompt_logprobs)
+        return InFlight(step, packed, token_R, sampled, prompt_logprobs, self._groups)
 
     def _variant(self, step: Step | LaneSteps) -> Variant | None:
         """Of the sampler that the rows of a step need; None where all are plain greedy."""

@@ -62,6 +62,7 @@ class RowLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if ranks((*self.axes, *tokens)) == 1:
             return api.linear(x_TD, self.weight[...], bias_F=bias, residual=residual)
-        y = sum_partial(self.partial(x_TD), self.axes, tokens)
-        y = y if bias is None else y + bias
+        if bias is None:
+            return sum_partial(self.partial(x_TD), self.axes, tokens, residual)
+        y = sum_partial(self.partial(x_TD), self.axes, tokens) + bias
         return y if residual is None else residual + y

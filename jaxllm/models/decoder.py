@@ -34,7 +34,7 @@ from jaxllm.layers.quantize import Declared
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
 from jaxllm.models.quantization import HEAD
-from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.collectives import Axes, current_exchange, exchanging
 from jaxllm.parallel.collectives import rank as rank_of
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
@@ -215,7 +215,8 @@ class Decoder(nnx.Module):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
-            x_TD, pages, load_E = _run_block(*nnx.split(layer), x_TD, ropes[config], pages, batch)
+            split = nnx.split(layer)
+            x_TD, pages, load_E = _run_block(*split, current_exchange(), x_TD, ropes[config], pages, batch)
             written.append(pages)
             loads += [] if load_E is None else [load_E]
         if counted:
@@ -242,9 +243,10 @@ class Decoder(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0, inline=False)
-def _run_block(graph, state, x_TD, rope, kv, batch):  # type: ignore[no-untyped-def]
+def _run_block(graph, state, exchange, x_TD, rope, kv, batch):  # type: ignore[no-untyped-def]
     """One layer as a function of its weights: alike layers are traced and lowered once, and unrolled by XLA."""
-    return nnx.merge(graph, state)(x_TD, rope, kv, batch)
+    with exchanging(exchange):
+        return nnx.merge(graph, state)(x_TD, rope, kv, batch)
 
 
 def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:

@@ -7,12 +7,55 @@ row, the first axis major: the order in which `PartitionSpec` places shards.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Axes = tuple[str, ...]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["group"], meta_fields=["axes", "add_up"])
+@dataclass(frozen=True)
+class Exchange:
+    """Another way than XLA's to add up small arrays over some axes; it goes into a program as an argument.
+
+    Sums through it must depend on one another, as those of a residual stream do: each rank must come to them in the
+    same order, and programs run side by side what they can.
+
+    Attributes:
+      group: what tells a rank of its group.
+      axes: those that it works over, all with more than one rank.
+      add_up: (x, residual or None, group, ranks) -> the residual plus the sum; raises NotImplementedError for what XLA
+        does better.
+    """
+
+    group: jax.Array
+    axes: Axes
+    add_up: Callable[[jax.Array, jax.Array | None, jax.Array, int], jax.Array] = field(repr=False)
+
+
+_exchange: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+
+
+@contextmanager
+def exchanging(exchange: Exchange | None) -> Iterator[None]:
+    """`sum_partial` uses this while it is traced; to be entered anew in a function with a trace of its own."""
+    token = _exchange.set(exchange)
+    try:
+        yield
+    finally:
+        _exchange.reset(token)
+
+
+def current_exchange() -> Exchange | None:
+    """What `exchanging` was entered with."""
+    return _exchange.get()
 
 
 def ranks(axes: Axes) -> int:
@@ -45,10 +88,20 @@ def reduce_scatter_rows(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.psum_scatter(x, axes, tiled=True) if ranks(axes) > 1 else x
 
 
-def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes) -> jax.Array:
-    """Adds up partial sums over `axes`; where the rows are those of several ranks (`tokens`), each keeps its own."""
+def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Array | None = None) -> jax.Array:
+    """Adds up partial sums over `axes`, and the residual; small ones by the exchange that is there.
+
+    Where the rows are those of several ranks (`tokens`), each keeps its own.
+    """
     x_TD = reduce_scatter_rows(x_TD, tokens)
-    return all_reduce(x_TD, tuple(axis for axis in axes if axis not in tokens))
+    axes, exchange = tuple(axis for axis in axes if axis not in tokens), _exchange.get()
+    if exchange is not None and {axis for axis in axes if ranks((axis,)) > 1} == set(exchange.axes):
+        try:
+            return exchange.add_up(x_TD, residual_TD, exchange.group, ranks(axes))
+        except NotImplementedError:
+            pass
+    x_TD = all_reduce(x_TD, axes)
+    return x_TD if residual_TD is None else residual_TD + x_TD
 
 
 def all_to_all(x: jax.Array, axes: Axes) -> jax.Array:

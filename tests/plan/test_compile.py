@@ -106,9 +106,10 @@ def test_collectives_are_counted_in_all_their_forms() -> None:
       %a = f32[8]{0} all-reduce(%x), channel_id=1
       %b = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x), channel_id=2
       %c = f32[8]{0} all-reduce-done(%b)
-      ROOT %d = f32[16]{0} all-gather(f32[8]{0} %all-reduce.7), dimensions={0}
+      %d = f32[16]{0} all-gather(f32[8]{0} %all-reduce.7), dimensions={0}
+      ROOT %e = f32[8]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.ptx", backend_config={name = "all_reduce"}
     """
-    assert count_collectives(hlo) == {"all-gather": 1, "all-reduce": 2}
+    assert count_collectives(hlo) == {"all-gather": 1, "all-reduce": 3}
 
 
 def test_what_cannot_be_compiled() -> None:

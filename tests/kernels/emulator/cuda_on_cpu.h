@@ -56,6 +56,7 @@ struct Thread {
   u64 seen = 0;
   const char* at = "";              // what it waits at
   bool done = false;
+  bool lets_others_run = false;     // polls memory that something else may write
   std::vector<Copy> open;           // copies issued and not yet committed
   std::deque<std::vector<Copy>> groups;
   bool unfenced = false;            // copies landed that products of other threads may not see yet
@@ -83,6 +84,8 @@ u32 live_threads();
 
 [[noreturn]] void fail(const std::string& what);
 void wait_until_changed(const u64* value, const char* at);
+// Other warps run before the thread goes on.
+void let_others_run();
 // Fails unless [p, p + bytes) is in one of the kernel's arguments.
 void check_global(const void* p, u32 bytes, const char* what);
 

@@ -175,7 +175,9 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
           enter(t);
           switch_stack(scheduler, t.stack);
           if (!error.empty()) return;
-          ran = moved = true;
+          moved = true;
+          ran |= !t.lets_others_run;
+          t.lets_others_run = false;
         }
       }
     }
@@ -217,6 +219,11 @@ void wait_until_changed(const u64* value, const char* at) {
   current->waits_for = value;
   current->seen = *value;
   current->at = at;
+  leave();
+}
+
+void let_others_run() {
+  current->lets_others_run = true;
   leave();
 }
 

@@ -30,10 +30,18 @@ class EmulatorError(AssertionError):
 
 
 class Kernels:
-    """The kernels of `<source>.cu` with some macros defined."""
+    """The kernels of `<source>.cu` with some macros defined.
 
-    def __init__(self, source: Path, macros: Mapping[str, object]):
-        self.library = ctypes.CDLL(str(_build(source, tuple(sorted((k, str(v)) for k, v in macros.items())))))
+    own: with an emulator of its own, which can run while others do.
+    """
+
+    def __init__(self, source: Path, macros: Mapping[str, object], *, own: bool = False):
+        built = _build(source, tuple(sorted((k, str(v)) for k, v in macros.items())))
+        if own:
+            with tempfile.TemporaryDirectory() as folder:
+                self.library = ctypes.CDLL(shutil.copy(built, Path(folder) / built.name))
+        else:
+            self.library = ctypes.CDLL(str(built))
         self.library.emulator_allocate.restype = ctypes.c_void_p
         self.library.emulator_allocate.argtypes = [ctypes.c_uint64]
         self.library.emulator_free.argtypes = [ctypes.c_void_p, ctypes.c_uint64]

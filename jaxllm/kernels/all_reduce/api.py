@@ -1,0 +1,140 @@
+"""Sums over GPUs of one host that one process drives: small ones in one trip over NVLink.
+
+`Group.open` gets memory on every GPU of a mesh that the others can write to. The programs take where it is as an
+argument, sharded over the mesh: they can be kept on disk. Sums through it must depend on one another, as those of a
+residual stream do: that puts them in the same order on every GPU.
+
+GPUs of several processes would have to exchange handles of their memory first. They do not yet, and neither do GPUs
+without access to each other's memory, nor CPUs: there `Group.open` is None, and XLA's collectives do the work.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.kernels.all_reduce import cuda, driver
+from jaxllm.kernels.cuda import call
+
+Axes = tuple[str, ...]
+
+all_reduce = cuda.run
+"""The sum of every rank's x, added to the residual: (x, residual or None, group, ranks) -> like x, inside shard_map.
+
+group is this rank's part of `Group.array`. The parts are added in float32 in the order of the ranks and rounded once,
+to the same bits on every rank. Raises NotImplementedError for a sum that XLA does better, or at all.
+"""
+
+
+class PeerError(RuntimeError):
+    """A GPU waited in vain for another one's part of a sum."""
+
+
+class Group:
+    """Memory for sums over `axes` of a mesh: one group of ranks for each place along the other axes.
+
+    Attributes:
+      axes: those with more than one rank.
+      ranks: of each group.
+      array: uint32 [devices, words], a row on each device; of a mesh that is only described, its shape.
+    """
+
+    def __init__(self, mesh: Mesh, axes: Axes, *, described: bool = False):
+        self.mesh = mesh
+        self.axes = axes
+        self.ranks = math.prod(mesh.shape[axis] for axis in axes)
+        self.spec = PartitionSpec(mesh.axis_names)
+        self._memory: driver.PeerMemory | None = None
+        shape = (mesh.devices.size, cuda.group_words(self.ranks))
+        sharding = NamedSharding(mesh, self.spec)
+        self.array: jax.Array | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, np.uint32, sharding=sharding)
+        if described:
+            return
+        ordinals = np.vectorize(lambda device: device.local_hardware_id, otypes=[int])(mesh.devices)
+        self._memory = memory = driver.PeerMemory(ordinals.reshape(-1).tolist(), cuda.memory_bytes(self.ranks))
+        words = np.empty((ordinals.size, self.ranks + 2), np.uint64)
+        names = mesh.axis_names
+        for number, place in enumerate(np.ndindex(ordinals.shape)):
+            # The places of the group's ranks, numbered as `lax.axis_index` numbers them.
+            own = tuple(slice(None) if name in axes else place[i] for i, name in enumerate(names))
+            inside = [name for name in names if name in axes]
+            members = np.transpose(ordinals[own], [inside.index(axis) for axis in axes]).reshape(-1)
+            rank = int(np.flatnonzero(members == ordinals[place])[0])
+            addresses = [memory.address(int(member)) for member in np.roll(members, -rank)]
+            words[number] = [*addresses, rank, memory.word_address]
+        self.array = jax.device_put(words.view(np.uint32), sharding)
+
+    @classmethod
+    def open(cls, mesh: Mesh, axes: Axes) -> Group | None:
+        """The checked group for the axes that have more than one rank; None where there is none, or no use of it."""
+        wide = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        devices = list(mesh.devices.flat)
+        if not wide or devices[0].platform == "cpu":
+            return None
+        described = devices[0] not in jax.devices()
+        if not described and (jax.process_count() > 1 or devices[0].platform not in ("gpu", "cuda")):
+            return None
+        try:
+            call.require(cuda.KERNEL)
+            group = cls(mesh, wide, described=described)
+        except NotImplementedError:
+            return None
+        except driver.DriverError as error:
+            call.refuse(cuda.KERNEL, str(error))
+            return None
+        if described:
+            return group
+        try:
+            group.check()
+        except Exception as error:  # whatever a driver, a compiler or a wrong result makes of it
+            call.refuse(cuda.KERNEL, f"its check failed: {str(error).strip() or type(error).__name__}")
+            group.close()
+            return None
+        return group
+
+    def check(self, repeats: int = 25) -> None:
+        """Raises ArithmeticError if sums differ from XLA's: small and larger ones, in bfloat16 and float32."""
+
+        def wrong(group: jax.Array) -> jax.Array:
+            rank = lax.axis_index(self.mesh.axis_names)
+
+            def repeat(number: jax.Array, wrong: jax.Array) -> jax.Array:
+                for rows, dtype in ((1, jnp.float32), (64, jnp.bfloat16)):
+                    # Integers that bfloat16 holds, and so do their sums: exact in whatever order. Each sum depends on
+                    # the one before.
+                    at = jnp.arange(rows * 4096, dtype=jnp.int32).reshape(rows, 4096)
+                    part = ((at * 7 + rank * 5 + number + wrong) % 15).astype(dtype)
+                    residual = ((at + number + wrong) % 9).astype(dtype)
+                    found = all_reduce(part, residual, group, self.ranks, timeout_ms=3000)
+                    wanted = lax.psum(part.astype(jnp.float32), self.axes) + residual.astype(jnp.float32)
+                    wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
+                return wrong
+
+            return lax.fori_loop(0, repeats, repeat, jnp.int32(0))[None]
+
+        spec = self.spec
+        mapped = jax.shard_map(wrong, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        found = np.asarray(jax.jit(mapped)(self.array))
+        self.raise_if_failed()
+        if found.any():
+            raise ArithmeticError(f"{found.tolist()} wrong elements on the devices")
+
+    def raise_if_failed(self) -> None:
+        """Raises PeerError once a GPU has waited in vain; what was computed since is worthless."""
+        word = 0 if self._memory is None else self._memory.word
+        if word:
+            raise PeerError(
+                f"GPU {word - 1} of a group waited over {cuda.TIMEOUT_MS / 1000:.0f} s for another one's part of a sum;"
+                " restart, and set JAXLLM_CUDA=-all_reduce to leave sums to NCCL"
+            )
+
+    def close(self) -> None:
+        """Frees the memory; no program that uses it may be launched any more."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
