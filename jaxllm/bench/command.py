@@ -17,12 +17,15 @@ examples:
   jaxllm bench latency smollm2-135m --batch-size 16 --compare transformers --json out.json
 """
 _THROUGHPUT_EXAMPLES = """\
-Many requests submitted at once; lengths are one number or LOW:HIGH (drawn evenly, seeded). A padded-batch library
-decodes each batch of --compare-batch until its longest request is done; only the tokens asked for are counted.
+Many requests submitted at once; lengths are one number, LOW:HIGH (drawn evenly, seeded), or sharegpt (log-normal, as
+long as its conversations). A padded-batch library decodes each batch of --compare-batch until its longest request is
+done; only the tokens asked for are counted.
 
 examples:
   jaxllm bench throughput smollm2-135m --num-requests 64 --input-len 64 --output-len 8:256
   jaxllm bench throughput smollm2-135m --compare transformers,llama.cpp
+  jaxllm bench throughput smollm2-135m --input-len sharegpt --output-len sharegpt
+  jaxllm bench throughput smollm2-135m --prefix-len 1000 --input-len 20 --output-len 16
 """
 _HOST_EXAMPLES = """\
 What the host spends on one decode step outside XLA: schedule, pack, dispatch and update, in milliseconds.
@@ -46,6 +49,15 @@ prompt's tokens from those of the first layout; TPOT by batch size, TTFT by prom
 examples:
   jaxllm bench layouts smollm2-135m --layouts 1,tp2,cp2:RING,tp2+pp2 --prompt-lens 512
   jaxllm bench layouts DIR_WITH_CONFIG_JSON --load_format dummy --layouts 1,tp2,pp2,dp2 --batch-sizes 1,64
+"""
+_COMM_EXAMPLES = """\
+Collectives over the axes of a layout's mesh, in bfloat16: microseconds of one, and bandwidth on the bus as nccl-tests
+counts it. Sizes are bytes on each rank, of the larger of what goes in and comes out. Needs no model.
+
+examples:
+  jaxllm bench comm --tp 8
+  jaxllm bench comm --tp 2 --ep 4 --sizes 8K,1M,256M --collectives all_reduce,all_to_all --json comm.json
+  JAX_NUM_CPU_DEVICES=4 jaxllm bench comm --tp 2 --cp 2 --sizes 64K
 """
 _SERVE_EXAMPLES = """\
 Streams requests from any OpenAI server and reports TTFT, TPOT, ITL and goodput. Prompts are random token ids
@@ -73,6 +85,9 @@ def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compa
     if compare:
         parser.add_argument(
             "--compare-repeat", type=positive, metavar="N", help="repetitions of those (default: as --repeat)"
+        )
+        parser.add_argument(
+            "--prefix-len", type=int, default=0, metavar="N", help="further tokens in front that all prompts share"
         )
         parser.add_argument(
             "--profile", metavar="DIR", help="trace one more repetition into DIR and print the kernels by time"
@@ -132,6 +147,20 @@ def fill_parser(parser: Parser) -> None:
     add_engine_options(layouts)
     layouts.set_defaults(run=_run_bench_layouts)
 
+    comm = commands.add_parser("comm", help="collectives of a layout", description=_COMM_EXAMPLES)
+    comm.usage = "%(prog)s --tp N [options]"
+    for axis, what in (("tp", "tensor"), ("ep", "expert"), ("cp", "context"), ("pp", "pipeline")):
+        comm.add_argument(f"--{axis}", type=positive, metavar="N", help=f"devices of {what} parallelism")
+    comm.add_argument("--sizes", default="8K,64K,1M,16M,256M", metavar="LIST", help="(default: %(default)s)")
+    comm.add_argument(
+        "--collectives", default="all_reduce,all_gather,reduce_scatter,all_to_all,ppermute", metavar="LIST",
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    comm.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: %(default)s)")
+    comm.add_argument("--json", metavar="PATH", help="also write the figures as JSON (- = stdout, instead of a table)")
+    comm.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    comm.set_defaults(run=_run_bench_comm)
+
     serve = commands.add_parser("serve", help="any OpenAI server, over HTTP", description=_SERVE_EXAMPLES)
     serve.usage = "%(prog)s [--base-url URL] [options]"
     serve.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
@@ -168,6 +197,17 @@ def fill_parser(parser: Parser) -> None:
     serve.add_argument("--json", metavar="PATH", help="also write the figures as JSON (- = stdout, instead of a table)")
     serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
     serve.set_defaults(run=_run_bench_serve)
+
+
+def _run_bench_comm(args: argparse.Namespace) -> int:
+    from jaxllm.bench.comm import emit, parse_sizes, run_comm
+    from jaxllm.config import EngineConfig
+
+    names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "moe_expert"}
+    given = {f"{name}_parallel_size": getattr(args, axis) for axis, name in names.items() if getattr(args, axis)}
+    rows = run_comm(EngineConfig(model="none", **given), parse_sizes(args.sizes), _names(args.collectives), args.repeat)
+    emit(rows, args.json)
+    return 0
 
 
 def _run_bench_serve(args: argparse.Namespace) -> int:
@@ -220,7 +260,16 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
 def _compared(args: argparse.Namespace) -> dict[str, Any]:
     """What loads take that other libraries can run beside."""
     compare = _names(args.compare)
-    return {"compare": compare, "compare_repeat": args.compare_repeat, "profile": args.profile}
+    if args.prefix_len < 0:
+        from jaxllm.config import ConfigError
+
+        raise ConfigError(f"--prefix-len = {args.prefix_len} must be 0 or more")
+    return {
+        "compare": compare,
+        "compare_repeat": args.compare_repeat,
+        "profile": args.profile,
+        "prefix_len": args.prefix_len,
+    }
 
 
 def _run_bench_latency(args: argparse.Namespace) -> int:

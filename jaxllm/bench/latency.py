@@ -27,10 +27,12 @@ def run_latency(
     compare_repeat: int | None = None,
     host_profile: bool = False,
     profile: str | None = None,
+    prefix_len: int = 0,
 ) -> Report:
     """Measure batches of `batch_size` requests that start together; `compare` runs other libraries beside.
 
     profile: a directory for a trace of one more repetition, whose longest kernels are printed.
+    prefix_len: tokens before those of `input_len` that all prompts share.
 
     Raises ConfigError for a bad length or an unknown or missing library.
     """
@@ -38,10 +40,12 @@ def run_latency(
     check_names(compare or [])
     runner = JaxllmRunner(_sized(config, batch_size))
     try:
-        peers = make_peers(compare or [], config.model, batch_size=batch_size, context=isl.high + osl.high + 8)
+        peers = make_peers(
+            compare or [], config.model, batch_size=batch_size, context=prefix_len + isl.high + osl.high + 8
+        )
 
         def load(run: int, length: Lengths = osl):  # type: ignore[no-untyped-def]
-            return random_load(batch_size, isl, length, runner.vocab_size, seed, run)
+            return random_load(batch_size, isl, length, runner.vocab_size, seed, run, prefix_len)
 
         warm_up = load(-1, Lengths(min(8, osl.low), min(8, osl.low)))
         rows = measure([runner, *peers], warm_up, [load(run) for run in range(repeat)], compare_repeat)
@@ -51,7 +55,8 @@ def run_latency(
     finally:
         runner.close()
     title = f"latency of {config.model}, batch {batch_size}"
-    return Report(title, {"input tokens": str(isl), "output tokens": str(osl), "repetitions": repeat}, rows, host)
+    lengths = {"shared prefix": prefix_len, "input tokens": str(isl), "output tokens": str(osl)}
+    return Report(title, {**lengths, "repetitions": repeat}, rows, host)
 
 
 def run_host(

@@ -21,10 +21,12 @@ def run_throughput(
     compare_batch: int = 16,
     compare_repeat: int | None = None,
     profile: str | None = None,
+    prefix_len: int = 0,
 ) -> Report:
     """Measure `num_requests` requests with lengths drawn from ranges; `compare` runs other libraries beside.
 
     profile: a directory for a trace of one more repetition, whose longest kernels are printed.
+    prefix_len: tokens before those of `input_len` that all prompts share.
 
     Raises ConfigError for a bad length or an unknown or missing library.
     """
@@ -32,8 +34,10 @@ def run_throughput(
     check_names(compare or [])
     runner = JaxllmRunner(config)
     try:
-        peers = make_peers(compare or [], config.model, batch_size=compare_batch, context=isl.high + osl.high + 8)
-        loads = [random_load(num_requests, isl, osl, runner.vocab_size, seed, run) for run in range(repeat)]
+        peers = make_peers(
+            compare or [], config.model, batch_size=compare_batch, context=prefix_len + isl.high + osl.high + 8
+        )
+        loads = [random_load(num_requests, isl, osl, runner.vocab_size, seed, run, prefix_len) for run in range(repeat)]
         short = Lengths(min(8, osl.low), min(8, osl.low))
         warm_up = random_load(min(num_requests, compare_batch), isl, short, runner.vocab_size, seed, -1)
         rows = measure([runner, *peers], warm_up, loads, compare_repeat)
@@ -41,5 +45,5 @@ def run_throughput(
             print(table(record(profile, lambda: runner.run(loads[0]))), flush=True)
     finally:
         runner.close()
-    load = {"requests": num_requests, "input tokens": str(isl), "output tokens": str(osl), "repetitions": repeat}
-    return Report(f"throughput of {config.model}", load, rows)
+    load = {"requests": num_requests, "shared prefix": prefix_len, "input tokens": str(isl), "output tokens": str(osl)}
+    return Report(f"throughput of {config.model}", load | {"repetitions": repeat}, rows)

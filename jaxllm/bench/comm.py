@@ -1,0 +1,189 @@
+"""`jaxllm bench comm`: collectives over the axes of the mesh, by size: time and bandwidth.
+
+A program does one collective many times over, each on what the one before left, so that neither its launch nor the
+host is measured. Bandwidth on the bus is what nccl-tests calls busbw: the bytes that each rank has to send, whatever
+the algorithm, over the time; it compares with the speed of a link.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxllm.bench.report import aligned, machine
+from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.parallel.collectives import (
+    Axes,
+    all_reduce,
+    all_to_all,
+    gather_rows,
+    rank,
+    ranks,
+    reduce_scatter_rows,
+    rotate,
+)
+from jaxllm.parallel.mesh import AXES, make_mesh
+
+ITEM = 2  # bytes of bfloat16
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class CommRow:
+    """One collective at one size.
+
+    axes: of the mesh, joined by +. size: bytes on each rank, of the larger of what goes in and comes out.
+    microseconds: of one. bus: GB/s, see the module.
+    """
+
+    collective: str
+    axes: str
+    ranks: int
+    size: int
+    microseconds: float
+    bus: float
+
+
+def _own_rows(x: jax.Array, axes: Axes) -> jax.Array:
+    """This rank's share of the rows of x."""
+    rows = x.shape[0] // ranks(axes)
+    return jax.lax.dynamic_slice_in_dim(x, rank(axes) * rows, rows)
+
+
+def _gather(x: jax.Array, axes: Axes) -> jax.Array:
+    return gather_rows(_own_rows(x, axes), axes)
+
+
+def _scatter(x: jax.Array, axes: Axes) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, reduce_scatter_rows(x, axes), 0, 0)
+
+
+def _exchange(x: jax.Array, axes: Axes) -> jax.Array:
+    return all_to_all(x.reshape(ranks(axes), -1), axes).reshape(x.shape)
+
+
+def _pass_on(x: jax.Array, axes: Axes) -> jax.Array:
+    """To the next rank of the last axis; the ring that pipelines and ring attention use."""
+    return rotate(x, axes[-1])
+
+
+COLLECTIVES: dict[str, tuple[Callable[[jax.Array, Axes], jax.Array], Callable[[int], float]]] = {
+    "all_reduce": (all_reduce, lambda n: 2 * (n - 1) / n),
+    "all_gather": (_gather, lambda n: (n - 1) / n),
+    "reduce_scatter": (_scatter, lambda n: (n - 1) / n),
+    "all_to_all": (_exchange, lambda n: (n - 1) / n),
+    "ppermute": (_pass_on, lambda n: 1.0),
+}
+"""By name: one step of the loop, from x to an x of the same shape, and the share of x that crosses the bus."""
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`8K,1M` in bytes. Raises ConfigError."""
+    sizes = []
+    for part in text.split(","):
+        digits, unit = part.strip().upper().rstrip("IB"), ""
+        if digits[-1:] in UNITS and digits[-1:]:
+            digits, unit = digits[:-1], digits[-1]
+        if not digits.isdigit() or int(digits) < 1:
+            raise ConfigError(f"--sizes = {text!r} must be bytes, with K, M or G, for example 8K,1M,256M")
+        sizes.append(int(digits) * UNITS[unit])
+    return sizes
+
+
+def groups(mesh: Mesh) -> list[Axes]:
+    """The axes that collectives run over: each that is larger than one, and what dense weights are split over."""
+    single: list[Axes] = [(axis,) for axis in AXES if mesh.shape[axis] > 1]
+    both = ("ep", "tp")
+    return single + ([both] if all(mesh.shape[axis] > 1 for axis in both) else [])
+
+
+def run_comm(
+    config: EngineConfig, sizes: Sequence[int], collectives: Sequence[str] = tuple(COLLECTIVES), repeat: int = 3
+) -> list[CommRow]:
+    """Measures every collective over every group of axes of the layout, at every size.
+
+    Raises:
+        ConfigError: the layout has one device, or there is no collective of that name.
+        ValueError: there are fewer devices than the layout needs.
+    """
+    for name in collectives:
+        if name not in COLLECTIVES:
+            raise ConfigError(f"--collectives = {name!r} is not known; use {', '.join(COLLECTIVES)}")
+    mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+    mesh = make_mesh(mapping)
+    if mapping.world_size == 1:
+        raise ConfigError("one device has nobody to talk to; give --tp, --ep, --cp or --pp, for example --tp 2")
+    rows = []
+    for axes in groups(mesh):
+        count = int(np.prod([mesh.shape[axis] for axis in axes]))
+        for name in collectives:
+            if name == "ppermute" and len(axes) > 1:
+                continue  # a ring has one axis
+            for size in sizes:
+                elements = -(-size // (ITEM * count)) * count
+                seconds = _measure(mesh, axes, COLLECTIVES[name][0], elements, repeat)
+                bus = elements * ITEM * COLLECTIVES[name][1](count) / seconds / 1e9
+                rows.append(CommRow(name, "+".join(axes), count, elements * ITEM, 1e6 * seconds, bus))
+    return rows
+
+
+def _measure(
+    mesh: Mesh, axes: Axes, collective: Callable[[jax.Array, Axes], jax.Array], elements: int, repeat: int
+) -> float:
+    """Seconds of one collective on `elements` of each rank: the median of the repetitions."""
+    times = max(4, min(200, 2**26 // (elements * ITEM)))
+    everywhere = PartitionSpec(AXES)
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.shard_map, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    def run(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: collective(x, axes), x)
+
+    sharding = jax.sharding.NamedSharding(mesh, everywhere)
+    # Zeros: sums of sums stay finite.
+    x = jax.jit(lambda: jnp.zeros(mesh.size * elements, jnp.bfloat16), out_shardings=sharding)()
+    x = run(x).block_until_ready()
+    found = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        x = run(x).block_until_ready()
+        found.append((time.perf_counter() - began) / times)
+    return statistics.median(found)
+
+
+def emit(rows: Sequence[CommRow], json_path: str | None) -> None:
+    """Prints the table; writes the JSON to `json_path` too ("-": to stdout, instead of the table)."""
+    content: dict[str, Any] = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    if json_path == "-":
+        json.dump(content, sys.stdout, indent=2)
+        print()
+        return
+    cells = [["collective", "axes", "ranks", "size", "us", "GB/s on the bus"]]
+    for row in rows:
+        cells.append(
+            [row.collective, row.axes, str(row.ranks), in_words(row.size), f"{row.microseconds:.1f}", f"{row.bus:.2f}"]
+        )
+    print("\n".join(aligned(cells)), flush=True)
+    if json_path:
+        with open(json_path, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+
+
+def in_words(size: int) -> str:
+    """Bytes as 8 KiB, 1 MiB."""
+    for unit in ("G", "M", "K"):
+        if size >= UNITS[unit]:
+            return f"{size / UNITS[unit]:g} {unit}iB"
+    return f"{size} B"
