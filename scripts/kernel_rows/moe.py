@@ -63,7 +63,11 @@ def choices(E: int, X: int, T: int, count: int) -> np.ndarray:
 
 
 def speed(
-    shape: str, T: int, splits: tuple[Tiling, Tiling] | None = None, implementation: Any = cuda.implementation
+    shape: str,
+    T: int,
+    splits: tuple[Tiling, Tiling] | None = None,
+    implementation: Any = cuda.implementation,
+    **options: Any,
 ) -> dict[str, Any]:
     """Of the experts and the addition of the residual, each call with other experts."""
     E, X, D, F = SHAPES[shape]
@@ -72,7 +76,7 @@ def speed(
     gate_up, down = weights(shape)
     x = jax.random.normal(jax.random.key(1), (T, D), BF16)
     weight_TX = jnp.full((T, X), 1 / X, jnp.float32)
-    options = {} if splits is None else {"splits": splits}
+    options |= {} if splits is None else {"splits": splits}
     kernel = implementation(x, chosen[0], gate_up, down, activation="silu", of=E, **options)
 
     def chain(experts: Any, x: jax.Array, chosen: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
@@ -148,6 +152,9 @@ def rows() -> Iterator[Row]:
         many = partial(speed, shape, implementation=tiles_cuda.implementation)
         for T in MANY_TOKENS[shape]:
             yield Row(f"{'prefill' if T > 1000 else 'tiles'} {shape} T={T}", partial(many, T))
+        if shape == "qwen3-30b-a3b":
+            for T, ahead in ((1, 0), (1, 12_000_000), (8, 0)):
+                yield Row(f"ahead={ahead} T={T}", partial(speed, shape, T, ahead=ahead))
         for T, splits in SWEEPS.items() if shape == "qwen3-30b-a3b" else ():
             for name, split in splits.items():
                 yield Row(f"sweep T={T} {name}", partial(speed, shape, T, split))

@@ -23,6 +23,9 @@
 //   MS NS            products of a block in rows (ROWS = 16 / SPAN * MS) and columns (COLUMNS = 8 / SPAN * NS)
 //   WARPS DEPTH      of a block; groups of 64 * SPAN bytes of each row that a warp loads at a time
 //   BLOCKS           of a multiprocessor
+//   AHEAD            bytes of `ahead`, the weight that is read next, that a block lets the second-level cache fetch, from
+//   AHEAD_BYTES      of its expert: otherwise memory has nothing to do between two kernels
+#include "cluster.cuh"
 #include "stream.cuh"
 
 constexpr int HALF = 8 / SPAN;  // rows, and columns, of half of a product
@@ -52,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
     const u16* __restrict__ x,       // [PAIRS / SHARED_BY, INPUTS]
     const u16* __restrict__ weight,  // [EXPERTS, FEATURES, INPUTS]
     const int* __restrict__ work,
+    const u8* __restrict__ ahead,    // [EXPERTS, AHEAD_BYTES]
     u16* __restrict__ out            // [PAIRS, OUT_FEATURES]
 ) {
   DYNAMIC_SHARED(shared);
@@ -134,6 +138,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
       }
   }
 
+  if (AHEAD > 0 && warp == 0) {
+    const u32 at = tile * AHEAD + lane * (AHEAD / 32);
+    if (at + AHEAD / 32 <= AHEAD_BYTES) prefetch(ahead + (size_t)expert * AHEAD_BYTES + at, AHEAD / 32);
+  }
 #pragma unroll
   for (int m = 0; m < MS; m++)
 #pragma unroll

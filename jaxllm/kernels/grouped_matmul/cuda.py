@@ -28,6 +28,8 @@ FEW = 8
 MAX_COLUMNS = 32
 MEAN = 24
 """Tokens that an expert can expect, up to which the weights are what takes the time."""
+AHEAD = 24_000_000
+"""Bytes that the second-level cache holds until the next kernel reads them."""
 REGISTERS = 104
 """Of a thread, for its sums and what it loads at a time."""
 
@@ -101,9 +103,11 @@ def product(
     *,
     listed: bool,
     activation: str | None = None,
-) -> Kernel:
-    """One product: (x [pairs / shared_by, D], weight, work) -> [pairs, F], or half of F with an activation.
+    ahead: tuple[int, int] = (0, 0),
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """One product: (x [pairs / shared_by, D], weight, work, ahead) -> [pairs, F], or half of F with an activation.
 
+    ahead: bytes of the weight of this name that a block brings to the second-level cache, and that an expert has of it.
     Raises NotImplementedError where NVRTC refuses the kernel.
     """
     E, F, D = weight_EFD.shape
@@ -111,19 +115,24 @@ def product(
         "PAIRS": pairs, "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D,
         "GATED": ACTIVATIONS[activation], "LIST": int(listed),
         "SPAN": split.span, "MS": split.ms, "NS": split.ns, "WARPS": split.warps, "DEPTH": split.depth,
-        "BLOCKS": split.blocks,
+        "BLOCKS": split.blocks, "AHEAD": ahead[0], "AHEAD_BYTES": ahead[1],
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
-    out, rows = F // 2 if activation else F, split.rows
-    grid = -(-out // (rows // 2 if activation else rows)), records(pairs, E, split.columns) if listed else pairs
+    out = F // 2 if activation else F
+    grid = tiles(split, out, activation), records(pairs, E, split.columns) if listed else pairs
     result = jax.ShapeDtypeStruct((pairs, out), jnp.bfloat16)
 
-    def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array) -> jax.Array:
-        arguments = [x, weight_EFD, work]
+    def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array, ahead: jax.Array) -> jax.Array:
+        arguments = [x, weight_EFD, work, ahead]
         threads = split.warps * 32
         return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=threads, shared=split.shared)[0]
 
     return run
+
+
+def tiles(split: Tiling, out: int, activation: str | None) -> int:
+    """Blocks for the columns of a result."""
+    return -(-out // (split.rows // 2 if activation else split.rows))
 
 
 def make_list(pairs: int, experts: int, columns: int) -> Callable[[jax.Array], jax.Array]:
@@ -160,11 +169,13 @@ def implementation(
     activation: str,
     of: int,
     splits: tuple[Tiling, Tiling] | None = None,
+    ahead: int = AHEAD,
 ) -> Callable[..., jax.Array]:
     """What `api.experts` does, as a function of (x, chosen, weights, gate_up, down) in a program for an H100 or H200.
 
     Args:
       splits: of the first and the second product, with equal columns; None for good ones.
+      ahead: bytes of the second product's weight that are fetched during the first one, of few tokens.
 
     Raises:
       NotImplementedError: there is no kernel for these shapes and dtypes.
@@ -181,7 +192,9 @@ def implementation(
     if first.columns != second.columns:  # half a product of columns is none without `span`
         first, second = (tiling(T, 8, width) for width in (D, F))
     listed = min(FEW, first.columns) < T or T * X > 64
-    up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation)
+    blocks, of_expert = tiles(first, F, activation), D * F * 2
+    each = 0 if listed else min(of_expert // blocks, ahead // (blocks * T * X)) // 512 * 512
+    up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation, ahead=(each, of_expert))
     down = product(T * X, 1, down_EDF, second, listed=listed)
     list_work = make_list(T * X, E, first.columns) if listed else lambda chosen: chosen
 
@@ -189,7 +202,8 @@ def implementation(
         x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
     ) -> jax.Array:
         work = list_work(chosen_TX)
-        y_TXD = down(up(x_TD, gate_up_EFD, work), down_EDF, work).reshape(T, X, D)
+        hidden = up(x_TD, gate_up_EFD, work, down_EDF)
+        y_TXD = down(hidden, down_EDF, work, down_EDF).reshape(T, X, D)
         return weighted(y_TXD, chosen_TX, weights_TX, E)
 
     return run
