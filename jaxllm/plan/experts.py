@@ -110,8 +110,8 @@ def _deepseek(fields: Fields, fp8: bool, layout: Layout) -> Sizes:
     mine = -(-N // layout.size("heads"))
     # Decoding works on the latents themselves (the projections of keys and values absorbed into the queries).
     cache = Cache((latent + rope,), 2 * mine * (2 * latent + rope), 2 * mine * (nope + rope + value))
-    widest = max(2 * F // layout.size("ffn"), 2 * narrow * fields.integer("num_experts_per_tok") // layout.mapping.tp)
-    return w.model(fields, layers, cache, mine, mine * (nope + rope), widest)
+    of_experts = 2 * narrow * fields.integer("num_experts_per_tok") // layout.mapping.tp
+    return w.model(fields, layers, cache, mine, mine * (nope + rope), 2 * F // layout.size("ffn"), of_experts)
 
 
 class _Weights:
@@ -149,6 +149,7 @@ class _Weights:
         query_heads: int,
         query_width: int,
         ffn_width: int,
+        expert_width: int,
     ) -> Sizes:
         D, vocab, ranks = fields.integer("hidden_size"), fields.integer("vocab_size"), self.layout.size("vocab")
         padded = -(-vocab // ranks) * ranks
@@ -165,4 +166,5 @@ class _Weights:
             query_heads=query_heads,
             query_width=query_width,
             ffn_width=ffn_width,
+            expert_width=expert_width,
         )

@@ -3,12 +3,15 @@ experts: the greedy tokens of a Mixtral, a Qwen3-MoE, a DeepSeek-V3 and a gpt-os
 
 A chosen subset runs by default; all of them with
 
+    python -m tests.parallel.test_expert_layouts [MODEL ...] [FIRST:LAST:STEP]     prints the table as it goes
     python -m pytest -m slow tests/parallel/test_expert_layouts.py
 """
 
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,3 +147,32 @@ def test_experts_as_a_part_of_tensor_parallelism(caplog: pytest.LogCaptureFixtur
 def test_every_layout(case: Case) -> None:
     found, wanted = answers(case)
     assert found == wanted
+
+
+def main(arguments: list[str]) -> int:
+    """Runs layouts, and prints a row for each; 1 when any was wrong."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    models = [name for name in arguments if ":" not in name] or list(LAYERS)
+    first, last, step = (*next((map(int, a.split(":")) for a in arguments if ":" in a), (1, 10**6)), 1)[:3]
+    wrong = 0
+    for number, case in enumerate(every_case(), 1):
+        if case.model not in models or number not in range(first, last + 1, step):
+            continue
+        started = time.perf_counter()
+        try:
+            found, wanted = answers(case)
+            result = "equal" if found == wanted else "WRONG: other tokens"
+        except Exception as error:
+            result = f"WRONG: {type(error).__name__}: {str(error)[:120]!r}"
+        wrong += result != "equal"
+        row = f"{number:>4}  {case.model:<12}{case.tp:>2} {case.ep:>2} {case.pp:>2} {case.cp:>2}"
+        row += f"  {case.kind.name if case.kind else '-':<8}{'ADP' if case.attention_dp else '-':<4}{case.dispatch:<11}"
+        print(f"{row}  {time.perf_counter() - started:6.1f} s  {result}", flush=True)
+    print(f"{wrong} wrong")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -142,6 +142,31 @@ def test_experts():
     assert mixtral.stages[0].weights == pytest.approx(46.703e9 * 2 / 8, rel=1e-3)
 
 
+def test_wide_expert_parallelism():
+    """Attention data-parallel, experts over all 16 devices: each has all of attention, and a 16th of the rest."""
+    settings = {"tensor_parallel_size": 16, "moe_expert_parallel_size": 16, "enable_attention_dp": True}
+    settings |= {"devices": 16, "dtype": "bfloat16", "max_batch_size": 64, "max_num_tokens": 4096}
+    limit = {"moe_config": {"max_num_tokens": 8192}}
+    found = plan("DeepSeek-V3", **settings, **limit)
+    assert found.mapping == Mapping(ep=16, attention_dp=True) and found.ok
+    attention = 61 * (1536 * 7168 + 576 * 7168 + 24576 * 1536 + 32768 * 512 + 7168 * 16384)
+    split = 58 * 256 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432 + 58 * 3 * 7168 * 2048 + 2 * 129280 * 7168
+    router = 58 * 256 * 7168
+    assert found.stages[0].weights == pytest.approx(2 * (attention + split / 16 + router), rel=1e-3)
+    assert found.pool_tokens == 16 * (found.pages - 1) * 32, "each device has the pages of its own requests"
+    # 16 lanes of 4096 prompt tokens would be too many for the experts at a time.
+    whole = plan("DeepSeek-V3", **settings)
+    assert not whole.ok and "a step needs" in whole.problems[0]
+    assert whole.stages[0].activations > 1.5 * found.stages[0].activations
+    few = plan("DeepSeek-V3", **settings | {"max_batch_size": 8}, **limit)
+    steps = (found.prompt_collectives, found.decode_collectives, few.decode_collectives)
+    exchanged = ["tokens to their experts" in {c.where for c in step} for step in steps]
+    assert exchanged == [True, True, False], "few tokens are not worth the messages"
+    small = {"moe_config": {"load_balancer": {"num_slots": 288}, **limit["moe_config"]}}
+    copies = plan("DeepSeek-V3", **settings, **small)
+    assert copies.stages[0].weights - found.stages[0].weights == pytest.approx(2 * 58 * 2 * 3 * 7168 * 2048, rel=1e-3)
+
+
 def test_speeds_at_the_roofline():
     """Llama-3.1-8B on an H200 by hand: 16.06 GB at 4.3 TB/s; 1000 tokens x 2 x 7 B operations at 787 TF/s."""
     (one, *_, many) = plan("Llama-3.1-8B", load=Load(1000, 1000)).speeds
