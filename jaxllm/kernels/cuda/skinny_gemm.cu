@@ -139,14 +139,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
   // The block's part of x. Each thread later works on what it brought itself, 1 or 2 pieces at a time.
   const int first_token = warp / TOKEN_WARPS, first_unit = warp % TOKEN_WARPS * 32 + lane;
   constexpr int TOKEN_STEP = WARPS / TOKEN_WARPS, UNIT_STEP = TOKEN_WARPS * 32, UNIT = WEIGHT ? 2 : 1;
-  for (int token = first_token; token < TOKENS; token += TOKEN_STEP)
-    for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP)
+  constexpr int OWN_TOKENS = (TOKENS + TOKEN_STEP - 1) / TOKEN_STEP;
+  constexpr int UNITS = PIECES / UNIT, OWN_UNITS = (UNITS + UNIT_STEP - 1) / UNIT_STEP;
+  auto token_at = [&](int i) { return first_token + i * TOKEN_STEP; };
+  auto unit_at = [&](int i) { return first_unit + i * UNIT_STEP; };
+  for (int t = 0; t < OWN_TOKENS; t++)
+#pragma unroll 4
+    for (int u = 0; u < OWN_UNITS; u++)
 #pragma unroll
-      for (int piece = unit * UNIT; piece < unit * UNIT + UNIT; piece++) {
-        const bool inside = WHOLE || piece * 8 < inputs;
-        const u16* from = x + (size_t)token * INPUTS + (inside ? first + piece * 8 : 0);
-        cp_async_16(shared_address(shared + X + token * X_STRIDE + piece * 16), from, inside ? 16 : 0);
-      }
+      for (int piece = unit_at(u) * UNIT; piece < unit_at(u) * UNIT + UNIT; piece++)
+        if (token_at(t) < TOKENS && piece < PIECES) {
+          const bool inside = WHOLE || piece * 8 < inputs;
+          const u16* from = x + (size_t)token_at(t) * INPUTS + (inside ? first + piece * 8 : 0);
+          cp_async_16(shared_address(shared + X + token_at(t) * X_STRIDE + piece * 16), from, inside ? 16 : 0);
+        }
   cp_async_commit();
 
   // The next stage to be brought: its tile, its turn of that and its place in the ring.
@@ -174,39 +180,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
   cp_async_wait<STAGES - 1>();
 
   if (NORM) {
-    for (int token = first_token; token < TOKENS; token += TOKEN_STEP) {
+    for (int t = 0; t < OWN_TOKENS; t++) {
       float sum = 0.f;
-      for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP)
+#pragma unroll 8
+      for (int u = 0; u < OWN_UNITS; u++)
 #pragma unroll
-        for (int piece = unit * UNIT; piece < unit * UNIT + UNIT; piece++) {
-          const uint4 v = *(const uint4*)(shared + X + token * X_STRIDE + piece * 16);
-          sum += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
-        }
+        for (int piece = unit_at(u) * UNIT; piece < unit_at(u) * UNIT + UNIT; piece++)
+          if (token_at(t) < TOKENS && piece < PIECES) {
+            const uint4 v = *(const uint4*)(shared + X + token_at(t) * X_STRIDE + piece * 16);
+            sum += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
+          }
 #pragma unroll
       for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
-      if (lane < CLUSTER) give(squares + (token * CLUSTER + rank) * TOKEN_WARPS + warp % TOKEN_WARPS, lane, sum);
+      if (lane < CLUSTER && token_at(t) < TOKENS)
+        give(squares + (token_at(t) * CLUSTER + rank) * TOKEN_WARPS + warp % TOKEN_WARPS, lane, sum);
     }
     sync_all();
   }
-  if (NORM || WEIGHT)
-    for (int token = first_token; token < TOKENS; token += TOKEN_STEP) {
-      float factor = 0.f;
-      if (NORM) {
-        for (int i = 0; i < CLUSTER * TOKEN_WARPS; i++) factor += squares[token * CLUSTER * TOKEN_WARPS + i];
-        factor = rsqrtf(factor / INPUTS + EPS);
+  if (NORM || WEIGHT) {
+    float factor[OWN_TOKENS] = {};
+#pragma unroll
+    for (int t = 0; t < OWN_TOKENS; t++)
+      if (NORM && token_at(t) < TOKENS) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < CLUSTER * TOKEN_WARPS; i++) sum += squares[token_at(t) * CLUSTER * TOKEN_WARPS + i];
+        factor[t] = rsqrtf(sum / INPUTS + EPS);
       }
-      for (int unit = first_unit; unit < PIECES / UNIT; unit += UNIT_STEP) {
-        uint4* const at = (uint4*)(shared + X + token * X_STRIDE + unit * UNIT * 16);
+#pragma unroll 4
+    for (int u = 0; u < OWN_UNITS; u++) {
+      if (unit_at(u) >= UNITS) continue;
+      float4 weights[UNIT][2];
+#pragma unroll
+      for (int i = 0; i < UNIT; i++) {
+        const int input = (unit_at(u) * UNIT + i) * 8;
+        const bool inside = NORM && (WHOLE || input < inputs);
+        const float4* from = (const float4*)(norm + first + input);
+#pragma unroll
+        for (int j = 0; j < 2; j++) weights[i][j] = inside ? __ldg(from + j) : make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+#pragma unroll
+      for (int t = 0; t < OWN_TOKENS; t++) {
+        if (token_at(t) >= TOKENS) continue;
+        uint4* const at = (uint4*)(shared + X + token_at(t) * X_STRIDE + unit_at(u) * UNIT * 16);
         uint4 v[UNIT];
 #pragma unroll
         for (int i = 0; i < UNIT; i++) {
           v[i] = at[i];
-          const int input = (unit * UNIT + i) * 8;
-          if (NORM && (WHOLE || input < inputs)) {
-            const float4* weights = (const float4*)(norm + first + input);
-            const float4 a = __ldg(weights), b = __ldg(weights + 1);
-            v[i].x = normed(v[i].x, factor, a.x, a.y), v[i].y = normed(v[i].y, factor, a.z, a.w);
-            v[i].z = normed(v[i].z, factor, b.x, b.y), v[i].w = normed(v[i].w, factor, b.z, b.w);
+          if (NORM) {
+            const float4 a = weights[i][0], b = weights[i][1];
+            v[i].x = normed(v[i].x, factor[t], a.x, a.y), v[i].y = normed(v[i].y, factor[t], a.z, a.w);
+            v[i].z = normed(v[i].z, factor[t], b.x, b.y), v[i].w = normed(v[i].w, factor[t], b.z, b.w);
           }
         }
         // Values of 1 byte come out of `widen` in this order: of 16, those at even places, then the others.
@@ -221,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
         for (int i = 0; i < UNIT; i++) at[i] = v[i];
       }
     }
+  }
   __syncthreads();
 
   // What this lane reads of a stage and of x for ldmatrix: a row or token of one of four matrices of 8 by 16 bytes.
