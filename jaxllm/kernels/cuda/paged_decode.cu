@@ -217,8 +217,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
   int done;  // blocks of the run
   auto begin_run = [&]() {
     run = walk.take(rows, 0x7fffffff);
+    if (!run.blocks) return false;
     done = 0;
-    load_queries(query, q, run.row, run.item, lane);  // of row 0 at the end
+    load_queries(query, q, run.row, run.item, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = lane / 4 + half * 8;
@@ -230,11 +231,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
     }
 #pragma unroll
     for (int n = 0; n < H / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
+    return true;
   };
 #pragma unroll 1
   for (int s = 0; s < STAGES; ++s) copy(s);
-  begin_run();
-  for (int stage = 0; run.blocks; stage = stage + 1 == STAGES ? 0 : stage + 1) {
+  if (!begin_run()) return;
+  for (int stage = 0;; stage = stage + 1 == STAGES ? 0 : stage + 1) {
     cp_async_wait<STAGES - 1>();
     __syncwarp();
     const int token = run.token + done * BLOCK + warp * TOKENS;
@@ -299,9 +301,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
         float* const mine = (float*)(shared + (warp * STAGES + stage) * STAGE);
         if (lane / 4 + half * 8 < M)
 #pragma unroll
-          for (int n = 0; n < H / 8; ++n)
+          for (int n = 0; n < H / 8; n += 2)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) mine[result_at(lane / 4, dim_of(n, i, lane))] = o[n][2 * half + i];
+            for (int i = 0; i < 2; ++i) {  // two dims that follow each other
+              const float2 two = FP8 ? make_float2(o[n][2 * half + i], o[n + 1][2 * half + i])
+                                     : make_float2(o[n + i][2 * half], o[n + i][2 * half + 1]);
+              *(float2*)(mine + result_at(lane / 4, FP8 ? dim_of(n, i, lane) : dim_of(n + i, 0, lane))) = two;
+            }
         __syncthreads();
         for (int i = 2 * threadIdx.x; i < min(M - half * 8, 8) * H; i += 2 * THREADS) {
           const int m = half * 8 + i / H, d = i % H;
@@ -341,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) paged_decode(
           });
         }
       }
-      begin_run();
+      if (!begin_run()) break;
     }
     copy(stage);
   }
