@@ -147,6 +147,7 @@ class Engine:
         phases, clock = ("schedule", "pack", "dispatch", "update"), self._clock
         return {
             **self._counts,
+            "step_seconds": self.iterations.total_seconds,
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
             "preemptions": self._scheduler.num_preemptions,

@@ -40,6 +40,7 @@ class IterationLog:
         self._launched: deque[float] = deque()
         self._arrived = 0.0
         self._number = 0
+        self.total_seconds = 0.0
 
     def launched(self) -> None:
         """A step is on its way."""
@@ -51,6 +52,7 @@ class IterationLog:
         began = max(self._launched.popleft(), self._arrived)
         self._arrived = now
         self._number += 1
+        self.total_seconds += now - began
         return now - began
 
     def add(self, seconds: float, *figures: int) -> None:

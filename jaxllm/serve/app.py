@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -36,6 +37,12 @@ from jaxllm.serve.server import Server
 
 T = TypeVar("T")
 AnyJob = Job | ResponseJob
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
 _HEALTH_GENERATE_SECONDS = 20.0
 _ITERATION_FIELDS = [one.name for one in fields(Iteration)]
 
@@ -265,7 +272,11 @@ def make_app(server: Server) -> ASGIApp:
             raise bad_request(f"since = {since!r} must be the number of an iteration", "since")
         return Answer(_iteration_stats(server, int(since)))
 
+    async def page(request: Request) -> Response:
+        return Response(_PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
+
     routes = [
+        Route("/", page),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),

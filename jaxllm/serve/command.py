@@ -13,7 +13,8 @@ from jaxllm.serve.settings import ServeConfig, split_settings
 
 EXAMPLES = """\
 Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; /tokenize, /detokenize; /health,
-/health_generate, /version, /metrics (Prometheus), /iteration_stats. Needs an extra: pip install "jaxllm[serve]".
+/v1/responses; /health_generate, /version, /metrics (Prometheus), /iteration_stats; at / a page to chat and to watch
+the engine. Needs an extra: pip install "jaxllm[serve]".
 --config may hold these settings beside those of the engine; options win over it.
 
 examples:
@@ -69,7 +70,7 @@ def add_server_options(parser: Parser) -> None:
         "--num-serve-frontends", type=positive, metavar="N", help="processes for HTTP and text (default: 1)"
     )
     group.add_argument(
-        "--api-key", metavar="KEY", help="bearer token; every route but /health and /metrics asks for it"
+        "--api-key", metavar="KEY", help="bearer token; every route but /, /health and /metrics asks for it"
     )
     group.add_argument(
         "--tool-parser", choices=choices(ServeConfig, "tool_parser"), help="form of tool calls (default: auto)"

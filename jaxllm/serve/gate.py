@@ -18,7 +18,8 @@ from jaxllm.serve.server import Server
 
 logger = logging.getLogger("jaxllm.serve.access")
 
-OPEN_ROUTES = frozenset({"/health", "/metrics"})
+# The page holds nothing but itself, and is where a person gives the key.
+OPEN_ROUTES = frozenset({"/", "/health", "/metrics"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 

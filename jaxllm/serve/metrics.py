@@ -112,6 +112,7 @@ class _EngineCollector(Collector):
             "prefix_cache_queries": ("Prompt tokens looked up.", (stats["cache_hits"] + stats["cache_misses"]) * page),
             "prefix_cache_hits": ("Prompt tokens found.", stats["cache_hits"] * page),
             "iterations": ("Steps of the device.", stats["steps"]),
+            "iteration_seconds": ("Time of these steps.", stats["step_seconds"]),
         }
         for name, (text, value) in gauges.items():
             yield self._one(GaugeMetricFamily, name, text, value)

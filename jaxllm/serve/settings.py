@@ -17,7 +17,7 @@ class ServeConfig(Strict):
         host, port: where to listen; port 0 takes a free one.
         served_model_name: the name that clients use; None = the model as it was given.
         num_serve_frontends: processes that speak HTTP, tokenise and make text.
-        api_key: bearer token that every route but /health and /metrics asks for; None = none.
+        api_key: bearer token that every route but /, /health and /metrics asks for; None = none.
         ssl_certfile, ssl_keyfile: PEM files; both or neither.
         tool_parser: the form in which the model writes tool calls; "auto" goes by its chat template.
         reasoning_parser: the form of its reasoning, which answers give as reasoning_content; "auto" as above.
