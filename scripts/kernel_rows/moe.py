@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_rows._measure import Row, difference, rate, time_call
 
-from jaxllm.kernels.grouped_matmul import cuda, reference, tiles_cuda
+from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.router import cuda as router
 
@@ -115,8 +115,13 @@ def right() -> dict[str, Any]:
     plain = jax.jit(partial(reference.experts, activation="silu", of=16))
     few = ((1, 8, 16, 2048, 768), (8, 2, 8, 1024, 1792), (64, 8, 16, 512, 384), (200, 2, 16, 256, 96))
     many = ((600, 2, 4, 512, 256), (1000, 4, 16, 256, 384))
-    for T, X, E, D, F in (*few, *many):
-        implementation = cuda.implementation if T < 600 else tiles_cuda.implementation
+    cases = [
+        *((cuda, c) for c in few),
+        *((ring_cuda, c) for c in (*few[:2], (20, 2, 16, 512, 384))),
+        *((tiles_cuda, c) for c in many),
+    ]
+    for module, (T, X, E, D, F) in cases:
+        implementation = module.implementation
         rng = np.random.default_rng(T)
         x, gate_up, down = (
             jnp.asarray(rng.standard_normal(s, np.float32) / s[-1] ** 0.5, BF16)
@@ -152,6 +157,8 @@ def rows() -> Iterator[Row]:
         many = partial(speed, shape, implementation=tiles_cuda.implementation)
         for T in MANY_TOKENS[shape]:
             yield Row(f"{'prefill' if T > 1000 else 'tiles'} {shape} T={T}", partial(many, T))
+        for T in {"qwen3-30b-a3b": (1, 16, 64), "mixtral-8x7b": (16,)}.get(shape, ()):
+            yield Row(f"ring {shape} T={T}", partial(speed, shape, T, implementation=ring_cuda.implementation))
         if shape == "qwen3-30b-a3b":
             for T, ahead in ((1, 0), (1, 12_000_000), (8, 0)):
                 yield Row(f"ahead={ahead} T={T}", partial(speed, shape, T, ahead=ahead))

@@ -1,0 +1,171 @@
+// What grouped_skinny.cu computes, for lists of work: blocks that stay, and rings that never run dry.
+//
+// A tile is ROWS rows of one expert's weight and up to COLUMNS of its pairs. Blocks stay on their multiprocessor and take
+// tile after tile. A warp has its own lines of 128 bytes of each row, and its own ring of STAGES stages in shared memory
+// (a line of each row of the weight, and of each pair), which it fills by asynchronous copies and empties by itself:
+// STAGES - 1 stages of each warp are under way at any time, over the ends of tiles. The warps' sums are added up in a
+// fixed order, in float32, from one of two buffers in turn, so that a tile takes one barrier.
+//
+//   EXPERTS SHARED_BY FEATURES INPUTS GATED  as in grouped_skinny.cu
+//   RECORDS          of `work`, as it is there with LIST
+//   MS NS            ROWS = 16 * MS, COLUMNS = 8 * NS
+//   WARPS STAGES BLOCKS  of a block; of a warp; of a multiprocessor
+#include "stream.cuh"
+
+constexpr int THREADS = WARPS * 32, ROWS = MS * 16, COLUMNS = NS * 8, RECORD = 1 + COLUMNS;
+constexpr int LINE = 64, LINES = INPUTS / LINE, TURNS = (LINES + WARPS - 1) / WARPS;  // of a row; of a warp in a tile
+constexpr bool WHOLE = LINES % WARPS == 0;
+constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
+constexpr int TILES = (OUT_FEATURES + OUT_ROWS - 1) / OUT_ROWS, ITEMS = RECORDS * TILES;
+constexpr int STAGE = (ROWS + COLUMNS) * 128, SUM_STRIDE = ROWS + 4;
+// Shared memory: the rings [WARPS, STAGES, STAGE], and twice sums [WARPS, COLUMNS, SUM_STRIDE] and pairs [COLUMNS].
+constexpr int SUMS_AT = WARPS * STAGES * STAGE, SUMS = WARPS * COLUMNS * SUM_STRIDE, BUFFER = (SUMS + COLUMNS) * 4;
+static_assert(INPUTS % LINE == 0, "sizes");
+
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
+DEVICE float activation(float x) {
+  return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
+}
+// The row of the weight that lies at `row` of a tile. Gated: 8 rows of the gate, the same 8 of up, and so on.
+DEVICE int weight_row(int tile, int row) {
+  const int out = tile * OUT_ROWS + (GATED ? row / 16 * 8 + row % 8 : row);
+  const int inside = OUT_FEATURES % OUT_ROWS == 0 ? out : min(out, OUT_FEATURES - 1);
+  return inside + (GATED && row % 16 >= 8 ? OUT_FEATURES : 0);
+}
+
+// What a lane needs of a record: the expert, and the pairs of the columns that it copies, which are 4 apart.
+struct Work {
+  int expert, pair[COLUMNS / 4];
+
+  DEVICE void fetch(const int* __restrict__ work, int item, int lane) {
+    const bool there = item < ITEMS;
+    const int* const record = work + (there ? item / TILES : 0) * RECORD;
+    expert = __ldg(record);
+    if (!there) expert = -1;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 4; i++) pair[i] = __ldg(record + 1 + i * 4 + lane / 8);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_ring(
+    const u16* __restrict__ x,       // [PAIRS / SHARED_BY, INPUTS]
+    const u16* __restrict__ weight,  // [EXPERTS, FEATURES, INPUTS]
+    const int* __restrict__ work,    // [RECORDS, RECORD]
+    u16* __restrict__ out            // [PAIRS, OUT_FEATURES]
+) {
+  DYNAMIC_SHARED(shared);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = lane / 4, quarter = lane % 4;
+  u8* const ring = shared + warp * STAGES * STAGE;
+  const u32 ring_at = shared_address(ring);
+  // Copies: 16 bytes at `piece` of rows `line`, line + 4, ...; odd rows have their halves swapped, so that the 8 pieces of
+  // 16 bytes that are read at once touch all banks.
+  const int line = lane / 8, piece = lane % 8;
+  const u32 to = line * 128 + ((piece ^ (line % 2 * 4)) << 4);
+
+  Work now, next;
+  now.fetch(work, blockIdx.x, lane);
+  next.fetch(work, blockIdx.x + gridDim.x, lane);
+  int item = blockIdx.x, turn = 0, slot = 0;  // of the next copy
+  const u16 *from = nullptr, *inputs[COLUMNS / 4];
+  // Copies one stage; an empty one where there is no more work.
+  auto issue = [&]() {
+    if (now.expert >= 0) {
+      if (turn == 0) {
+        from = weight + (size_t)now.expert * FEATURES * INPUTS + warp * LINE + piece * 8;
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 4; i++)
+          inputs[i] = x + (size_t)(max(now.pair[i], 0) / SHARED_BY) * INPUTS + warp * LINE + piece * 8;
+      }
+      const u32 stage = ring_at + slot * STAGE + to;
+      const int at = turn * WARPS * LINE;
+      const bool real = WHOLE || turn * WARPS + warp < LINES;
+#pragma unroll
+      for (int i = 0; i < ROWS / 4; i++) {
+        const size_t r = weight_row(item % TILES, i * 4 + line);
+        cp_async_16(stage + i * 4 * 128, real ? from + r * INPUTS + at : from, real ? 16 : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 4; i++) {
+        const bool there = real && now.pair[i] >= 0;
+        cp_async_16(stage + (ROWS + i * 4) * 128, there ? inputs[i] + at : x, there ? 16 : 0);
+      }
+      if (++turn == TURNS) {
+        turn = 0;
+        item += gridDim.x;
+        now = next;
+        next.fetch(work, item + gridDim.x, lane);
+      }
+    }
+    if (++slot == STAGES) slot = 0;
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) issue();
+
+  int place = 0, buffer = 0;
+  for (int done = blockIdx.x; done < ITEMS; done += gridDim.x) {
+    const int* const record = work + done / TILES * RECORD;
+    if (__ldg(record) < 0) break;
+    const int tile = done % TILES;
+    float* const sums = (float*)(shared + SUMS_AT + buffer * BUFFER);
+    int* const pairs = (int*)(sums + SUMS);
+    if (thread < COLUMNS) pairs[thread] = __ldg(record + 1 + thread);
+    float acc[MS][NS][4] = {};
+#pragma unroll 1
+    for (int i = 0; i < TURNS; i++) {
+      cp_async_wait<STAGES - 2>();
+      __syncwarp();  // all lanes' copies have landed, and nobody reads the stage before this one any more
+      issue();
+      const u8* const stage = ring + place * STAGE + row * 128;
+      if (++place == STAGES) place = 0;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int at = ((half * 4 + quarter) ^ (row % 2 * 4)) * 16;
+        uint4 b[NS];
+#pragma unroll
+        for (int n = 0; n < NS; n++) b[n] = *(const uint4*)(stage + (ROWS + n * 8) * 128 + at);
+#pragma unroll
+        for (int m = 0; m < MS; m++) {
+          const uint4 top = *(const uint4*)(stage + m * 16 * 128 + at);
+          const uint4 bottom = *(const uint4*)(stage + (m * 16 + 8) * 128 + at);
+          const u32 low[4] = {top.x, bottom.x, top.y, bottom.y}, high[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+          for (int n = 0; n < NS; n++) {
+            mma_bf16(acc[m][n], low, b[n].x, b[n].y);
+            mma_bf16(acc[m][n], high, b[n].z, b[n].w);
+          }
+        }
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int m = 0; m < MS; m++)
+#pragma unroll
+      for (int n = 0; n < NS; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          sums[(warp * COLUMNS + n * 8 + quarter * 2 + j % 2) * SUM_STRIDE + m * 16 + row + j / 2 * 8] = acc[m][n][j];
+    __syncthreads();
+    auto total = [&](int column, int r) {
+      const float* const of = sums + column * SUM_STRIDE + r;
+      float sum = of[0];
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) sum += of[w * COLUMNS * SUM_STRIDE];
+      return sum;
+    };
+    for (int i = thread; i < COLUMNS * OUT_ROWS; i += THREADS) {
+      const int column = i / OUT_ROWS, r = i % OUT_ROWS, feature = tile * OUT_ROWS + r, pair = pairs[column];
+      if (pair < 0 || feature >= OUT_FEATURES) continue;
+      float value;
+      if (GATED) {
+        const int gate = r / 8 * 16 + r % 8;
+        value = activation(total(column, gate)) * total(column, gate + 8);
+      } else {
+        value = total(column, r);
+      }
+      out[(size_t)pair * OUT_FEATURES + feature] = (u16)pack_bf16(value, 0.f);
+    }
+    buffer ^= 1;
+  }
+  cp_async_wait<0>();
+}

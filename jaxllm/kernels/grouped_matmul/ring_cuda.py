@@ -1,0 +1,108 @@
+"""Experts of some tokens each on a Hopper GPU, by `cuda/grouped_ring.cu`: blocks that stay, and copy all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.grouped_matmul import cuda
+
+KERNEL = "grouped_ring"
+LINE = 64
+"""Inputs in 128 bytes of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the work is split; see the kernel."""
+
+    ms: int
+    ns: int
+    warps: int
+    stages: int
+    blocks: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        rows, columns = self.ms * 16, self.ns * 8
+        ring = self.warps * self.stages * (rows + columns) * 128
+        return ring + 2 * 4 * (self.warps * columns * (rows + 4) + columns)
+
+
+def tiling(inputs: int) -> Tiling:
+    """A good split for 8 columns: two blocks on a multiprocessor, with as many stages as fit."""
+    lines = inputs // LINE
+    warps = next((warps for warps in (8, 6, 4) if lines % warps == 0), 8)
+    options = [Tiling(1, 1, warps, stages, 2) for stages in range(8, 1, -1)]
+    return next(option for option in options if option.shared <= call.MAX_SHARED // 2 - 1024 or option.stages == 2)
+
+
+def product(
+    pairs: int,
+    shared_by: int,
+    weight_EFD: jax.Array | jax.ShapeDtypeStruct,
+    split: Tiling,
+    *,
+    activation: str | None = None,
+) -> cuda.Kernel:
+    """As `cuda.product`, of a list."""
+    E, F, D = weight_EFD.shape
+    if D % LINE:
+        raise NotImplementedError(f"{D} inputs")
+    macros = {
+        "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D, "GATED": cuda.ACTIVATIONS[activation],
+        "RECORDS": cuda.records(pairs, E, split.ns * 8), "MS": split.ms, "NS": split.ns, "WARPS": split.warps,
+        "STAGES": split.stages, "BLOCKS": split.blocks,
+    }  # fmt: skip
+    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    result = jax.ShapeDtypeStruct((pairs, F // 2 if activation else F), jnp.bfloat16)
+    grid, threads = (call.SMS * split.blocks,), split.warps * 32
+
+    def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array) -> jax.Array:
+        arguments = [x, weight_EFD, work]
+        return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=threads, shared=split.shared)[0]
+
+    return run
+
+
+def implementation(
+    x_TD: jax.Array | jax.ShapeDtypeStruct,
+    chosen_TX: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
+    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    activation: str,
+    of: int,
+    splits: tuple[Tiling, Tiling] | None = None,
+) -> Callable[..., jax.Array]:
+    """As `cuda.implementation`."""
+    (T, D), X, (E, _, F) = x_TD.shape, chosen_TX.shape[1], down_EDF.shape
+    if any(a.dtype != jnp.bfloat16 for a in (x_TD, gate_up_EFD, down_EDF)) or activation not in cuda.ACTIVATIONS:
+        raise NotImplementedError(f"{gate_up_EFD.dtype} weights, {x_TD.dtype} activations and {activation}")
+    if splits is None:
+        if cuda.columns(T, X, of) > 8:
+            raise NotImplementedError("many tokens for each expert")
+        splits = tiling(D), tiling(F)
+    first, second = splits
+    up = product(T * X, X, gate_up_EFD, first, activation=activation)
+    down = product(T * X, 1, down_EDF, second)
+    list_work = cuda.make_list(T * X, E, first.ns * 8)
+
+    def run(
+        x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
+    ) -> jax.Array:
+        work = list_work(chosen_TX)
+        y_TXD = down(up(x_TD, gate_up_EFD, work), down_EDF, work).reshape(T, X, D)
+        return cuda.weighted(y_TXD, chosen_TX, weights_TX, E)
+
+    return run
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernel is wrong on a small input; to be run on a GPU."""
+    cuda.compare(KERNEL, implementation, ((2, 4, 16, 512, 128), (40, 2, 5, 256, 64)))
