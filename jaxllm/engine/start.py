@@ -106,7 +106,7 @@ def start(config: EngineConfig) -> Started:
         ]
         sizes = Sizes.choose(config, defaults, mapping)
     with phase("weights"):
-        weights = _load(config, cfg, files, stages)
+        weights = load_weights(config, cfg, files, stages)
         for functions, params in zip(stages, weights, strict=True):
             _fill_tables(functions, params)
         jax.block_until_ready(weights)
@@ -211,7 +211,7 @@ def _make_scheduler(
     )
 
 
-def _load(
+def load_weights(
     config: EngineConfig, cfg: ModelConfig, files: ModelFiles, stages: list[StepFunctions]
 ) -> list[dict[str, jax.Array]]:
     """The parameters of each stage, on its devices."""
