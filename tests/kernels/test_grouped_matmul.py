@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm.bins import Bins
+from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.grouped_matmul import api, reference
 
 CHOICES = ("even", "one", "few", "elsewhere")
@@ -108,3 +111,34 @@ def test_bins() -> None:
     place, here = bins.places(wanted, 2, 2)
     assert here.tolist() == [[False] * 2, [False] * 2, [True, False], [False] * 2, [True, True]]
     assert place[2, 0] == 4 and place[4].tolist() == [5, 5]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Programs are made for an H200, with kernels of no code."""
+    monkeypatch.setattr(rtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(rtc, "compile_ptx", lambda source, macros: f"// {source}")
+    monkeypatch.setattr(call, "_refused", {})
+    monkeypatch.delenv("JAXLLM_CUDA", raising=False)
+    call.describe_target("9.0")
+    yield
+    call.describe_target(None)
+
+
+@pytest.mark.parametrize(
+    ("T", "F", "dtype", "kernels"),
+    [
+        (2, 128, jnp.bfloat16, ["grouped_skinny", "grouped_skinny"]),
+        (30, 128, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
+        (300, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),
+        (300, 96, jnp.bfloat16, []),  # no tile of 256 rows
+        (2, 128, jnp.float32, []),
+    ],
+)
+def test_which_kernels_a_program_has(T: int, F: int, dtype, kernels: list[str], hopper) -> None:
+    D, E, X = 256, 8, 2
+    shapes = ((T, D), dtype), ((T, X), jnp.int32), ((T, X), jnp.float32), ((E, 2 * F, D), dtype), ((E, D, F), dtype)
+    run = jax.jit(lambda *a: api.experts(*a, activation="silu", of=E))
+    traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r'name = "(grouped_\w+)"', text) == kernels
