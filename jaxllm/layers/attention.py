@@ -19,7 +19,7 @@ from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import param
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
-from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.collectives import Axes, Stream
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -67,13 +67,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
         batch: AttentionBatch,
         spread: Axes = (),
         residual: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVPages]:
+    ) -> tuple[Stream, KVPages]:
         """The attention of a step on what `norm` makes of x, added to the residual, and the written pages.
 
         The rows of x_TD and of the result are split over `spread`.

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxllm.kernels.linear import api
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.parallel.collectives import Axes, gather_rows, ranks, sum_partial
+from jaxllm.parallel.collectives import Axes, Stream, gather_rows, ranks, sum_later, sum_partial
 
 if TYPE_CHECKING:
     from jaxllm.layers.norm import RMSNorm
@@ -54,8 +54,8 @@ class RowLinear(nnx.Module):
         """This rank's part of the sum, without the bias."""
         return api.linear(x_TD, self.weight[...])
 
-    def __call__(self, x_TD: jax.Array, tokens: Axes = (), *, residual: jax.Array | None = None) -> jax.Array:
-        """The product with x, added to the residual.
+    def __call__(self, x_TD: jax.Array, tokens: Axes = (), *, residual: jax.Array | None = None) -> Stream:
+        """The product with x, added to the residual; then the last sum may be left to `settle`.
 
         tokens: where the rows are those of several ranks, and each wants its own back, it is a reduce-scatter.
         """
@@ -63,6 +63,9 @@ class RowLinear(nnx.Module):
         if ranks((*self.axes, *tokens)) == 1:
             return api.linear(x_TD, self.weight[...], bias_F=bias, residual=residual)
         if bias is None:
-            return sum_partial(self.partial(x_TD), self.axes, tokens, residual)
+            part_TD = self.partial(x_TD)
+            if residual is not None:
+                return sum_later(part_TD, self.axes, tokens, residual)
+            return sum_partial(part_TD, self.axes, tokens)
         y = sum_partial(self.partial(x_TD), self.axes, tokens) + bias
         return y if residual is None else residual + y

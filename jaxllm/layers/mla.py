@@ -29,7 +29,7 @@ from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import param
 from jaxllm.mapping import CpType
-from jaxllm.parallel.collectives import Axes, gather_rows
+from jaxllm.parallel.collectives import Axes, Stream, gather_rows
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -92,19 +92,19 @@ class MLA(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
         batch: AttentionBatch,
         spread: Axes = (),
         residual: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVPages]:
+    ) -> tuple[Stream, KVPages]:
         """As `Attention.__call__`; kv holds latents, kv_PYKOH with Y = K = 1 and H = rank + rope."""
         sizes, kind = self.sizes, self.layout.cp_type
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
         N = groups * self.heads.q_heads
-        x_TD = gather_rows(norm(x_TD), spread)
+        x_TD = gather_rows(x_TD if norm is None else norm(x_TD), spread)
         T, dtype = x_TD.shape[0], x_TD.dtype
         latents = self.latents(x_TD)
         query, latent, key = jnp.split(latents, [latents.shape[1] - sizes.width, latents.shape[1] - sizes.rope], axis=1)

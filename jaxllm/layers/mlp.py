@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
-from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.collectives import Axes, Stream
 
 
 class GatedMLP(nnx.Module):
@@ -21,8 +21,8 @@ class GatedMLP(nnx.Module):
         return self.down.partial(self.gate_up(x_TD, activation=self.activation))
 
     def __call__(
-        self, x_TD: jax.Array, norm: RMSNorm, tokens: Axes = (), residual: jax.Array | None = None
-    ) -> jax.Array:
+        self, x_TD: jax.Array, norm: RMSNorm | None, tokens: Axes = (), residual: jax.Array | None = None
+    ) -> Stream:
         """The layer on what `norm` makes of x, added to the residual.
 
         tokens: the ranks whose rows are brought together before the product; each gets its own back.

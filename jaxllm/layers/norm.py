@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.layers.quantize import param
+from jaxllm.parallel.collectives import Stream, settle
 from jaxllm.parallel.params import ParamSpec
 
 
@@ -19,3 +20,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, (self.weight[...], self.eps))
+
+    def settle(self, x: Stream) -> tuple[jax.Array, jax.Array, RMSNorm | None]:
+        """x, summed; what to go on with; and the norm of that, which is this one unless it was made with the sum."""
+        x_TD, normed_TD = settle(x, (self.weight[...], self.eps))
+        return (x_TD, x_TD, self) if normed_TD is None else (x_TD, normed_TD, None)

@@ -34,7 +34,7 @@ from jaxllm.layers.quantize import Declared
 from jaxllm.layers.rope import RopeConfig, cos_sin
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
 from jaxllm.models.quantization import HEAD
-from jaxllm.parallel.collectives import Axes, current_exchange, exchanging
+from jaxllm.parallel.collectives import Axes, Stream, current_exchange, exchanging, settle
 from jaxllm.parallel.collectives import rank as rank_of
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
@@ -144,27 +144,32 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
-    ) -> tuple[jax.Array, KVPages, jax.Array | None]:
+        self, x: Stream, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
+    ) -> tuple[Stream, KVPages, jax.Array | None]:
         """The layer on x, the written pages, and the tokens of each expert where they are counted."""
         load_E = None
-        spread = self.layout.spread(batch.tokens, x_TD.shape[1])
         # Where there is no norm between, the product itself adds the residual.
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
+            x_TD, y_TD, norm = self.input_norm.settle(x)
+            spread = self.layout.spread(batch.tokens, x_TD.shape[1])
             residual = x_TD if post_attention is None else None
-            y, kv = self.attention(x_TD, self.input_norm, rope, kv, batch, spread, residual)
-            x_TD = y if post_attention is None else x_TD + post_attention(y)
+            x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
+            x = x if post_attention is None else x_TD + post_attention(settle(x)[0])
         with jax.named_scope("mlp"):
+            if isinstance(self.mlp, MoE):  # which has a kernel for norm and router
+                x_TD = settle(x)[0]
+            else:
+                x_TD, y_TD, norm = self.mlp_norm.settle(x)
             residual = x_TD if post_mlp is None else None
             tokens = spread or self.layout.axes("requests")
             if isinstance(self.mlp, MoE):
                 valid_T = self._valid(batch, spread, x_TD.shape[0]) if self.layout.counts_loads else None
-                y, load_E = self.mlp(x_TD, self.mlp_norm, tokens, residual, valid_T)
+                x, load_E = self.mlp(x_TD, self.mlp_norm, tokens, residual, valid_T)
             else:
-                y = self.mlp(x_TD, self.mlp_norm, tokens, residual)
-            x_TD = y if post_mlp is None else x_TD + post_mlp(y)
-        return x_TD, kv, load_E
+                x = self.mlp(y_TD, norm, tokens, residual)
+            x = x if post_mlp is None else x_TD + post_mlp(settle(x)[0])
+        return x, kv, load_E
 
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
         """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""
@@ -207,7 +212,7 @@ class Decoder(nnx.Module):
         rows of x_TD are split as `Layout.stream` says.
         """
         cfg = self.cfg
-        x_TD = self._embed(x) if self.first else x
+        stream: Stream = self._embed(x) if self.first else x
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
         written, loads = [], []
         pools, counted = kv[: len(self.windows)], kv[len(self.windows) :]
@@ -216,15 +221,16 @@ class Decoder(nnx.Module):
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
             split = nnx.split(layer)
-            x_TD, pages, load_E = _run_block(*split, current_exchange(), x_TD, ropes[config], pages, batch)
+            stream, pages, load_E = _run_block(*split, current_exchange(), stream, ropes[config], pages, batch)
             written.append(pages)
             loads += [] if load_E is None else [load_E]
         if counted:
             written.append(counted[0] + jnp.stack(loads)[None])
         if self.norm is None:
-            return x_TD, written
+            return settle(stream)[0], written
         with jax.named_scope("final_norm"):
-            return self.norm(x_TD), written
+            _, x_TD, norm = self.norm.settle(stream)
+            return x_TD if norm is None else norm(x_TD), written
 
     def _embed(self, tokens_T: jax.Array) -> jax.Array:
         assert self.embed is not None
@@ -243,10 +249,10 @@ class Decoder(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0, inline=False)
-def _run_block(graph, state, exchange, x_TD, rope, kv, batch):  # type: ignore[no-untyped-def]
+def _run_block(graph, state, exchange, x, rope, kv, batch):  # type: ignore[no-untyped-def]
     """One layer as a function of its weights: alike layers are traced and lowered once, and unrolled by XLA."""
     with exchanging(exchange):
-        return nnx.merge(graph, state)(x_TD, rope, kv, batch)
+        return nnx.merge(graph, state)(x, rope, kv, batch)
 
 
 def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:

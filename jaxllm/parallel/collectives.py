@@ -31,13 +31,27 @@ class Exchange:
     Attributes:
       group: what tells a rank of its group.
       axes: those that it works over, all with more than one rank.
-      add_up: (x, residual or None, group, ranks) -> the residual plus the sum; raises NotImplementedError for what XLA
-        does better.
+      add_up: (x, residual or None, group, ranks, norm or None) -> the residual plus the sum, and the norm of it or
+        None; raises NotImplementedError for what XLA does better.
     """
 
     group: jax.Array
     axes: Axes
-    add_up: Callable[[jax.Array, jax.Array | None, jax.Array, int], jax.Array] = field(repr=False)
+    add_up: Callable[..., tuple[jax.Array, jax.Array | None]] = field(repr=False)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["part_TD", "residual_TD"], meta_fields=["axes"])
+@dataclass(frozen=True)
+class Unsummed:
+    """The residual plus the sum of every rank's part over `axes`, which `settle` makes."""
+
+    part_TD: jax.Array
+    residual_TD: jax.Array
+    axes: Axes
+
+
+Stream = jax.Array | Unsummed
+"""A residual stream, the last sum of which may still have to be made."""
 
 
 _exchange: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -94,14 +108,42 @@ def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Arra
     Where the rows are those of several ranks (`tokens`), each keeps its own.
     """
     x_TD = reduce_scatter_rows(x_TD, tokens)
-    axes, exchange = tuple(axis for axis in axes if axis not in tokens), _exchange.get()
-    if exchange is not None and {axis for axis in axes if ranks((axis,)) > 1} == set(exchange.axes):
+    axes = tuple(axis for axis in axes if axis not in tokens)
+    exchange = _exchange_over(axes)
+    if exchange is not None:
         try:
-            return exchange.add_up(x_TD, residual_TD, exchange.group, ranks(axes))
+            return exchange.add_up(x_TD, residual_TD, exchange.group, ranks(axes))[0]
         except NotImplementedError:
             pass
     x_TD = all_reduce(x_TD, axes)
     return x_TD if residual_TD is None else residual_TD + x_TD
+
+
+def sum_later(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Array) -> Stream:
+    """`sum_partial`, but what an exchange adds up is left to `settle`, for the norm that comes next."""
+    if ranks(tokens) > 1 or _exchange_over(axes) is None:
+        return sum_partial(x_TD, axes, tokens, residual_TD)
+    return Unsummed(x_TD, residual_TD, axes)
+
+
+def settle(x: Stream, norm: tuple[jax.Array, float] | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """The residual stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had."""
+    if not isinstance(x, Unsummed):
+        return x, None
+    exchange = _exchange_over(x.axes)
+    if exchange is not None and norm is not None:
+        try:
+            return exchange.add_up(x.part_TD, x.residual_TD, exchange.group, ranks(x.axes), norm)
+        except NotImplementedError:
+            pass
+    return sum_partial(x.part_TD, x.axes, (), x.residual_TD), None
+
+
+def _exchange_over(axes: Axes) -> Exchange | None:
+    """What adds up over these axes; None: XLA."""
+    exchange = _exchange.get()
+    wide = {axis for axis in axes if ranks((axis,)) > 1}
+    return exchange if exchange is not None and wide == set(exchange.axes) else None
 
 
 def all_to_all(x: jax.Array, axes: Axes) -> jax.Array:

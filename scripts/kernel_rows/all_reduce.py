@@ -62,13 +62,13 @@ def right(dtype: Any) -> dict[str, Any]:
             def chain(words: jax.Array, x: jax.Array) -> jax.Array:
                 def step(_: jax.Array, y: jax.Array) -> jax.Array:
                     # The mean of the ranks' values of y - all the same - and x: an integer that stays small.
-                    s = api.all_reduce(x + y, None, words, ranks, timeout_ms=TIMEOUT_MS)
+                    s = api.all_reduce(x + y, None, words, ranks, timeout_ms=TIMEOUT_MS)[0]
                     return s - ranks * y
 
                 return lax.fori_loop(0, 200, step, jnp.zeros_like(x))
 
             def once(words: jax.Array, x: jax.Array) -> jax.Array:
-                return api.all_reduce(x, x[::-1], words, ranks, timeout_ms=TIMEOUT_MS)
+                return api.all_reduce(x, x[::-1], words, ranks, timeout_ms=TIMEOUT_MS)[0]
 
             x = parts(mesh, tokens, dtype)
             total = np.asarray(x, np.float32).sum(0)
@@ -95,7 +95,7 @@ def times(tokens: int, *, alone: bool = False) -> dict[str, Any]:
         return y if alone else y + lax.psum(y[:1, :8].sum(), "tp").astype(y.dtype)
 
     def own(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
-        return api.all_reduce(y, x, words, group.ranks, timeout_ms=TIMEOUT_MS)
+        return api.all_reduce(y, x, words, group.ranks, timeout_ms=TIMEOUT_MS)[0]
 
     def xla(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
         return x + lax.psum(y, "tp")

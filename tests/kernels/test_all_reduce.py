@@ -15,13 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.kernels.all_reduce import api, cuda, reference
 from jaxllm.kernels.cuda import rtc
+from jaxllm.kernels.linear.reference import Norm, rms_norm
 from jaxllm.mapping import Mapping
-from jaxllm.parallel.collectives import Exchange, exchanging, sum_partial
+from jaxllm.parallel.collectives import Exchange, Unsummed, exchanging, settle, sum_later, sum_partial
 from jaxllm.parallel.mesh import make_mesh
 from tests.kernels.emulator.emulator import Kernels
 
-THREADS, BLOCKS = 16, 4
-SETS = 2
+SLOT, SLOTS = 32, 4
+PHASES = 2
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -30,7 +31,7 @@ class Ranks:
 
     def __init__(self, count: int):
         self.count = count
-        size = 128 + SETS * count * BLOCKS * 2 * THREADS * 16
+        size = 128 + PHASES * count * SLOTS * 2 * SLOT * 16
         self.memory = [np.zeros(size + 16, np.uint8) for _ in range(count)]
         self.word = np.zeros(1, np.uint32)
         at = [-(-m.ctypes.data // 16) * 16 for m in self.memory]
@@ -40,58 +41,72 @@ class Ranks:
         ]
         self.kernels: dict[tuple, Kernels] = {}
 
-    def kernel(self, rank: int, x: np.ndarray, residual: bool, timeout_ms: int) -> Kernels:
-        key = rank, x.nbytes, x.dtype, residual
+    def macros(self, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int) -> dict:
+        macros = cuda.macros_of(
+            jnp.asarray(x), self.count, residual=residual, eps=eps, slot=SLOT, timeout_ms=timeout_ms
+        )
+        return macros | {"SLOTS": SLOTS, "CLUSTER": cuda.grid_of(macros)[0]}
+
+    def kernel(self, rank: int, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int) -> Kernels:
+        key = rank, x.shape, x.dtype, residual, eps
         if key not in self.kernels:
-            macros = cuda.macros_of(jnp.asarray(x), self.count, residual=residual, timeout_ms=timeout_ms)
-            macros |= {"THREADS": THREADS, "BLOCKS": BLOCKS, "CLUSTER": self.grid(x)}
+            macros = self.macros(x, residual, eps, timeout_ms)
             self.kernels[key] = Kernels(rtc.SOURCES / "all_reduce.cu", macros, own=True)
         return self.kernels[key]
 
-    @staticmethod
-    def grid(x: np.ndarray) -> int:
-        return -(-x.nbytes // (16 * THREADS))
-
-    def run(self, rank: int, x: np.ndarray, residual: np.ndarray | None, seed: int, timeout_ms: int) -> np.ndarray:
-        kernel = self.kernel(rank, x, residual is not None, timeout_ms)
-        arguments = [x, x if residual is None else residual, self.groups[rank]]
-        results = [(x.shape, x.dtype)]
-        (out,) = kernel.run(
-            "all_reduce", arguments, results, grid=(self.grid(x),), threads=THREADS, shared=16, seed=seed
+    def run(self, rank: int, x: np.ndarray, residual: np.ndarray | None, norm: Norm, seed: int, timeout_ms: int):
+        weight, eps = norm or (x, None)
+        kernel = self.kernel(rank, x, residual is not None, eps, timeout_ms)
+        macros = self.macros(x, residual is not None, eps, timeout_ms)
+        arguments = [x, x if residual is None else residual, self.groups[rank], weight]
+        results = [(x.shape, x.dtype), (x.shape if norm else (16,), x.dtype)]
+        return kernel.run(
+            "all_reduce",
+            arguments,
+            results,
+            grid=cuda.grid_of(macros),
+            threads=macros["THREADS"],
+            shared=macros["THREADS"] // 8,
+            seed=seed,
         )
-        return out
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4])
 def test_kernel_equals_reference(count: int) -> None:
     """Sums of several sizes in a row, the ranks as far apart as they get; all have the same bits."""
     ranks, rng = Ranks(count), np.random.default_rng(count)
-    # Of one block that is not full; and of four, the last one not full.
-    sizes = [(jnp.bfloat16, 8 * count, True), (np.float32, 252, False)]
+    # One block that is not full; four, the last one not full; two rows of two slots, the second not full.
+    kinds = [(jnp.bfloat16, (8 * count,), True, False), (np.float32, (3, 164), False, False)]
+    kinds.append((jnp.bfloat16, (2, 8 * 50), True, True))
     work = []
     for number in range(15):
-        dtype, size, residual = sizes[number % 2] if number < 4 else sizes[rng.integers(2)]
-        parts = rng.standard_normal((count, size)).astype(dtype)
-        work.append((parts, rng.standard_normal(size).astype(dtype) if residual else None))
+        dtype, shape, residual, normed = kinds[number % 3 if number < 6 else rng.integers(3)]
+        parts = rng.standard_normal((count, *shape)).astype(dtype)
+        norm = (rng.uniform(0.5, 2, shape[-1]).astype(np.float32), 1e-5) if normed else None
+        work.append((parts, rng.standard_normal(shape).astype(dtype) if residual else None, norm))
     for rank in range(count):  # built by one thread
-        for parts, residual in work:
-            ranks.kernel(rank, parts[rank], residual is not None, 20_000)
+        for parts, residual, norm in work:
+            ranks.kernel(rank, parts[rank], residual is not None, norm and norm[1], 20_000)
 
-    def one(rank: int) -> list[np.ndarray]:
+    def one(rank: int) -> list[list[np.ndarray]]:
         chance = random.Random(rank)
         out = []
-        for number, (parts, residual) in enumerate(work):
+        for number, (parts, residual, norm) in enumerate(work):
             time.sleep(chance.choice((0, 0, 0.005)))
-            out.append(ranks.run(rank, parts[rank], residual, 7 * number + rank, 20_000))
+            out.append(ranks.run(rank, parts[rank], residual, norm, 7 * number + rank, 20_000))
         return out
 
     with ThreadPoolExecutor(count) as pool:
         found = list(pool.map(one, range(count)))
     assert not ranks.word[0]
-    for number, (parts, residual) in enumerate(work):
+    for number, (parts, residual, norm) in enumerate(work):
         wanted = reference.all_reduce(jnp.asarray(parts), None if residual is None else jnp.asarray(residual))
         for rank in range(count):
-            np.testing.assert_array_equal(found[rank][number], np.asarray(wanted), f"sum {number} on rank {rank}")
+            np.testing.assert_array_equal(found[rank][number][0], np.asarray(wanted), f"sum {number} on rank {rank}")
+            if norm is not None:
+                np.testing.assert_array_equal(found[rank][number][1], found[0][number][1])
+                normed = np.asarray(rms_norm(wanted, norm), np.float32)
+                np.testing.assert_allclose(found[rank][number][1].astype(np.float32), normed, rtol=1e-2, atol=1e-3)
 
 
 def test_numbers_begin_anew() -> None:
@@ -99,13 +114,13 @@ def test_numbers_begin_anew() -> None:
     ranks = Ranks(2)
     for memory in ranks.memory:
         at = -memory.ctypes.data % 16
-        memory[at : at + 4 * BLOCKS].view(np.uint32)[:] = 2**32 - 3
-    x = np.arange(252, dtype=np.float32)
+        memory[at : at + 4 * SLOTS].view(np.uint32)[:] = 2**32 - 3
+    x = np.arange(3 * 164, dtype=np.float32).reshape(3, 164)
     for rank in range(2):
-        ranks.kernel(rank, x, False, 20_000)
+        ranks.kernel(rank, x, False, None, 20_000)
 
     def one(rank: int) -> list[np.ndarray]:
-        return [ranks.run(rank, x * (n + rank), None, n, 20_000) for n in range(5)]
+        return [ranks.run(rank, x * (n + rank), None, None, n, 20_000)[0] for n in range(5)]
 
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(one, range(2)):
@@ -118,12 +133,14 @@ def test_nobody_waits_for_ever() -> None:
     ranks = Ranks(3)
     x = np.ones(64, jnp.bfloat16)
     for rank in range(3):
-        ranks.kernel(rank, x, False, 500)
+        ranks.kernel(rank, x, False, None, 500)
     began = time.monotonic()
     results: dict[int, np.ndarray] = {}
-    threads = [
-        threading.Thread(target=lambda r=rank: results.update({r: ranks.run(r, x, None, r, 500)})) for rank in (0, 2)
-    ]
+
+    def one(rank: int) -> None:
+        results[rank], _ = ranks.run(rank, x, None, None, rank, 500)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -131,7 +148,7 @@ def test_nobody_waits_for_ever() -> None:
     assert 0.4 < time.monotonic() - began < 20
     assert ranks.word[0] in (1, 3)
     assert all(np.isnan(out.astype(np.float32)).all() for out in results.values())
-    again = ranks.run(0, x, None, 0, 500)
+    again, _ = ranks.run(0, x, None, None, 0, 500)
     assert np.isnan(again.astype(np.float32)).all()
 
 
@@ -141,31 +158,44 @@ def test_only_what_the_kernel_can_do() -> None:
     for shape, dtype in (((257, 4096), jnp.bfloat16), ((1, 7), jnp.bfloat16), ((8, 64), jnp.float16), ((0, 64), None)):
         with pytest.raises(NotImplementedError, match="sums of"):
             cuda.macros_of(x(*shape, dtype=dtype or jnp.bfloat16), 2, residual=False)
+    assert cuda.macros_of(x(1, 8192), 2, residual=True, eps=1e-5)["THREADS"] == 1024
+    for shape, dtype in (((1, 8200), jnp.bfloat16), ((8, 68), jnp.bfloat16), ((8, 64), jnp.float32)):
+        with pytest.raises(NotImplementedError, match="the norm of rows"):
+            cuda.macros_of(x(*shape, dtype=dtype), 2, residual=False, eps=1e-5)
+    with pytest.raises(NotImplementedError, match="1025 rows"):
+        cuda.macros_of(x(1025, 64), 2, residual=False, eps=1e-5)
     with pytest.raises(NotImplementedError, match="residual"):
         cuda.run(x(8, 64), x(1, 64), x(6), 2)  # type: ignore[arg-type]
     for ranks in (2, 3, 4, 6, 8):
-        assert cuda.limit(ranks) == cuda.blocks(ranks) * cuda.THREADS * cuda.UNIT > 256 << 10
+        assert cuda.limit(ranks) > 256 << 10
 
 
 def test_no_group_on_a_cpu() -> None:
     assert api.Group.open(make_mesh(Mapping(tp=4)), ("ep", "tp")) is None
 
 
-@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize(("refuses", "later"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("axes", [("ep", "tp"), ("tp", "cp", "ep"), ("tp",)])
-def test_sums_take_the_exchange_of_their_axes(axes: tuple[str, ...], refuses: bool) -> None:
+def test_sums_take_the_exchange_of_their_axes(axes: tuple[str, ...], refuses: bool, later: bool) -> None:
     """On fake devices: whatever adds up, the result is the sum and the residual."""
     mesh, used = make_mesh(Mapping(tp=2, ep=2)), []
 
-    def add_up(x: jax.Array, residual: jax.Array | None, group: jax.Array, ranks: int) -> jax.Array:
+    def add_up(x, residual, group, ranks, norm=None):
         if refuses:
             raise NotImplementedError("too large")
         used.append(ranks)
         parts = jax.lax.all_gather(x, ("ep", "tp"))
-        return reference.all_reduce(parts, residual) + (group[0, 0] - group[0, 0]).astype(x.dtype)
+        out = reference.all_reduce(parts, residual) + (group[0, 0] - group[0, 0]).astype(x.dtype)
+        return out, None if norm is None else rms_norm(out, norm)
 
     def step(x_TD: jax.Array, residual_TD: jax.Array, group: jax.Array) -> jax.Array:
         with exchanging(Exchange(group, ("ep", "tp"), add_up)):
+            if later:
+                stream = sum_later(x_TD[0, 0], axes, (), residual_TD)
+                assert isinstance(stream, Unsummed) == (axes != ("tp",))
+                out, normed = settle(stream, (jnp.ones(8), 1e-5))
+                assert (normed is None) == (not used)
+                return out
             return sum_partial(x_TD[0, 0], axes, (), residual_TD)
 
     x = jnp.arange(2 * 2 * 3 * 8.0).reshape(2, 2, 3, 8)

@@ -20,14 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.kernels.all_reduce import cuda, driver
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.reference import rms_norm
 
 Axes = tuple[str, ...]
 
 all_reduce = cuda.run
-"""The sum of every rank's x, added to the residual: (x, residual or None, group, ranks) -> like x, inside shard_map.
+"""The residual plus the sum of every rank's x, and what a norm makes of that; inside shard_map.
 
-group is this rank's part of `Group.array`. The parts are added in float32 in the order of the ranks and rounded once,
-to the same bits on every rank. Raises NotImplementedError for a sum that XLA does better, or at all.
+(x, residual or None, group, ranks, (weight, epsilon) or None) -> (like x, like x or None). group is this rank's part of
+`Group.array`. The parts are added in float32 in the order of the ranks and rounded once, to the same bits on every
+rank. Raises NotImplementedError for a sum that XLA does better, or at all.
 """
 
 
@@ -110,9 +112,13 @@ class Group:
                     at = jnp.arange(rows * 4096, dtype=jnp.int32).reshape(rows, 4096)
                     part = ((at * 7 + rank * 5 + number + wrong) % 15).astype(dtype)
                     residual = ((at + number + wrong) % 9).astype(dtype)
-                    found = all_reduce(part, residual, group, self.ranks, timeout_ms=3000)
+                    norm = (jnp.full(4096, 0.5, jnp.float32), 1e-5) if dtype == jnp.bfloat16 else None
+                    found, normed = all_reduce(part, residual, group, self.ranks, norm, timeout_ms=3000)
                     wanted = lax.psum(part.astype(jnp.float32), self.axes) + residual.astype(jnp.float32)
                     wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
+                    if norm is not None and normed is not None:
+                        error = jnp.abs(normed.astype(jnp.float32) - rms_norm(wanted, norm))
+                        wrong = wrong + (~(error < 0.02)).sum(dtype=jnp.int32)
                 return wrong
 
             return lax.fori_loop(0, repeats, repeat, jnp.int32(0))[None]

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.reference import Norm
 
 KERNEL = "all_reduce"
-THREADS = 128
+SLOT = 128
+"""Threads that have a counter together."""
 UNIT = 16
 """Bytes that a thread sends at once, as two packets of 16 bytes."""
 MOST_BYTES = 4 << 20
 """Of a sum, times the ranks: from there on NCCL, which sends every byte about twice and not to everybody, is faster."""
+MOST_THREADS = 1024
 TIMEOUT_MS = 10_000
 """Time that a GPU waits for another. They differ most when a program runs first and loads its kernels."""
 
 
 def limit(ranks: int) -> int:
     """Most bytes of a sum over so many ranks."""
-    return MOST_BYTES // ranks // (UNIT * THREADS) * UNIT * THREADS
+    return slots(ranks) * UNIT * SLOT
 
 
-def blocks(ranks: int) -> int:
-    """Blocks that the memory has counters and places for."""
-    return limit(ranks) // (UNIT * THREADS)
+def slots(ranks: int) -> int:
+    """Slots that the memory has counters and places for."""
+    return MOST_BYTES // ranks // (UNIT * SLOT)
 
 
 def memory_bytes(ranks: int) -> int:
     """Of the memory of each GPU: counters, and two phases of places for the packets of each rank."""
-    return -(-blocks(ranks) * 4 // 128) * 128 + 2 * ranks * 2 * limit(ranks)
+    return -(-slots(ranks) * 4 // 128) * 128 + 2 * ranks * 2 * limit(ranks)
 
 
 def group_words(ranks: int) -> int:
@@ -39,39 +43,62 @@ def group_words(ranks: int) -> int:
     return 2 * (ranks + 2)
 
 
-def macros_of(x: jax.Array, ranks: int, *, residual: bool, timeout_ms: int = TIMEOUT_MS) -> dict[str, object]:
-    """Raises NotImplementedError for what the kernel cannot do."""
+def macros_of(
+    x: jax.Array,
+    ranks: int,
+    *,
+    residual: bool,
+    eps: float | None = None,
+    slot: int = SLOT,
+    timeout_ms: int = TIMEOUT_MS,
+) -> dict[str, object]:
+    """eps: of a norm of the result; None for none. Raises NotImplementedError for what the kernel cannot do."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"sums of {x.dtype}")
     size = math.prod(x.shape) * x.dtype.itemsize
     if size % UNIT or not 0 < size <= limit(ranks):
         raise NotImplementedError(f"sums of {size} bytes, not multiples of {UNIT} up to {limit(ranks)}")
-    sizes = {"RANKS": ranks, "UNITS": size // UNIT, "BLOCKS": blocks(ranks), "THREADS": THREADS}
-    kinds = {"FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
-    return {**sizes, **kinds, "TIMEOUT_MS": timeout_ms}
+    row = slot
+    if eps is not None:
+        row, rest = divmod(x.shape[-1] * x.dtype.itemsize, UNIT)
+        if rest or row > MOST_THREADS or x.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the norm of rows of {x.shape[-1]} {x.dtype}")
+    threads = -(-row // slot) * slot
+    macros = {"RANKS": ranks, "UNITS": size // UNIT, "ROW": row, "THREADS": threads, "SLOT": slot}
+    macros |= {"SLOTS": slots(ranks), "FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
+    if grid_of(macros)[0] * threads // slot > slots(ranks):
+        raise NotImplementedError(f"{x.shape[0]} rows of {threads} threads")
+    return {**macros, "NORM": int(eps is not None), "EPS": repr(float(eps or 0.0)), "TIMEOUT_MS": timeout_ms}
 
 
-def grid_of(size: int) -> tuple[int]:
-    """A thread takes a unit of the sum's bytes."""
-    return (-(-size // (UNIT * THREADS)),)
+def grid_of(macros: dict[str, Any]) -> tuple[int]:
+    """A block takes ROW units."""
+    return (-(-macros["UNITS"] // macros["ROW"]),)
 
 
 def run(
-    x: jax.Array, residual: jax.Array | None, group: jax.Array, ranks: int, *, timeout_ms: int = TIMEOUT_MS
-) -> jax.Array:
+    x: jax.Array,
+    residual: jax.Array | None,
+    group: jax.Array,
+    ranks: int,
+    norm: Norm | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+) -> tuple[jax.Array, jax.Array | None]:
     """One launch; see `api.all_reduce`. Raises NotImplementedError where XLA must do the work."""
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise NotImplementedError(f"a sum in {x.dtype}{x.shape} and a residual in {residual.dtype}{residual.shape}")
     call.require(KERNEL)
-    ptx = call.compile_or_refuse(
-        KERNEL, KERNEL, macros_of(x, ranks, residual=residual is not None, timeout_ms=timeout_ms)
-    )
-    (out,) = call.launch(
+    weight, eps = (None, None) if norm is None else norm
+    macros: dict[str, Any] = macros_of(x, ranks, residual=residual is not None, eps=eps, timeout_ms=timeout_ms)
+    second = jax.ShapeDtypeStruct(x.shape if norm is not None else (UNIT,), x.dtype)
+    out, normed = call.launch(
         KERNEL,
-        ptx,
-        [x, x if residual is None else residual, group],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        grid=grid_of(math.prod(x.shape) * x.dtype.itemsize),
-        threads=THREADS,
+        call.compile_or_refuse(KERNEL, KERNEL, macros),
+        [x, x if residual is None else residual, group, x if weight is None else weight],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype), second],
+        grid=grid_of(macros),
+        threads=macros["THREADS"],
+        shared=macros["THREADS"] // 8 if norm is not None else 0,
     )
-    return out
+    return out, None if norm is None else normed
