@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_rows._measure import Row, time_call
 
 from jaxllm.kernels.all_reduce import api
+from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.mesh import make_mesh
 
@@ -84,9 +85,10 @@ def right(dtype: Any) -> dict[str, Any]:
     return {"ranks": ranks, "wrong_elements": wrong, "wrong": wrong > 0}
 
 
-def times(tokens: int, *, alone: bool = False) -> dict[str, Any]:
+def times(tokens: int, *, alone: bool = False, norm: bool = False) -> dict[str, Any]:
     """Microseconds of a sum of [T, D] bfloat16 with a residual; alone: in a program without collectives of XLA."""
     mesh, group = open_group()
+    by = (jnp.full(D, 0.5, jnp.float32), 1e-5) if norm else None
 
     def chain(add_up: Sum, words: jax.Array, x: jax.Array) -> jax.Array:
         y = x
@@ -95,10 +97,12 @@ def times(tokens: int, *, alone: bool = False) -> dict[str, Any]:
         return y if alone else y + lax.psum(y[:1, :8].sum(), "tp").astype(y.dtype)
 
     def own(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
-        return api.all_reduce(y, x, words, group.ranks, timeout_ms=TIMEOUT_MS)[0]
+        out, normed = api.all_reduce(y, x, words, group.ranks, by, timeout_ms=TIMEOUT_MS)
+        return out if normed is None else normed
 
     def xla(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
-        return x + lax.psum(y, "tp")
+        out = x + lax.psum(y, "tp")
+        return out if by is None else rms_norm(out, by)
 
     try:
         x = parts(mesh, tokens, jnp.bfloat16) * jnp.bfloat16(1e-20)
@@ -122,4 +126,6 @@ def rows() -> Iterator[Row]:
     yield Row("all-reduce f32 right", partial(right, jnp.float32))
     for tokens in (1, 16, 64, 256):
         yield Row(f"all-reduce T={tokens}", partial(times, tokens))
+    for tokens in (1, 64):
+        yield Row(f"all-reduce and norm T={tokens}", partial(times, tokens, norm=True))
     yield Row("all-reduce T=1 and no NCCL", partial(times, 1, alone=True))
