@@ -7,6 +7,7 @@ is touched. Names and meanings follow TensorRT-LLM's LlmArgs, so that its snippe
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from jaxllm import mapping
 from jaxllm.mapping import CpType, StarConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -427,6 +430,10 @@ class EngineConfig(Strict):
                     f"pytorch_backend_config.enable_overlap_scheduler = {enabled} contradicts "
                     f"disable_overlap_scheduler = {enabled}; keep only the second"
                 )
+            logger.warning(
+                "pytorch_backend_config.enable_overlap_scheduler is obsolete: write disable_overlap_scheduler: %s",
+                str(not enabled).lower(),
+            )
         return values
 
     @field_validator("model", "tokenizer", "compilation_cache_dir", mode="before")

@@ -152,10 +152,13 @@ def test_the_layout_of_a_config():
     assert AttentionDpConfig() == AttentionDpConfig(enable_balance=False, timeout_iters=50, batching_wait_iters=10)
 
 
-def test_overlap_in_the_older_spelling():
+def test_overlap_in_the_older_spelling(caplog):
     for enabled in (True, False):
+        caplog.clear()
         config = EngineConfig(model="m", pytorch_backend_config={"enable_overlap_scheduler": enabled})
         assert config.disable_overlap_scheduler is not enabled
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.endswith(f"write disable_overlap_scheduler: {str(not enabled).lower()}")
 
 
 def test_yaml(tmp_path):

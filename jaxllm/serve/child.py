@@ -74,7 +74,7 @@ def start_logging(boot: Boot) -> None:
     root.handlers[:] = [handler]
     root.setLevel(boot.settings["log_level"].upper())
     for chatty in ("jax", "absl", "httpx", "asyncio", "uvicorn"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
 class JsonFormatter(logging.Formatter):

@@ -96,6 +96,7 @@ def add_server_options(parser: Parser) -> None:
         "--restart-engine", type=int, metavar="N",
         help="start a dead engine again, at most N times in ten minutes (default: 0 = exit with 1)",
     )  # fmt: skip
+    group.add_argument("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry traces there")
     group.add_argument("--log-level", choices=choices(ServeConfig, "log_level"))
     group.add_argument("--log-format", choices=choices(ServeConfig, "log_format"))
     add_engine_options(parser)

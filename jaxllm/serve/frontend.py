@@ -39,6 +39,7 @@ def main() -> int:
         from jaxllm.serve.server import Server
         from jaxllm.serve.settings import ServeConfig
         from jaxllm.serve.store import ResponseStore
+        from jaxllm.serve.tracing import Tracer
         from jaxllm.weights.resolve import resolve_model
 
         settings = ServeConfig(**boot.settings["serve"])
@@ -49,7 +50,8 @@ def main() -> int:
         names = [settings.served_model_name or engine.model]
         kept = Path(boot.settings["socket"]).parent / "responses"
         store = ResponseStore(kept, settings.response_store_bytes, settings.response_store_seconds)
-        server = Server(settings, names, tokenizer, client, Metrics(client, names[0]), store)
+        tracer = Tracer.make(settings.otlp_traces_endpoint, names[0])
+        server = Server(settings, names, tokenizer, client, Metrics(client, names[0]), store, tracer=tracer)
         config = uvicorn.Config(
             make_app(server),
             http="h11",  # the one that bounds the size of headers
@@ -67,6 +69,8 @@ def main() -> int:
         listener = socket.socket(fileno=boot.settings["listen_fd"])
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(uvicorn.Server(config), server, listener, boot))
+        if tracer is not None:
+            tracer.close()
     return ended.code
 
 

@@ -51,6 +51,8 @@ class Gate:
             await send(message)
 
         work = scope["method"] == "POST"
+        tracer = self._server.tracer if work else None
+        span = None if tracer is None else tracer.start(scope["method"], scope["path"], headers, request_id)
         self._server.in_flight += work
         try:
             refusal = self._refuse(scope, headers, work)
@@ -72,6 +74,8 @@ class Gate:
                 await answer(scope, receive, send_noted)
         finally:
             self._server.in_flight -= work
+            if tracer is not None:
+                tracer.end(span, status, note)
             self._log(scope, request_id, status, time.monotonic() - started, note)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes], work: bool) -> ApiError | None:

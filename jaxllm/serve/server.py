@@ -18,6 +18,7 @@ from jaxllm.serve.settings import ServeConfig
 from jaxllm.serve.speech import END_THINK, choose_reasoning
 from jaxllm.serve.store import ResponseStore
 from jaxllm.serve.tools import choose_parser
+from jaxllm.serve.tracing import Tracer
 
 _INLINE_CHARACTERS = 4096  # a longer text is tokenised in a thread, or other requests would wait for it
 
@@ -41,6 +42,7 @@ class Server:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     in_flight: int = 0
+    tracer: Tracer | None = None
     _behind: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class ServeConfig(Strict):
         drain_timeout: seconds that running requests get after SIGTERM.
         health_timeout: seconds of silence of the step loop after which /health answers 503.
         engine_start_timeout: seconds that the engine may take to start.
+        otlp_traces_endpoint: URL that OpenTelemetry traces are sent to; None = none, unless its own variables name one.
         restart_engine: times that a dead engine is started again within ten minutes; 0 = exit instead.
         log_level, log_format: of standard error.
     """
@@ -52,6 +53,7 @@ class ServeConfig(Strict):
     drain_timeout: float = Field(default=30.0, ge=0)
     health_timeout: float = Field(default=8.0, gt=0)
     engine_start_timeout: float = Field(default=3600.0, gt=0)
+    otlp_traces_endpoint: str | None = None
     restart_engine: int = Field(default=0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
