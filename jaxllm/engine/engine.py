@@ -162,6 +162,7 @@ class Engine:
             "host_ms": {**{name: 1e3 * clock.wall[name] / steps for name in phases}, "steps": self._counts["steps"]},
             "host_cpu_ms": {name: 1e3 * clock.cpu[name] / steps for name in phases},
             "wait_ms": 1e3 * clock.wall["wait"] / steps,
+            **self._runner.expert_stats(),
         }
 
     def reset_stats(self) -> None:

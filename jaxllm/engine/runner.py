@@ -281,6 +281,14 @@ class Runner:
         jitted = jax.jit(self.functions.token_logprobs(MAX_LOGPROBS), out_shardings=self._replicated)
         return jitted.lower(self._abstract(self._head), hidden, tokens).compile()
 
+    def expert_stats(self) -> dict[str, float]:
+        """Of moving experts: busiest device relative to the mean, when last read, and layers moved so far."""
+        if not self.balancers:
+            return {}
+        uneven = [balancer.imbalance for balancer in self.balancers]
+        moved = sum(balancer.moved for balancer in self.balancers)
+        return {"expert_imbalance": sum(uneven) / len(uneven), "expert_layers_moved": moved}
+
     def release(self) -> None:
         """Gives the device memory of weights and pages back; nothing can be launched afterwards."""
         self.balancers = []

@@ -89,6 +89,8 @@ def test_experts_move_between_steps(settings: dict[str, Any]) -> None:
             assert tokens(llm, prompts, len(wanted[0])) == wanted
         assert balancer.moved > 0 and [layer.slots for layer in balancer._layers] != before
         assert not compiled, compiled
+        stats = llm.get_stats()
+        assert stats["expert_layers_moved"] == balancer.moved and stats["expert_imbalance"] >= 1
         stage = llm._engine._runner.stages[0]
         for number, layer in enumerate(balancer._layers):
             down = np.asarray(stage.weights[stage.functions.weight_index(f"layers.{number}.mlp.down")])

@@ -123,12 +123,30 @@ def test_what_cannot_be_compiled() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the CUDA plugin, not a GPU")
 def test_for_a_gpu_that_is_not_there() -> None:
-    arguments = [str(MODEL), "--tp", "2", "--pp", "2", "--dtype", "bfloat16", "--max-batch-size", "8", "--json"]
+    (first, second) = compiled_by_the_command(str(MODEL), "--tp", "2", "--pp", "2")
+    for stage in (first, second):
+        assert stage["collectives"]["all-reduce"] == 3 - stage["collectives"].get("all-gather", 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the CUDA plugin, not a GPU")
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_messages_of_any_length_for_a_gpu_that_is_not_there(tmp_path: Path, tp: str) -> None:
+    """The collective that no CPU has: there and back, in each of two layers, on two and four devices."""
+    (tmp_path / "ragged.yaml").write_text("moe_config: {dispatch: ragged}")
+    config = ("--config", str(tmp_path / "ragged.yaml"), "--tp", tp, "--ep", "2", "--devices", str(2 * int(tp)))
+    (stage,) = compiled_by_the_command(str(MODEL.parent / "mixtral"), *config)
+    assert stage["collectives"]["ragged-all-to-all"] == 4
+
+
+def compiled_by_the_command(*arguments: str) -> list[dict[str, Any]]:
+    """What `jaxllm plan --compile` says of each stage."""
+    options = ["--dtype", "bfloat16", "--max-batch-size", "8", "--json", "--compile"]
     done = subprocess.run(
-        [sys.executable, "-m", "jaxllm.cli", "plan", *arguments, "--compile"],
+        [sys.executable, "-m", "jaxllm.cli", "plan", *arguments, *options],
         capture_output=True, text=True, timeout=250, env={**os.environ, "XLA_FLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for stage in json.loads(done.stdout)["compiled"]:
+    stages: list[dict[str, Any]] = json.loads(done.stdout)["compiled"]
+    for stage in stages:
         assert abs(stage["argument_bytes"] - stage["planned_bytes"]) < 0.001 * stage["planned_bytes"]
-        assert stage["collectives"]["all-reduce"] == 3 - stage["collectives"].get("all-gather", 0)
+    return stages
