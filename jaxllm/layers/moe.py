@@ -62,8 +62,20 @@ class Router(nnx.Module):
         logits_TE = matmul(x_TD, self.weight[...])
         if self.logit_bias is not None:
             logits_TE = logits_TE + self.logit_bias[...]
+        bias_E = None if self.bias is None else self.bias[...]
+        try:
+            if self.groups > 1:
+                raise NotImplementedError("groups of experts")
+            choice = cuda.Choice(self.chosen, 0.0, self.normalise, self.sigmoid, self.scale)
+            kernel = cuda.choose_by_logits(logits_TE, choice, bias=bias_E is not None)
+        except NotImplementedError:
+            return self._choose(logits_TE, bias_E)
+        return lax.platform_dependent(logits_TE, bias_E, cuda=kernel, default=self._choose)
+
+    def _choose(self, logits_TE: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The experts of what the router says, and their weights."""
         score_TE = jax.nn.sigmoid(logits_TE) if self.sigmoid else jax.nn.softmax(logits_TE, axis=-1)
-        choice_TE = score_TE if self.bias is None else score_TE + self.bias[...]
+        choice_TE = score_TE if bias_E is None else score_TE + bias_E
         if self.groups > 1:
             choice_TE = self._best_groups(choice_TE)
         weights_TX, chosen_TX = top(choice_TE, self.chosen)

@@ -130,6 +130,8 @@ def hopper(monkeypatch):
     [
         (2, 128, jnp.bfloat16, ["grouped_skinny", "grouped_skinny"]),
         (30, 128, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
+        (40, 96, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
+        (40, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),
         (300, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),
         (300, 96, jnp.bfloat16, []),  # no tile of 256 rows
         (2, 128, jnp.float32, []),

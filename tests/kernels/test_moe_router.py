@@ -22,13 +22,14 @@ def emulated(monkeypatch):
     def compile_ptx(kernel, source, macros):
         return Kernels(rtc.SOURCES / f"{source}.cu", macros)
 
-    def launch(name, kernels, operands, results, *, grid, threads, shared):
+    def launch(name, kernels, operands, results, *, grid, threads, shared=0):
         wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
         return kernels.run(name, operands, wanted, grid=grid, threads=threads, shared=shared, seed=seed[0])
 
     seed = [0]
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
+    monkeypatch.setattr(call, "require", lambda kernel: None)
     return seed
 
 
@@ -69,7 +70,12 @@ CASES = [
 @pytest.mark.parametrize(("T", "E", "D", "choice", "bias"), CASES)
 def test_equals_float64(T: int, E: int, D: int, choice: Choice, bias: bool, seed: int, emulated) -> None:
     emulated[0] = seed
-    check(*run(T, E, D, choice, bias, seed), choice)
+    arguments, found = run(T, E, D, choice, bias, seed)
+    check(arguments, found, choice)
+    logits = (found[0].astype(np.float64) @ arguments[2].astype(np.float64).T).astype(np.float32)
+    chosen, weights = cuda.choose_by_logits(logits, choice, bias=bias)(logits, arguments[3])
+    np.testing.assert_array_equal(chosen, found[1])
+    np.testing.assert_allclose(weights, found[2], rtol=1e-4)
 
 
 def test_ties_and_what_is_not_a_number(emulated) -> None:

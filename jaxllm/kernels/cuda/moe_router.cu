@@ -4,35 +4,26 @@
 // grouped_skinny.cu does: every warp has its own inputs, of which it keeps the tokens in registers. Then one warp for each
 // token collects the products of all blocks and takes the best expert CHOSEN times. Ties go to the lowest number.
 //
-//   TOKENS EXPERTS INPUTS CHOSEN
+//   TOKENS INPUTS, and those of choice.cuh
 //   EPS          x becomes x * rsqrt(mean(x^2) + EPS) * norm, rounded, which is a result too
-//   SIGMOID      scores are 0: softmax, 1: sigmoid of the products
-//   BIAS         1: is added to the scores for the choice, and only for it
-//   NORMALISE SCALE  1: the scores of the chosen are divided by their sum; then multiplied with SCALE
 //   CLUSTER MS   blocks, each with MS * 16 experts
 //   WARPS DEPTH  of a block; groups of 64 bytes of each row that a lane loads at a time
+#include "choice.cuh"
 #include "cluster.cuh"
-#include "stream.cuh"
 
 constexpr int THREADS = WARPS * 32, ROWS = MS * 16, GROUP = 32;
-constexpr int GROUPS = INPUTS / GROUP, PER_WARP = (GROUPS + WARPS - 1) / WARPS, PER_LANE = (EXPERTS + 31) / 32;
+constexpr int GROUPS = INPUTS / GROUP, PER_WARP = (GROUPS + WARPS - 1) / WARPS;
 constexpr bool WHOLE = GROUPS % WARPS == 0;  // every warp has as many
 constexpr int SUM_STRIDE = ROWS + 4;
 // Shared memory: the warps' sums [WARPS, 8, SUM_STRIDE] and squares [WARPS, 8], the block's sums [8, ROWS].
 constexpr int SQUARES_AT = WARPS * 8 * SUM_STRIDE * 4, OURS_AT = SQUARES_AT + WARPS * 8 * 4;
-static_assert(INPUTS % GROUP == 0 && CLUSTER * ROWS >= EXPERTS && CHOSEN <= 32 && CHOSEN <= EXPERTS, "sizes");
+static_assert(INPUTS % GROUP == 0 && CLUSTER * ROWS >= EXPERTS, "sizes");
 
 DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
 DEVICE float high_of(u32 two) { return bf16_to_float((u16)(two >> 16)); }
 DEVICE float square(u32 two) { return low_of(two) * low_of(two) + high_of(two) * high_of(two); }
 DEVICE u32 normed(u32 two, float factor, float a, float b) {
   return pack_bf16(low_of(two) * factor * a, high_of(two) * factor * b);
-}
-DEVICE float exponential(float x) { return fast_exp2(x * 1.4426950408889634f); }
-// A number that is the larger, the larger x is; 0 is below all.
-DEVICE u32 ordered(float x) {
-  const u32 bits = __float_as_uint(x);
-  return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) moe_router(
@@ -143,67 +134,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) moe
     const int token = first_token + own;
     if (token >= TOKENS) break;
     float score[PER_LANE];
-    u32 key[PER_LANE];
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const int expert = min(i * 32 + lane, EXPERTS - 1);
       score[i] = cluster_load(shared_address(ours + own * ROWS + expert % ROWS), expert / ROWS);
     }
-    if (SIGMOID) {
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) score[i] = 1.f / (1.f + exponential(-score[i]));
-    } else {
-      float most = score[0], sum = 0.f;  // those beyond the last expert are the last expert once more
-#pragma unroll
-      for (int i = 1; i < PER_LANE; i++) most = fmaxf(most, score[i]);
-#pragma unroll
-      for (int by = 16; by; by /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) {
-        score[i] = exponential(score[i] - most);
-        if (i * 32 + lane < EXPERTS) sum += score[i];
-      }
-#pragma unroll
-      for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) score[i] /= sum;
-    }
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int expert = i * 32 + lane;
-      key[i] = expert < EXPERTS ? ordered(BIAS ? score[i] + __ldg(bias + expert) : score[i]) : 0u;
-    }
-    int my_expert = 0;
-    float my_score = 0.f;
-#pragma unroll 1
-    for (int k = 0; k < CHOSEN; k++) {
-      u32 best = key[0];
-      int place = 0;
-#pragma unroll
-      for (int i = 1; i < PER_LANE; i++)
-        if (key[i] > best) best = key[i], place = i;
-      const u32 most = __reduce_max_sync(~0u, best);
-      const int expert = (int)__reduce_min_sync(~0u, best == most ? (u32)(place * 32 + lane) : ~0u);
-      float found = 0.f;
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++)
-        if (i == expert / 32) {
-          found = score[i];
-          if (lane == expert % 32) key[i] = 0u;
-        }
-      found = __shfl_sync(~0u, found, expert % 32);
-      if (lane == k) my_expert = expert, my_score = found;
-    }
-    if (NORMALISE) {
-      float sum = my_score;
-#pragma unroll
-      for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-      my_score /= sum + 1e-20f;
-    }
-    if (lane < CHOSEN) {
-      chosen[token * CHOSEN + lane] = my_expert;
-      weights[token * CHOSEN + lane] = my_score * SCALE;
-    }
+    choose(score, bias, lane, chosen + token * CHOSEN, weights + token * CHOSEN);
   }
   cluster_sync();  // the other blocks still read this one's memory
 }

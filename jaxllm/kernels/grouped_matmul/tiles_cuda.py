@@ -13,6 +13,11 @@ from jaxllm.kernels.grouped_matmul import cuda
 KERNEL = "grouped_tiles"
 ROWS = 128
 """Pairs of a tile."""
+MEAN = 8
+"""Tokens that an expert can expect, from which tiles are better.
+
+Measured on an H200 with the shapes of Qwen3-30B-A3B, in shares of the time that reading the weights takes: 81 % at 16
+tokens and 78 % at 32, where `cuda` has 81 % at 4 and 55 % at 16; and 57 % of the speed of matrix products at 512."""
 STAGES, LAG = 4, 2
 STAGE_BYTES = (128 + 256) * 64 * 2
 WIDTH, DEPTH = 256, 64
@@ -52,6 +57,8 @@ def choose(
 ) -> Callable[..., jax.Array]:
     """See `api.PLATFORMS`."""
     call.require(KERNEL)
+    if x_TD.shape[0] * chosen_TX.shape[1] < MEAN * of:
+        raise NotImplementedError("few tokens for each expert")
     return implementation(x_TD, chosen_TX, gate_up_EFD, down_EDF, activation=activation, of=of)
 
 

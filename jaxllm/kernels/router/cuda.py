@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear.reference import rms_norm
 
-KERNEL = "moe_router"
+KERNEL, CHOOSE = "moe_router", "moe_choose"
 MAX_TOKENS = 256
 """The weight is read once for every 8."""
 MAX_CLUSTER = 8
@@ -24,15 +24,27 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax
 """(x [T, D], norm [D], weight [E, D], bias [E]) -> x normed, the experts int32 [T, X], their weights float32 [T, X]."""
 
 
+ByLogits = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+"""(float32 products [T, E], bias [E]) -> the experts int32 [T, X], their weights float32 [T, X]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How experts are chosen: as `layers.moe.Router` has it, without groups."""
 
     chosen: int
-    eps: float
+    eps: float = 0.0
     normalise: bool = True
     sigmoid: bool = False
     scale: float = 1.0
+
+    def macros(self, experts: int, bias: bool) -> dict[str, object]:
+        """Of `cuda/choice.cuh`. Raises NotImplementedError for what it cannot do."""
+        if min(32, experts) < self.chosen or experts > 1024:
+            raise NotImplementedError(f"{self.chosen} of {experts} experts")
+        scale = f"{float(self.scale)!r}f"
+        sizes = {"EXPERTS": experts, "CHOSEN": self.chosen, "BIAS": int(bias), "SCALE": scale}
+        return {**sizes, "SIGMOID": int(self.sigmoid), "NORMALISE": int(self.normalise)}
 
 
 def choose(x_TD: jax.Array, weight_ED: jax.Array, choice: Choice, *, bias: bool) -> Kernel:
@@ -57,8 +69,8 @@ def implementation(
     (T, D), E, X = x_TD.shape, weight_ED.shape[0], choice.chosen
     if x_TD.dtype != jnp.bfloat16 or weight_ED.dtype != jnp.bfloat16:
         raise NotImplementedError(f"{weight_ED.dtype} weights and {x_TD.dtype} activations")
-    if D % 32 or D > 4096 or min(32, E) < X or E > 1024:
-        raise NotImplementedError(f"{X} of {E} experts of {D} inputs")
+    if D % 32 or D > 4096:
+        raise NotImplementedError(f"{D} inputs")
     tiles = -(-E // 16)
     cluster = max(c for c in (1, 2, 4, MAX_CLUSTER) if c <= tiles)
     ms, warps = -(-tiles // cluster), 8 if D <= 2048 else 16
@@ -66,10 +78,9 @@ def implementation(
     # Registers: threads of 16 warps have 128, of which the tokens of all loads take 4 each.
     most = max(1, ((96 if warps == 8 else 72) - 4 * per_warp) // (8 * ms))
     depth = max(d for d in range(1, min(most, per_warp) + 1) if per_warp % d == 0)
-    macros = {
-        "TOKENS": T, "EXPERTS": E, "INPUTS": D, "CHOSEN": X, "EPS": f"{choice.eps!r}f",
-        "SIGMOID": int(choice.sigmoid), "BIAS": int(bias), "NORMALISE": int(choice.normalise),
-        "SCALE": f"{float(choice.scale)!r}f", "CLUSTER": cluster, "MS": ms, "WARPS": warps, "DEPTH": depth,
+    macros = choice.macros(E, bias) | {
+        "TOKENS": T, "INPUTS": D, "EPS": f"{choice.eps!r}f",
+        "CLUSTER": cluster, "MS": ms, "WARPS": warps, "DEPTH": depth,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     shared = warps * 8 * (ms * 16 + 4) * 4 + warps * 8 * 4 + 8 * ms * 16 * 4
@@ -92,6 +103,23 @@ def implementation(
     return run
 
 
+def choose_by_logits(logits_TE: jax.Array | jax.ShapeDtypeStruct, choice: Choice, *, bias: bool) -> ByLogits:
+    """The kernel that only chooses, compiled. Raises NotImplementedError where XLA must do the work."""
+    call.require(KERNEL)
+    T, E = logits_TE.shape
+    if logits_TE.dtype != jnp.float32 or not T:
+        raise NotImplementedError(f"{logits_TE.dtype} logits of {T} tokens")
+    ptx = call.compile_or_refuse(KERNEL, CHOOSE, {"TOKENS": T, **choice.macros(E, bias)})
+    results = [jax.ShapeDtypeStruct((T, choice.chosen), dtype) for dtype in (jnp.int32, jnp.float32)]
+
+    def run(logits_TE: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        arguments = [logits_TE, logits_TE if bias_E is None else bias_E]
+        chosen, weights = call.launch(CHOOSE, ptx, arguments, results, grid=(-(-T // 8),), threads=256)
+        return chosen, weights
+
+    return run
+
+
 def check() -> None:
     """Raises ArithmeticError if the kernel is wrong on a small input; to be run on a GPU."""
     rng = np.random.default_rng(0)
@@ -103,6 +131,11 @@ def check() -> None:
         norm, bias = (jnp.asarray(rng.uniform(0.5, 1.5, n) / D**0.5, jnp.float32) for n in (D, E))
         run = implementation(x, weight, choice, bias=choice.sigmoid)
         y, chosen, weights = jax.jit(run)(x, norm, weight, bias if choice.sigmoid else None)
+        by_logits = choose_by_logits(jax.ShapeDtypeStruct((T, E), jnp.float32), choice, bias=choice.sigmoid)
+        logits_TE = jnp.dot(y.astype(jnp.float32), weight.astype(jnp.float32).T, precision="highest")
+        again = jax.jit(by_logits)(logits_TE, bias if choice.sigmoid else None)
+        if not (again[0] == chosen).mean() > 0.9:  # but for ties that are rounded in another way
+            raise ArithmeticError(f"{CHOOSE} and {KERNEL} choose different experts at T={T} E={E}")
         wanted = np.asarray(rms_norm(x, (norm, choice.eps)), np.float32)
         if not np.abs(np.asarray(y, np.float32) - wanted).max() < 0.01 * np.abs(wanted).max():
             raise ArithmeticError(f"the norm is wrong at T={T} D={D}")
