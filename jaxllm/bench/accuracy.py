@@ -24,7 +24,7 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.buckets import Bucket
-from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.engine.sizes import kv_cache_dtype
 from jaxllm.engine.start import enable_compilation_cache, load_weights, model_config, quantized
 from jaxllm.kernels.cuda.checks import check_kernels
@@ -98,7 +98,8 @@ class Logits:
         self._replicated = layout.sharding(mesh)
         packed, tokens = self._pack(), jax.ShapeDtypeStruct((rows,), np.int32, sharding=self._replicated)
         args = (self.weights, self._kv, tokens, jax.device_put(packed, self._replicated))
-        self._step = jax.jit(lambda *args: step(*args)[1]).lower(*args).compile(compiler_options(self._shape))
+        options = functions.compiler_options(self._shape)
+        self._step = jax.jit(lambda *args: step(*args)[1]).lower(*args).compile(options)
 
     def _pack(self) -> np.ndarray:
         """Row r is position r % length of text r // length, whose pages nobody else has."""

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.engine.batch import BatchShape
-from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.engine.repeat import Sampler, repeated
 from jaxllm.layers.attention import KVPages
 
@@ -74,7 +74,7 @@ class Stage:
         # Where the first stage is not the last, last_token is kept for the first stage to read.
         donated = (1, 2) if functions.first and functions.last else (1,)
         lowered = jax.jit(functions.forward(shape), donate_argnums=donated).lower(*self.arguments(shape, num_slots))
-        return lowered.compile(compiler_options(shape))
+        return lowered.compile(self.functions.compiler_options(shape))
 
     def compile_repeated(
         self, shape: BatchShape, num_slots: int, steps: int, sampler: Sampler | None, *sampling: Any
@@ -82,7 +82,7 @@ class Stage:
         """The program that does the step of a bucket `steps` times; the stage is the whole model. See `repeated`."""
         run = repeated(self.functions.forward(shape), shape, steps, sampler)
         lowered = jax.jit(run, donate_argnums=(1, 2)).lower(*self.arguments(shape, num_slots), *sampling)
-        return lowered.compile(compiler_options(shape))
+        return lowered.compile(self.functions.compiler_options(shape))
 
     def arguments(self, shape: BatchShape, num_slots: int) -> list[Any]:
         """What the step of a bucket takes, as shapes."""

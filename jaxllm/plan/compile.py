@@ -107,7 +107,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
     from jax.sharding import NamedSharding
 
     from jaxllm.engine.batch import Packer
-    from jaxllm.engine.forward import KV_AXES, StepFunctions, compiler_options
+    from jaxllm.engine.forward import KV_AXES, StepFunctions
     from jaxllm.models.fit import place_experts
     from jaxllm.parallel.expert import Dispatch
     from jaxllm.parallel.layout import Layout
@@ -156,7 +156,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
             args.append(spec((tokens, cfg.hidden_size), layout.dtype, stream))
         began = time.perf_counter()
         lowered = jax.jit(functions.forward(shape), donate_argnums=(1, 2)).lower(*args)
-        program = lowered.compile(compiler_options(shape))
+        program = lowered.compile(functions.compiler_options(shape))
         memory, hlo = program.memory_analysis(), program.as_text()
         assert memory is not None and hlo is not None
         inputs = 4 * num_slots * (functions.first or functions.last)
