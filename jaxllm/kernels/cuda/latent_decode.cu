@@ -6,24 +6,27 @@
 // and fewer, whose products are done 64 rows at a time all the same, memory decides.
 //
 // An item of work is a row's tile of 64 query heads; see shares.cuh. One CTA stays on each SM, of four warpgroups:
-//   copy     brings blocks of 64 tokens into two stages, two warps for each, so that neither waits for the other
+//   copy     brings blocks of BLOCK tokens into STAGES stages; each has warps of its own, so that none waits for others
 //   scores   queries @ latents, softmax; leaves the weights, and by how much older results shrink
 //   values   two of them: result = result * shrinking + weights @ latents, half of the VALUES numbers each
 // so that the products of scores overlap with those of values of the block before, and the softmax with both.
 //
-// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
+// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, which keeps more under way
+// and makes more of the same reads of shared memory; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #include "hopper.cuh"
 
-constexpr int TILE = 64, BLOCK = 64, STAGES = 2, Q = 1;
+constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE - 1) / TILE, M = HEADS < TILE ? HEADS : TILE;
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 #include "shares.cuh"
 
 // Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables. Queries and
 // latents lie in panels of 64 columns, rows of 128 bytes with the hardware's swizzle.
-constexpr int PANELS = H / 64, ROW = 128, PANEL = BLOCK * ROW, STAGE = PANELS * PANEL;
-constexpr int KV_AT = STAGE, WEIGHTS_AT = KV_AT + STAGES * STAGE, FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
+constexpr int PANELS = H / 64, ROW = 128, PANEL = BLOCK * ROW, STAGE = PANELS * PANEL, QUERY_PANEL = TILE * ROW;
+constexpr int COPIERS = 128 / STAGES, AT_ONCE = COPIERS / 8;  // threads that fill a stage, and tokens of one turn
+constexpr int KV_AT = PANELS * QUERY_PANEL, WEIGHTS_AT = KV_AT + STAGES * STAGE;
+constexpr int FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
 constexpr int LSE_AT = FACTORS_AT + TILE * 4, BARRIERS_AT = LSE_AT + TILE * 4;
 constexpr int TABLES_AT = BARRIERS_AT + 8 * (2 * STAGES + 2);
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -38,7 +41,7 @@ struct Barriers {
   DEVICE u32 weights_freed() const { return at + STAGES * 16 + 8; }
 };
 
-// Two warps that fill stage `stage`: every second block.
+// Warps that fill stage `stage`: every STAGES-th block.
 DEVICE void copy(
     u32 smem, const Barriers& barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int stage,
     int thread
@@ -52,31 +55,30 @@ DEVICE void copy(
       block = 0;
     }
   };
-  // A lane below 8 has the page of as many tokens.
+  // A lane has the page of eight tokens.
   auto load_pages = [&]() {
-    const int at = run.token + block * BLOCK + thread % 8 * 8;
+    const int at = run.token + block * BLOCK + thread % (BLOCK / 8) * 8;
     return run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : 0;
   };
   const int column = thread % 8, above = thread / 8;
-  const u32 to = smem + KV_AT + stage * STAGE + above * ROW + ((column ^ above) << 4);
-  if (stage) step();
+  const u32 to = smem + KV_AT + stage * STAGE;
+  for (int i = 0; i < stage && run.blocks; ++i) step();
   int page = load_pages();
 #pragma unroll 1
   for (int turn = 0; run.blocks; ++turn) {
     const int token = run.token + block * BLOCK + above, last = run.last;
     barrier_wait(barriers.freed(stage), turn & 1 ^ 1);
 #pragma unroll
-    for (int i = 0; i < BLOCK / 8; ++i) {
-      const int at = token + i * 8;
-      const u16* from = kv + ((size_t)__shfl_sync(~0u, page, i) * O + at % O) * H + column * 8;
-      const u32 bytes = at <= last ? 16 : 0;
+    for (int i = 0; i < BLOCK / AT_ONCE; ++i) {
+      const int row = above + i * AT_ONCE, at = token + i * AT_ONCE;
+      const u16* from = kv + ((size_t)__shfl_sync(~0u, page, i * AT_ONCE / 8) * O + at % O) * H + column * 8;
+      const u32 here = to + row * ROW + ((column ^ row % 8) << 4), bytes = at <= last ? 16 : 0;
 #pragma unroll
-      for (int panel = 0; panel < PANELS; ++panel)
-        cp_async_16(to + panel * PANEL + i * 8 * ROW, from + panel * 64, bytes);
+      for (int panel = 0; panel < PANELS; ++panel) cp_async_16(here + panel * PANEL, from + panel * 64, bytes);
     }
     cp_async_commit();
-    step();
-    if (run.blocks) step();
+#pragma unroll 1
+    for (int i = 0; i < STAGES && run.blocks; ++i) step();
     page = load_pages();
     cp_async_wait<0>();
     fence_products();
@@ -105,7 +107,7 @@ DEVICE void make_weights(
 #pragma unroll 4
     for (int i = 0; i < TILE * H / 8 / 128; ++i) {
       const int at = i * 128 + thread, m = at / (H / 8), chunk = at % (H / 8);
-      const u32 to = smem + chunk / 8 * PANEL + m * ROW + ((chunk % 8 ^ m % 8) << 4);
+      const u32 to = smem + chunk / 8 * QUERY_PANEL + m * ROW + ((chunk % 8 ^ m % 8) << 4);
       cp_async_16(to, from + (m < M ? (size_t)at * 8 : 0), m < M ? 16 : 0);
     }
     cp_async_commit();
@@ -123,8 +125,8 @@ DEVICE void make_weights(
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < H / 16; ++i) {
-        const int at = (i / 4 * PANEL + i % 4 * 32) / 16;
-        Wgmma<BLOCK>::ss(s, query + at, keys + at, i > 0);
+        const int inside = i % 4 * 32;
+        Wgmma<BLOCK>::ss(s, query + (i / 4 * QUERY_PANEL + inside) / 16, keys + (i / 4 * PANEL + inside) / 16, i > 0);
       }
       wgmma_commit();
       wgmma_wait<0>();
@@ -309,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
   const Barriers barriers = {smem + BARRIERS_AT};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(barriers.full(stage), 64);  // the threads that copy
+      barrier_init(barriers.full(stage), COPIERS);
       barrier_init(barriers.freed(stage), 8);  // the warps of values
     }
     barrier_init(barriers.weights(), 128);
@@ -329,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
   }
   if (group == 0) {
     registers_fewer<40>();
-    copy(smem, barriers, rows, work.walk, kv, pages, thread / 64, thread % 64);
+    copy(smem, barriers, rows, work.walk, kv, pages, thread / COPIERS, thread % COPIERS);
   } else if (group == 1) {
     registers_fewer<104>();
     make_weights(shared, smem, barriers, rows, work.walk, q, first, thread);

@@ -230,22 +230,22 @@ DEVICE void merge_parts(
       total += mine;
 #pragma unroll 1
       for (int i = 0; i < 32 && base + i < parts; i += AT_ONCE) {
+        float4 four[AT_ONCE][FOURS];
 #pragma unroll
-        for (int n = 0; n < FOURS; ++n) {
-          float4 four[AT_ONCE];
-          const int dim = min(n * 128 + 4 * lane, DIMS - 4);
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const float* from = part_out + ((size_t)part.slot_of(min(base + i + j, parts - 1)) * MROWS + m) * DIMS;
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) {
-            const int slot = part.slot_of(min(base + i + j, parts - 1));
-            four[j] = __ldcg((const float4*)(part_out + ((size_t)slot * MROWS + m) * DIMS + dim));
-          }
+          for (int n = 0; n < FOURS; ++n) four[j][n] = __ldcg((const float4*)(from + min(n * 128 + 4 * lane, DIMS - 4)));
+        }
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) {
-            const float weight = __shfl_sync(~0u, mine, i + j);  // 0 past the end
-            x[n][0] += weight * four[j].x;
-            x[n][1] += weight * four[j].y;
-            x[n][2] += weight * four[j].z;
-            x[n][3] += weight * four[j].w;
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const float weight = __shfl_sync(~0u, mine, i + j);  // 0 past the end
+#pragma unroll
+          for (int n = 0; n < FOURS; ++n) {
+            x[n][0] += weight * four[j][n].x;
+            x[n][1] += weight * four[j][n].y;
+            x[n][2] += weight * four[j][n].z;
+            x[n][3] += weight * four[j][n].w;
           }
         }
       }

@@ -18,8 +18,8 @@ VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 TILE = 64
 """Query heads of an item of work: the rows of one matrix instruction."""
-BLOCK = 64
-"""Tokens that are worked on at once."""
+BLOCK = 32
+"""Tokens that are worked on at once; stages for 128 fit into shared memory."""
 MAX_ROWS = 128
 """Rows of a launch; their tables lie in shared memory."""
 
@@ -32,11 +32,14 @@ def configure(
     *,
     scale: float,
     first: bool,
-    whole: int = 4,
-    min_share: int = 2,
+    block: int = BLOCK,
+    whole: int | None = None,
+    min_share: int | None = None,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
+    block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
+    worth sharing a row for; None: 256 tokens.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -57,13 +60,22 @@ def configure(
         "O": O,
         "W": width,
         "CTAS": ctas,
-        "MIN_SHARE": min_share,
-        "WHOLE": whole,
+        "BLOCK": block,
+        "MIN_SHARE": min_share or 256 // block,
+        "WHOLE": whole or 256 // block,
         "SCALE": repr(float(scale)),
         "FIRST": int(first),
     }
-    panels = 3 * 2 * BLOCK * H  # queries and two stages
-    shared = panels + 2 * TILE * BLOCK + 2 * 4 * TILE + 6 * 8 + 2 * 16 * 4 + (12 if first else 8) * R + 4
+    panels = 2 * (TILE + 128) * H  # queries and stages
+    shared = (
+        panels
+        + 2 * TILE * block
+        + 2 * 4 * TILE
+        + 8 * (2 * 128 // block + 2)
+        + 2 * 16 * 4
+        + (12 if first else 8) * R
+        + 4
+    )
     if shared > call.MAX_SHARED:
         raise NotImplementedError(f"{R} rows: their tables do not fit into shared memory")
     return Launch(macros, (R, -(-ctas // R)), 512, shared)
