@@ -77,13 +77,23 @@ class PromptsFirst(Scheduler):
 
 
 def simulate(
-    lengths: list[tuple[int, int]], costs: Costs, *, slots: int, chunk: int, tiles: list[int], pages: int, first: bool
+    lengths: list[tuple[int, int]],
+    costs: Costs,
+    *,
+    slots: int,
+    chunk: int,
+    tiles: list[int],
+    pages: int,
+    first: bool,
+    cut: bool = True,
 ) -> Run:
     """Runs requests of (prompt, output) tokens, all submitted at once, to their end.
 
     chunk: prompt tokens of a step. tiles: sizes of the compiled buckets with prompts. first: fill the batch first.
+    cut: cut chunks to fill a bucket.
     """
     most = chunk // TILE
+    counts = sorted({n for n in tiles if n < most} | {most})
     scheduler = (PromptsFirst if first else Scheduler)(
         PagePool(pages, PAGE, False),
         max_batch_size=slots,
@@ -91,11 +101,10 @@ def simulate(
         max_seq_len=max(map(sum, lengths)) + 1,
         tile=TILE,
         max_tiles=most,
+        tile_counts=counts if cut else (),
     )
     sizes = [n for n in (1, 8, 32, 64, 128, 256, 384, 512) if n <= slots]
-    picker = buckets.Picker(
-        buckets.plan(slots, most, batch_sizes=sizes, tile_counts=[n for n in tiles if n <= most]), TILE
-    )
+    picker = buckets.Picker(buckets.plan(slots, most, batch_sizes=sizes, tile_counts=counts), TILE)
     for number, (prompt, output) in enumerate(lengths):
         scheduler.add(Request(number, [1] * prompt, SamplingParams(max_tokens=output, ignore_eos=True)))
     run, now, heard = Run(), 0.0, [0.0] * len(lengths)
@@ -125,16 +134,17 @@ def main() -> None:
     parser.add_argument("--output-len", default="1000", metavar="N[:M]")
     parser.add_argument("--slots", default="256", metavar="LIST", help="max_batch_size (default: %(default)s)")
     parser.add_argument("--chunks", default="8192,4096,2048,1024", metavar="LIST", help="prompt tokens of a step")
-    parser.add_argument("--tiles", default="8,16,32,64", metavar="LIST", help="tiles of 128 of the mixed buckets")
+    parser.add_argument("--tiles", default="1,2,4,8,16,32,64", metavar="LIST", help="tiles of 128 of the buckets")
     parser.add_argument("--kv-tokens", type=int, default=750_000, help="page pool (default: %(default)s)")
     parser.add_argument("--kv-bytes", type=int, default=131_072, help="of a token of context (default: %(default)s)")
     parser.add_argument("--step-ms", default="1:4.2,64:4.8,256:7.0,8448:190", metavar="TOKENS:MS,...")
     parser.add_argument("--bandwidth", type=float, default=3.9, help="of decode attention, TB/s (default: %(default)s)")
+    parser.add_argument("--no-cut", action="store_true", help="pad steps, and do not cut chunks to fill them")
     args = parser.parse_args()
 
     rng = random.Random(0)
     isl, osl = Lengths.parse(args.input_len, "--input-len"), Lengths.parse(args.output_len, "--output-len")
-    lengths = [(rng.randint(isl.low, isl.high), rng.randint(osl.low, osl.high)) for _ in range(args.num_requests)]
+    lengths = [(isl.draw(rng), osl.draw(rng)) for _ in range(args.num_requests)]
     points = (point.split(":") for point in args.step_ms.split(","))
     costs = Costs({int(tokens): float(ms) for tokens, ms in points}, args.kv_bytes, args.bandwidth)
     tiles = [int(n) for n in args.tiles.split(",")]
@@ -144,8 +154,9 @@ def main() -> None:
         for chunk in map(int, args.chunks.split(",")):
             for first in (False, True):
                 run = simulate(
-                    lengths, costs, slots=slots, chunk=chunk, tiles=tiles, pages=args.kv_tokens // PAGE, first=first
-                )
+                    lengths, costs, slots=slots, chunk=chunk, tiles=tiles, pages=args.kv_tokens // PAGE, first=first,
+                    cut=not args.no_cut,
+                )  # fmt: skip
                 row = [str(slots), str(chunk), "yes" if first else "no", f"{run.output_tokens / run.seconds:,.0f}"]
                 row += [f"{run.seconds:.1f}", str(run.steps), str(run.mixed)]
                 row += [f"{100 * run.padded / (run.real + run.padded):.1f} %", str(run.preemptions)]

@@ -18,7 +18,7 @@ The prompts that are there are spread over 2 G steps, or the last stage would wa
 from __future__ import annotations
 
 import sys
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import Literal, get_args
@@ -53,7 +53,8 @@ class Scheduler:
     priority_queue   True: the queue is ordered by priority, then arrival; False: by arrival
     micro_batches    steps that the decoding sequences take turns in, so that as many can be in flight without
                      waiting for each other's tokens
-    tile_counts      of the compiled steps: a micro-batch's part of a prompt fills one of them
+    tile_counts      of the compiled steps: a micro-batch's part of a prompt fills one of them; otherwise the last chunk
+                     is cut to fill one where the next would be mostly padding
     """
 
     def __init__(
@@ -266,6 +267,8 @@ class Scheduler:
         # Whoever was preempted in this step needs the pages back: letting others in now would only preempt again.
         if prompts and self._waiting and self.num_preemptions == preemptions:
             self._admit(step, tokens, tiles)
+        if step.prefills and self.micro_batches == 1 and self.chunked_prefill:
+            self._cut_to_fill(step)
         for chunk in step.prefills:
             if chunk.samples:
                 seq = chunk.seq
@@ -389,6 +392,22 @@ class Scheduler:
         tiles = next((count for count in self._tile_counts if count >= tiles), tiles)
         self._share = max(before, tiles * self.tile)
         return self._share
+
+    def _cut_to_fill(self, step: Step) -> None:
+        """Leaves the end of the last chunk to the next step where more than a quarter of this one would be padding.
+
+        Nine tiles, where there are steps of eight and sixteen, are eight now and one later.
+        """
+        counts, tile = self._tile_counts, self.tile
+        needed = sum(-(-(chunk.stop - chunk.start) // tile) for chunk in step.prefills)
+        above = bisect_left(counts, needed)
+        if not 0 < above < len(counts) or 4 * (counts[above] - needed) <= counts[above]:
+            return
+        last = step.prefills[-1]
+        tiles = -(-(last.stop - last.start) // tile) - (needed - counts[above - 1])
+        if tiles > 0:
+            last.stop = last.seq.num_computed = last.start + tiles * tile
+            last.samples = False
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
         start = seq.num_computed

@@ -574,3 +574,20 @@ def test_who_waited_longest_is_decoded_first() -> None:
         add(scheduler, prompt(2), max_tokens=20)
     turn(scheduler)
     assert [ids(turn(scheduler).decodes) for _ in range(4)] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+
+
+def test_the_last_chunk_is_cut_where_the_step_would_be_mostly_padding() -> None:
+    options = {"max_num_tokens": 200, "max_seq_len": 150, "tile": 4, "max_tiles": 16, "tile_counts": (4, 8, 16)}
+    scheduler = make(pages=100, **options)
+    add(scheduler, prompt(20), max_tokens=2, ignore_eos=True)
+    add(scheduler, prompt(15, 300), max_tokens=2, ignore_eos=True)
+    step = turn(scheduler)
+    assert chunks(step) == [(0, 0, 20, True), (1, 0, 12, False)], "nine tiles: eight now, the rest of one later"
+    assert chunks(turn(scheduler)) == [(1, 12, 15, True)]
+    for length, first in ((48, 48), (44, 32), (13, 13), (17, 16)):  # 12, 11, 4 and 5 tiles
+        scheduler = make(pages=100, **options)
+        add(scheduler, prompt(length), max_tokens=2, ignore_eos=True)
+        assert chunks(turn(scheduler))[0][2] == first, length
+    whole = make(pages=100, chunked_prefill=False, **options)
+    add(whole, prompt(17), max_tokens=2, ignore_eos=True)
+    assert chunks(turn(whole)) == [(0, 0, 17, True)]

@@ -397,6 +397,7 @@ schedulers = st.fixed_dictionaries(
         "chunked_prefill": st.booleans(),
         "priority_queue": st.booleans(),
         "micro_batches": st.sampled_from([1, 1, 2, 3, 4, 8]),
+        "tile_counts": st.sampled_from([(), (1, 2, 6), (2, 5)]),
     }
 )
 pools = st.builds(PagePool, st.integers(2, 16), st.integers(1, 5), st.booleans())
