@@ -7,7 +7,7 @@
 // fixed order, in float32, from one of two buffers in turn, so that a tile takes one barrier.
 //
 //   EXPERTS SHARED_BY FEATURES INPUTS GATED  as in grouped_skinny.cu
-//   RECORDS          of `work`, as it is there with LIST
+//   LIST RECORDS     1: of `work`, as it is there. 0: `work` are the experts of one token, and each a record of one pair
 //   MS NS            ROWS = 16 * MS, COLUMNS = 8 * NS
 //   WARPS STAGES BLOCKS  of a block; of a warp; of a multiprocessor
 #include "stream.cuh"
@@ -33,17 +33,27 @@ DEVICE int weight_row(int tile, int row) {
   return inside + (GATED && row % 16 >= 8 ? OUT_FEATURES : 0);
 }
 
-// What a lane needs of a record: the expert, and the pairs of the columns that it copies, which are 4 apart.
+constexpr int END = -1, NOTHING = -2;
+// The expert of an item. END: neither it nor those after it have work; NOTHING: it has none, for its expert is elsewhere.
+DEVICE int expert_of(const int* __restrict__ work, int item) {
+  if (item >= ITEMS) return END;
+  if (LIST) return __ldg(work + item / TILES * RECORD);
+  const int expert = __ldg(work + item / TILES);
+  return expert >= 0 && expert < EXPERTS ? expert : NOTHING;
+}
+// The pair in a column of an item that is not at the END, or -1.
+DEVICE int pair_of(const int* __restrict__ work, int item, int column) {
+  if (LIST) return __ldg(work + item / TILES * RECORD + 1 + column);
+  return column == 0 && expert_of(work, item) >= 0 ? item / TILES : -1;
+}
+// What a lane needs of an item: the expert, and the pairs of the columns that it copies, which are 4 apart.
 struct Work {
   int expert, pair[COLUMNS / 4];
 
   DEVICE void fetch(const int* __restrict__ work, int item, int lane) {
-    const bool there = item < ITEMS;
-    const int* const record = work + (there ? item / TILES : 0) * RECORD;
-    expert = __ldg(record);
-    if (!there) expert = -1;
+    expert = expert_of(work, item);
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 4; i++) pair[i] = __ldg(record + 1 + i * 4 + lane / 8);
+    for (int i = 0; i < COLUMNS / 4; i++) pair[i] = item < ITEMS ? pair_of(work, item, i * 4 + lane / 8) : -1;
   }
 };
 
@@ -69,16 +79,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_ring(
   const u16 *from = nullptr, *inputs[COLUMNS / 4];
   // Copies one stage; an empty one where there is no more work.
   auto issue = [&]() {
-    if (now.expert >= 0) {
+    if (now.expert != END) {
       if (turn == 0) {
-        from = weight + (size_t)now.expert * FEATURES * INPUTS + warp * LINE + piece * 8;
+        from = weight + (size_t)max(now.expert, 0) * FEATURES * INPUTS + warp * LINE + piece * 8;
 #pragma unroll
         for (int i = 0; i < COLUMNS / 4; i++)
           inputs[i] = x + (size_t)(max(now.pair[i], 0) / SHARED_BY) * INPUTS + warp * LINE + piece * 8;
       }
       const u32 stage = ring_at + slot * STAGE + to;
       const int at = turn * WARPS * LINE;
-      const bool real = WHOLE || turn * WARPS + warp < LINES;
+      const bool real = now.expert >= 0 && (WHOLE || turn * WARPS + warp < LINES);
 #pragma unroll
       for (int i = 0; i < ROWS / 4; i++) {
         const size_t r = weight_row(item % TILES, i * 4 + line);
@@ -104,12 +114,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_ring(
 
   int place = 0, buffer = 0;
   for (int done = blockIdx.x; done < ITEMS; done += gridDim.x) {
-    const int* const record = work + done / TILES * RECORD;
-    if (__ldg(record) < 0) break;
+    if (expert_of(work, done) == END) break;
     const int tile = done % TILES;
     float* const sums = (float*)(shared + SUMS_AT + buffer * BUFFER);
     int* const pairs = (int*)(sums + SUMS);
-    if (thread < COLUMNS) pairs[thread] = __ldg(record + 1 + thread);
+    if (thread < COLUMNS) pairs[thread] = pair_of(work, done, thread);
     float acc[MS][NS][4] = {};
 #pragma unroll 1
     for (int i = 0; i < TURNS; i++) {

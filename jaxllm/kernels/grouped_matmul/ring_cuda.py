@@ -1,4 +1,7 @@
-"""Experts of some tokens each on a Hopper GPU, by `cuda/grouped_ring.cu`: blocks that stay, and copy all the time."""
+"""Experts of some tokens each on a Hopper GPU, by `cuda/grouped_ring.cu`: blocks that stay, and copy all the time.
+
+Not among `api.PLATFORMS`: its rows of scripts/bench_kernels.py say where it is better than `cuda`.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +51,17 @@ def product(
     weight_EFD: jax.Array | jax.ShapeDtypeStruct,
     split: Tiling,
     *,
+    listed: bool,
     activation: str | None = None,
 ) -> cuda.Kernel:
-    """As `cuda.product`, of a list."""
+    """As `cuda.product`; what is not listed is the choice of one token."""
     E, F, D = weight_EFD.shape
     if D % LINE:
         raise NotImplementedError(f"{D} inputs")
     macros = {
         "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D, "GATED": cuda.ACTIVATIONS[activation],
-        "RECORDS": cuda.records(pairs, E, split.ns * 8), "MS": split.ms, "NS": split.ns, "WARPS": split.warps,
+        "LIST": int(listed), "RECORDS": cuda.records(pairs, E, split.ns * 8) if listed else pairs,
+        "MS": split.ms, "NS": split.ns, "WARPS": split.warps,
         "STAGES": split.stages, "BLOCKS": split.blocks,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
@@ -89,9 +94,10 @@ def implementation(
             raise NotImplementedError("many tokens for each expert")
         splits = tiling(D), tiling(F)
     first, second = splits
-    up = product(T * X, X, gate_up_EFD, first, activation=activation)
-    down = product(T * X, 1, down_EDF, second)
-    list_work = cuda.make_list(T * X, E, first.ns * 8)
+    listed = T > 1
+    up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation)
+    down = product(T * X, 1, down_EDF, second, listed=listed)
+    list_work = cuda.make_list(T * X, E, first.ns * 8) if listed else lambda chosen: chosen
 
     def run(
         x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
