@@ -77,7 +77,7 @@ def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], pos
     return out
 
 
-def speed(rows: int, tokens: int, heads: int, reference_too: bool) -> dict[str, Any]:
+def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: int) -> dict[str, Any]:
     used, kv = -(-tokens // O), latents()
     calls = 4 if rows * tokens > 100_000 else 16
     rng = np.random.default_rng(1)
@@ -85,7 +85,7 @@ def speed(rows: int, tokens: int, heads: int, reference_too: bool) -> dict[str, 
     ids = [rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used) for _ in range(calls)]
     tables = [jnp.asarray(table, jnp.int32) for table in ids]
     positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
-    kernel = latent_cuda.prepare(q, kv, tables[0], values=VALUES, scale=SCALE)
+    kernel = latent_cuda.prepare(q, kv, tables[0], values=VALUES, scale=SCALE, **tuning)
     seconds = time_call(jax.jit(partial(chain, kernel)), q, kv, tables, positions, calls=calls)
     memory = 2 * H * rows * tokens / BANDWIDTH
     products = 2 * (H + VALUES) * heads * rows * tokens / FLOPS
@@ -105,3 +105,6 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
+    for count, tokens, heads in SPEEDS[:2]:
+        name = f"tall blocks B={count} x {tokens}, {heads} heads"
+        yield Row(name, partial(speed, count, tokens, heads, False, block=64))
