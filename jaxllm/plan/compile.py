@@ -116,7 +116,7 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
 
     cfg = plan.model.config
     if cfg is None:
-        raise ConfigError(f"cannot compile {plan.model.name}: {plan.model.refusal}")
+        raise ConfigError(f"cannot compile {plan.model.name}: its sizes alone are known")
     placed = place_experts(plan.config.moe_config.load_balancer, cfg, plan.mapping.ep)
     layout = Layout(plan.mapping, DTYPES[plan.dtype], Dispatch.of(plan.config.moe_config), placed)
     mesh = make_mesh(plan.mapping, devices)

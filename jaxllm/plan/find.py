@@ -11,7 +11,6 @@ from typing import Any
 
 from jaxllm.config import ConfigError
 from jaxllm.models.registry import config_from_gguf, config_from_hf
-from jaxllm.plan.experts import kind_of, mixture
 from jaxllm.plan.sizes import Model, dense
 from jaxllm.weights.resolve import resolve_model
 
@@ -67,8 +66,6 @@ def _shipped_name(name: str) -> str | None:
 
 
 def _from_config(name: str, config: dict[str, Any], quantised: bool) -> Model:
-    if kind_of(config, quantised) is not None:
-        return mixture(name, config, quantised=quantised)
     if not quantised:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     return dense(name, config_from_hf(config))

@@ -115,7 +115,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     page = config.kv_cache_config.tokens_per_block
     defaults = DEFAULTS["gpu"]
     plan = Plan(model, config, mapping, gpu, usable_memory(gpu), str(dtype), str(kv_dtype))
-    notes = [model.refusal] if model.refusal else []
+    notes: list[str] = []
     if problem:
         return replace(plan, problems=(problem,), notes=tuple(notes))
     try:

@@ -143,7 +143,7 @@ def as_json(plan: Plan, compiled: Sequence[CompiledStage] = ()) -> dict[str, Any
             "layers": model.num_layers,
             "parameters": model.parameters,
             "active_parameters": model.active,
-            "engine_runs_it": model.refusal is None,
+            "engine_runs_it": model.config is not None,
         },
         "mapping": _mapping(mapping),
         "ranks": [

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxllm.kernels.linear.quantized import FEW
 from jaxllm.mapping import CpType
 from jaxllm.plan.collectives import collectives
 from jaxllm.plan.gpus import Gpu
@@ -109,4 +110,6 @@ class Roofline:
         # Tokens are split over the devices that do not split the weight itself.
         over = set(self.sizes.layout.axes("tokens" if prompt else "requests")) - weight.split()
         share = weight.choice[0] / weight.choice[1] if weight.choice else 1
+        if weight.fp8 and tokens > FEW:
+            share = 1 / self.gpu.fp8
         return 2 * self.sizes.elements(weight) * tokens / self.sizes.shards(over) * share

@@ -1,7 +1,6 @@
 """What a plan needs to know of a model: its parameters with their mesh axes, and what it caches for a token.
 
-Models that the engine runs are described by `models.decoder.param_specs`, the very declarations that it allocates from.
-`jaxllm.plan.experts` describes the others.
+They are described by `models.decoder.param_specs`, the very declarations that the engine allocates from.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Mapping as TypingMapping
 from dataclasses import dataclass, replace
 
 from jaxllm.config import EngineConfig
+from jaxllm.formats import Format
 from jaxllm.kernels.grouped_matmul.reference import ROOM
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes, param_specs
@@ -27,7 +27,7 @@ class Weight:
     shape: over all ranks, padding included. itemsize: bytes of an element, block scales included.
     axes: mesh axes that split each dimension, as `ParamSpec.axes`.
     choice: (chosen, available) of experts, of which a token uses some; None for what every token uses.
-    lookup: an embedding table, of which a step reads a few rows.
+    lookup: an embedding table, of which a step reads a few rows. fp8: steps of many tokens multiply it in e4m3.
     """
 
     path: str
@@ -36,6 +36,7 @@ class Weight:
     axes: tuple[tuple[str, ...] | None, ...]
     choice: tuple[int, int] | None = None
     lookup: bool = False
+    fp8: bool = False
 
     @property
     def elements(self) -> int:
@@ -123,8 +124,7 @@ class Sizes:
 class Model:
     """A model to plan for, before anything is known of its layout.
 
-    lay_out: its Sizes under a layout. refusal: why the engine does not run it
-    yet; None when it does. parameters, active: of the checkpoint, and those that one token uses.
+    lay_out: its Sizes under a layout. parameters, active: of the checkpoint, and those that one token uses.
     """
 
     name: str
@@ -142,7 +142,6 @@ class Model:
     num_experts: int | None
     lay_out: Callable[[Layout], Sizes]
     config: ModelConfig | None = None
-    refusal: str | None = None
 
 
 def quantized(model: Model, config: EngineConfig) -> Model:
@@ -222,7 +221,8 @@ def _weights(specs: TypingMapping[str, ParamSpec], cfg: ModelConfig, layout: Lay
         choice = None if cfg.experts is None or not spec.stacked else (cfg.experts.chosen, cfg.experts.count)
         whole = spec if spec.part is None else spec.part.whole
         path = path if spec.part is None else path.removesuffix(f".{spec.part.name}")
-        one = Weight(path, whole.shape, 0.0, whole.axes, choice)
+        fp8 = spec.part is not None and spec.part.format == Format("fp8") and choice is None
+        one = Weight(path, whole.shape, 0.0, whole.axes, choice, fp8=fp8)
         # Scales may be on more devices than the matrix.
         each = spec.nbytes / _shards(spec.axes, layout) * _shards(whole.axes, layout) / one.elements
         found[path] = replace(one, itemsize=each + (found[path].itemsize if path in found else 0.0))
