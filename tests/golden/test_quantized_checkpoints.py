@@ -13,7 +13,7 @@ import pytest
 from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fields import ModelConfigError
 from jaxllm.models.registry import config_from_hf
-from jaxllm.weights.resolve import resolve_model
+from jaxllm.weights.resolve import convert_model, resolve_model
 from jaxllm.weights.scaled import scaled
 from jaxllm.weights.source import CheckpointError
 
@@ -108,6 +108,28 @@ def test_missing_scales(tmp_path: Path) -> None:
     del source.tensors[name]  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"up_proj: quantised values, but no weight_scale"):
         scaled(source, stored.stored)
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "awq"])
+def test_converted(name: str, tmp_path: Path) -> None:
+    """An Orbax copy has the values and scales of the checkpoint, not the numbers that they stand for."""
+    small, _ = written(name, tmp_path)
+    copy = convert_model(resolve_model(small), tmp_path / "copy")
+    kept = config_from_hf(json.loads((copy / "config.json").read_text())).quantization
+    assert kept is not None and kept.stored is not None
+    sources = [scaled(resolve_model(path).open(), kept.stored) for path in (small, copy)]
+    assert set(sources[0].tensors) == set(sources[1].tensors)
+    for tensor, info in sources[0].tensors.items():
+        if sources[0].quantization(tensor) is not None:
+            rows, columns = slice(3, 40), slice(32, 64)
+            first, second = (source.read_quantized(tensor, rows, columns) for source in sources)
+            assert first.values.dtype.itemsize == 1
+            np.testing.assert_array_equal(first.values.view(np.uint8), second.values.view(np.uint8))
+            np.testing.assert_array_equal(first.scale, second.scale)
+        whole = [source.read(tensor, tuple(slice(None) for _ in info.shape)) for source in sources]
+        np.testing.assert_array_equal(*whole)
+    for source in sources:
+        source.close()
 
 
 def test_orders_are_those_of_the_formats() -> None:
