@@ -67,10 +67,9 @@ class Server:
         """Open file descriptors of all processes."""
         return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids)
 
-    def resident(self) -> float:
-        """MiB of resident memory of all processes."""
-        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids)
-        return pages * 4096 / 2**20
+    def resident(self) -> list[float]:
+        """MiB of resident memory of each process: supervisor, engine, frontends."""
+        return [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20 for pid in self.pids]
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -107,17 +106,21 @@ class Watch:
     """Resident memory over time."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.samples = server, list[tuple[float, float]]()
+        self.server, self.samples = server, list[list[float]]()
 
     async def run(self) -> None:
-        began = time.monotonic()
         while True:
-            self.samples.append((time.monotonic() - began, self.server.resident()))
+            self.samples.append(self.server.resident())
             await asyncio.sleep(1.0)
+
+    def show(self) -> None:
+        """Ten readings over the time, by process."""
+        for sample in self.samples[:: max(1, len(self.samples) // 10)]:
+            print("  MiB:", *(f"{value:.1f}" for value in sample))
 
     def growth(self) -> tuple[float, float]:
         """(MiB at the end of the warm-up, MiB that came on top by the end), medians of a tenth of the time each."""
-        values = [value for _, value in self.samples]
+        values = [sum(sample) for sample in self.samples]
         tenth = max(1, len(values) // 10)
         warm = statistics.median(values[2 * tenth : 3 * tenth] or values)
         return warm, statistics.median(values[-tenth:]) - warm
@@ -143,6 +146,7 @@ async def one_request(url: str, rng: random.Random, counts: Counter[str]) -> Non
     """One request to its end, or left somewhere on the way."""
     client, (path, body) = Client(url), random_request(rng)
     leaves_after = rng.choice([None, None, 0.0, 0.05, 0.3, 1.0])
+    client._free.append(await client._connect())  # a request that was never sent is no request
     counts["sent"] += 1
     answer = None
     try:
@@ -182,6 +186,7 @@ async def soak(server: Server, args: argparse.Namespace) -> list[str]:
     client.close()
     await asyncio.sleep(1.0)
     warm, growth = watch.growth()
+    watch.show()
     answered = sum(
         total(after, "jaxllm_http_requests_total", f'handler="{route}"')
         - total(before, "jaxllm_http_requests_total", f'handler="{route}"')
