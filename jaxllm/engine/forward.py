@@ -148,7 +148,7 @@ class StepFunctions:
         Weights and pages leave so little memory that XLA computes what is cheap anew for each layer, the page table of
         a step among it. Steps of decodes alone have a few MiB of scratch memory, and nothing to gain from that.
 
-        Products of fp8 numbers go to cuBLASLt at once, which makes 95 % of an H200's speed of large ones: with XLA's own
+        Products of fp8 numbers go to cuBLASLt at once, which makes 95 % of an H200 at large ones: with XLA's own
         kernels to try as well an engine of 8B parameters had not started after 100 s.
         """
         options: dict[str, str | bool] = {}

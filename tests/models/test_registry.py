@@ -223,7 +223,7 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
         ({**LLAMA, "tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({**LLAMA, "eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial"),
-        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "bits is missing"),
         ({**LLAMA, "num_local_experts": 8}, "num_local_experts is 8: mixtures of experts are not supported for this"),
         (
             {**published.MIXTRAL_8X7B, "num_experts_per_tok": 9},
@@ -243,7 +243,7 @@ LLAMA3_TABLE = LLAMA["rope_scaling"]
         ),
         ({**published.DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({**published.DEEPSEEK_V3, "kv_lora_rank": None}, "kv_lora_rank is missing"),
-        ({**published.DEEPSEEK_V3, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({**published.DEEPSEEK_V3, "quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes' is not supp"),
         ({**published.QWEN3_30B_A3B, "mlp_only_layers": [48]}, "must list layers from 0 to 47"),
         ({**published.QWEN3_30B_A3B, "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({**LLAMA, "rope_interleaved": True}, "interleaved"),
