@@ -37,7 +37,7 @@ SWEEPS: dict[tuple[str, int], tuple[Tiling, ...]] = {
 }
 
 
-ALTERNATIVES = {1: Tiling(16, 1, 16, 4), 8: Tiling(16, 1, 16, 4), 16: Tiling(16, 1, 8, 4)}
+ALTERNATIVES = {1: Tiling(16, 1, 8, 8), 8: Tiling(16, 1, 8, 8), 16: Tiling(32, 2, 8, 4)}
 """Splits, by tokens, of a layer's products with 4,096 inputs that are timed beside the default."""
 
 

@@ -155,21 +155,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
         }
   cp_async_commit();
 
-  // The next stage to be brought: its tile, its turn of that and its place in the ring.
+  // The next stage to be brought: its tile, its turn of that and its place in the ring; and where this lane's first 16
+  // bytes of it are: of the row lane / 8. The others are of the 4th row after it, and so on.
   const u32 ring = shared_address(shared + warp * STAGES * STAGE);
+  const int brought = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16, part = first * BYTES + (warp * 8 + lane % 8) * 16;
+  constexpr size_t ROW = (size_t)INPUTS * BYTES;
+  auto source_of = [&](int tile) { return weight + weight_row(tile, lane / 8) * ROW + part; };
   int next_tile = cluster, next_turn = 0, next_slot = 0;
+  const u8* source = source_of(next_tile);
   auto bring = [&] {
     if (next_tile < TILES) {
-      const int at = ((next_turn * WARPS + warp) * 8 + lane % 8) * 16;  // bytes, in the block's part of a row
+      const int at = part - first * BYTES + next_turn * (WARPS * 128);  // bytes, in the block's part of a row
       const bool inside = WHOLE || at < inputs * BYTES;
 #pragma unroll
       for (int i = 0; i < ROWS / 4; i++) {
-        const int r = i * 4 + lane / 8;
-        const u8* from = weight + (size_t)weight_row(next_tile, r) * (INPUTS * BYTES);
-        cp_async_16_ahead(ring + next_slot * STAGE + r * 128 + (lane % 8 ^ r % 8) * 16,
-                          inside ? from + first * BYTES + at : from, inside ? 16 : 0);
+        const u8* from;
+        if (OUT_FEATURES % OUT_ROWS == 0)
+          from = source + (GATED ? i / 4 * 8 + i % 2 * 4 + (i % 4 < 2 ? 0 : OUT_FEATURES) : i * 4) * ROW;
+        else
+          from = source + (weight_row(next_tile, i * 4 + lane / 8) - weight_row(next_tile, lane / 8)) * (long long)ROW;
+        cp_async_16_ahead(ring + next_slot * STAGE + (brought ^ i % 2 * 64) + i * 512, inside ? from : weight,
+                          inside ? 16 : 0);
       }
-      if (++next_turn == TURNS) next_turn = 0, next_tile += clusters;
+      source += WARPS * 128;
+      if (++next_turn == TURNS) {
+        next_turn = 0, next_tile += clusters;
+        source = source_of(next_tile);
+      }
       if (++next_slot == STAGES) next_slot = 0;
     }
     cp_async_commit();
