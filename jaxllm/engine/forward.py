@@ -211,7 +211,7 @@ class StepFunctions:
             rows_RD = gather_rows(rows_RD, requests)
             slots_R = gather_rows(slots_R, requests)
             logits_RV = model.logits(rows_RD)
-            with jax.named_scope("greedy"):
+            with jax.named_scope("greedy"), exchanging(exchange):
                 token_R = greedy(logits_RV, layout.axes("vocab"))
             hidden = hidden_TD if shape.bucket.tiles else None
             return token_R, logits_RV, hidden, last_token.at[slots_R].set(token_R), kv

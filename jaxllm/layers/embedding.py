@@ -9,7 +9,10 @@ from flax import nnx
 from jaxllm.kernels.linear.api import matmul, num_rows, take_rows
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.parallel.collectives import Axes, all_gather, gather_rows, rank, ranks, sum_partial
+from jaxllm.parallel.collectives import Axes, all_gather, exchange_rows, gather_rows, rank, ranks, sum_partial
+
+EXACT = 1 << 24
+"""Integers up to this are floats of 32 bits."""
 
 
 class VocabTable(nnx.Module):
@@ -66,6 +69,12 @@ def greedy(logits_RV: jax.Array, axes: Axes) -> jax.Array:
     token_R = local_R + rank(axes) * logits_RV.shape[1]
     if ranks(axes) == 1:
         return token_R
-    all_best, all_token = all_gather(best_R, axes), all_gather(token_R, axes)
+    R, exchanged = logits_RV.shape[0], None
+    if ranks(axes) * logits_RV.shape[1] <= EXACT:
+        exchanged = exchange_rows(jnp.concatenate([best_R, token_R.astype(jnp.float32)]), axes)
+    if exchanged is None:
+        all_best, all_token = all_gather(best_R, axes), all_gather(token_R, axes)
+    else:
+        all_best, all_token = exchanged[:, :R], exchanged[:, R:].astype(jnp.int32)
     winner = jnp.argmax(all_best, axis=0)
     return jnp.take_along_axis(all_token, winner[None], axis=0)[0]

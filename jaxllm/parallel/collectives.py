@@ -139,6 +139,24 @@ def settle(x: Stream, norm: tuple[jax.Array, float] | None = None) -> tuple[jax.
     return sum_partial(x.part_TD, x.axes, (), x.residual_TD), None
 
 
+def exchange_rows(x_N: jax.Array, axes: Axes) -> jax.Array | None:
+    """Every rank's x, float32 [ranks, N], by the exchange that is there; None where there is none.
+
+    It is the sum of what has a rank's own row and zeros: one launch in the step's graph, where a collective of XLA
+    would be the only one of a step, and end its graph.
+    """
+    exchange = _exchange_over(axes)
+    if exchange is None:
+        return None
+    size = x_N.shape[0]
+    row_N = jnp.pad(x_N, (0, -size % 4))  # units of 16 bytes
+    own_RN = jnp.where((jnp.arange(ranks(axes)) == rank(axes))[:, None], row_N, 0.0)
+    try:
+        return exchange.add_up(own_RN, None, exchange.group, ranks(axes))[0][:, :size]
+    except NotImplementedError:
+        return None
+
+
 def _exchange_over(axes: Axes) -> Exchange | None:
     """What adds up over these axes; None: XLA."""
     exchange = _exchange.get()

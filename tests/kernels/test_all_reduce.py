@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.kernels.all_reduce import api, cuda, reference
 from jaxllm.kernels.cuda import rtc
 from jaxllm.kernels.linear.reference import Norm, rms_norm
+from jaxllm.layers.embedding import EXACT, greedy
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.collectives import Exchange, Unsummed, exchanging, settle, sum_later, sum_partial
 from jaxllm.parallel.mesh import make_mesh
@@ -168,6 +169,31 @@ def test_only_what_the_kernel_can_do() -> None:
         cuda.run(x(8, 64), x(1, 64), x(6), 2)  # type: ignore[arg-type]
     for ranks in (2, 3, 4, 6, 8):
         assert cuda.limit(ranks) > 256 << 10
+
+
+@pytest.mark.parametrize("vocab", [40, EXACT + 4])
+def test_greedy_over_an_exchange(vocab: int) -> None:
+    """The likeliest tokens, ties to the lowest; where a float cannot hold a token's number, by collectives."""
+    mesh, used = make_mesh(Mapping(tp=4)), []
+
+    def add_up(x, residual, group, ranks, norm=None):
+        used.append(x.shape)
+        return jax.lax.psum(x, "tp"), None
+
+    def step(logits_RV: jax.Array, group: jax.Array) -> jax.Array:
+        with exchanging(Exchange(group, ("tp",), add_up)):
+            return greedy(logits_RV, ("ep", "tp"))
+
+    group = jnp.zeros((4, 6), jnp.uint32)
+    specs = (P(None, "tp"), P(mesh.axis_names))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    if vocab > EXACT:
+        jax.eval_shape(mapped, jax.ShapeDtypeStruct((1, vocab), jnp.float32), group)
+        assert not used
+        return
+    logits = np.random.default_rng(0).integers(-9, 9, (3, vocab)).astype(np.float32)
+    np.testing.assert_array_equal(mapped(jnp.asarray(logits), group), logits.argmax(1))
+    assert used == [(4, 8)]
 
 
 def test_no_group_on_a_cpu() -> None:
