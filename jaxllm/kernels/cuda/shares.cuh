@@ -211,8 +211,9 @@ DEVICE void merge_parts(
     const float* part_out, const float* part_lse, u16* out, float* lse, const Part& part, int warp, int lane,
     Target target
 ) {
-  constexpr int FOURS = (DIMS + 127) / 128;                                    // of dims of a lane
-  constexpr int AT_ONCE = DIMS > 256 ? 4 : DIMS > 128 || MWARPS > 8 ? 8 : 16;  // loads under way, as registers allow
+  constexpr int FOURS = (DIMS + 127) / 128;  // of dims of a lane
+  // Parts whose loads are under way, as the includers' registers allow.
+  constexpr int AT_ONCE = DIMS > 256 ? 4 : DIMS > 128 ? 2 : MWARPS > 8 ? (MROWS > 8 ? 4 : 8) : 16;
   const int parts = part.count();
 #pragma unroll 1
   for (int m = warp; m < MROWS; m += MWARPS) {
