@@ -41,7 +41,7 @@ _NOT_SUPPORTED_YET = {
     "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
     "moe_cluster_parallel_size": "expert parallelism",
     "orchestrator_type": "several processes",
-    "quant_config": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
+    "quant_config": "QuantConfig (quantization and kv_cache_config.dtype say it; quantised checkpoints need none)",
     "revision": "choosing a hub revision (download it and pass the directory)",
     "sparse_attention_config": "sparse attention",
     "speculative_config": "speculative decoding",
