@@ -168,6 +168,8 @@ def test_models_version_and_health(live: Live, client: openai.OpenAI) -> None:
 def test_openapi_describes_what_is_there(live: Live) -> None:
     found = live.get("/openapi.json").json()
     for path in found["paths"]:
+        if "{response_id}" in path:
+            continue  # test_server_responses.py
         method = "GET" if "get" in found["paths"][path] else "POST"
         answer = live.http.request(method, path.replace("{name}", "tiny"), json={} if method == "POST" else None)
         assert answer.status_code == (200 if method == "GET" else 400), path
@@ -244,7 +246,8 @@ def test_errors_are_the_clients_own_types(live: Live, client: openai.OpenAI) -> 
 
 def test_who_needs_no_key(live: Live) -> None:
     with httpx.Client(base_url=live.url) as http:
-        assert http.get("/health").status_code == http.get("/metrics").status_code == 200
+        for path in ("/", "/health", "/metrics"):
+            assert http.get(path).status_code == 200, path
         for path in (
             "/v1/models",
             "/version",
@@ -254,7 +257,8 @@ def test_who_needs_no_key(live: Live) -> None:
             "/metrics/",
             "//health",
         ):
-            assert http.get(path).status_code == 401, path
+            # Whole, or "//health" would be a host and the path that of the page.
+            assert http.get(f"{live.url}{path}").status_code == 401, path
         for header in (
             KEY,
             f"Basic {KEY}",
