@@ -128,7 +128,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     ("T", "F", "dtype", "kernels"),
     [
-        (2, 128, jnp.bfloat16, ["grouped_skinny", "grouped_skinny"]),
+        (1, 128, jnp.bfloat16, ["grouped_ring", "grouped_ring"]),
+        (16, 128, jnp.bfloat16, ["grouped_list", "grouped_ring", "grouped_ring"]),
         (30, 128, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
         (40, 96, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
         (40, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),

@@ -6,7 +6,7 @@ import functools
 
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
-from jaxllm.kernels.grouped_matmul import tiles_cuda
+from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import quantized_cuda
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
@@ -28,6 +28,6 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
-        checks |= {router.KERNEL: router.check}
+        checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
     call.check_all(checks)
     call.check_all(dict([second]))  # of use only where the first is not

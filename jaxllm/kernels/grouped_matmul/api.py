@@ -9,10 +9,10 @@ from types import ModuleType
 import jax
 from jax import lax
 
-from jaxllm.kernels.grouped_matmul import cuda, reference, tiles_cuda
+from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.linear.quantized import Weight
 
-PLATFORMS: dict[str, tuple[ModuleType, ...]] = {"cuda": (tiles_cuda, cuda)}
+PLATFORMS: dict[str, tuple[ModuleType, ...]] = {"cuda": (tiles_cuda, ring_cuda, cuda)}
 """Modules in the order in which their `choose(x, chosen, gate_up, down, *, activation, of)` is asked for a function of
 (x, chosen, weights, gate_up, down), until one does not raise NotImplementedError. Where all do, and on platforms that
 are not here, the reference does the work."""

@@ -1,6 +1,7 @@
-"""Experts of some tokens each on a Hopper GPU, by `cuda/grouped_ring.cu`: blocks that stay, and copy all the time.
+"""Experts of few tokens each on a Hopper GPU, by `cuda/grouped_ring.cu`: blocks that stay, and copy all the time.
 
-Not among `api.PLATFORMS`: its rows of scripts/bench_kernels.py say where it is better than `cuda`.
+Measured on an H200 with the shapes of Qwen3-30B-A3B, in shares of the time that reading the active experts takes: 65 %
+at 1 token, 90 % at 16 and at 64, where `cuda` has 53, 85 and 81 %; Mixtral-8x7B at 16 tokens 95 %.
 """
 
 from __future__ import annotations
@@ -75,6 +76,20 @@ def product(
     return run
 
 
+def choose(
+    x_TD: jax.Array | jax.ShapeDtypeStruct,
+    chosen_TX: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
+    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    activation: str,
+    of: int,
+) -> Callable[..., jax.Array]:
+    """See `api.PLATFORMS`."""
+    call.require(KERNEL)
+    return implementation(x_TD, chosen_TX, gate_up_EFD, down_EDF, activation=activation, of=of)
+
+
 def implementation(
     x_TD: jax.Array | jax.ShapeDtypeStruct,
     chosen_TX: jax.Array | jax.ShapeDtypeStruct,
@@ -89,6 +104,8 @@ def implementation(
     (T, D), X, (E, _, F) = x_TD.shape, chosen_TX.shape[1], down_EDF.shape
     if any(a.dtype != jnp.bfloat16 for a in (x_TD, gate_up_EFD, down_EDF)) or activation not in cuda.ACTIVATIONS:
         raise NotImplementedError(f"{gate_up_EFD.dtype} weights, {x_TD.dtype} activations and {activation}")
+    if not T * X:
+        raise NotImplementedError("no pairs")
     if splits is None:
         if cuda.columns(T, X, of) > 8:
             raise NotImplementedError("many tokens for each expert")

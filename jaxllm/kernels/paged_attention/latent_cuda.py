@@ -18,8 +18,9 @@ VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 TILE = 64
 """Query heads of an item of work: the rows of one matrix instruction."""
-BLOCK = 32
-"""Tokens that are worked on at once; stages for 128 fit into shared memory."""
+BLOCK = 64
+"""Tokens that are worked on at once; stages for 128 fit into shared memory. On an H200 64 rows of 4,096 tokens take
+168 us with 128 heads and 98 with 16, where blocks of 32 take 194 and 106."""
 MAX_ROWS = 128
 """Rows of a launch; their tables lie in shared memory."""
 
