@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 BARE_STEPS = 64
 BARE_TOKENS = 16
-"""Tokens that the requests of a bare step have generated: enough for all of them to decode together."""
+"""Tokens that the requests of a bare step have generated at most, and one more for every step that their prompts take:
+enough for all of them to decode together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +174,16 @@ class Suite:
             load = random_load(
                 row.batch, Lengths(row.input_len, row.input_len), Lengths(length, length), vocab, self.seed, number
             )
-            value = MEASURES[row.kind](llm, load)
-            if number >= 0:
-                result.runs.append(value)
+            if number < 0:
+                _generate(llm, load)
+            else:
+                result.runs.append(MEASURES[row.kind](llm, load))
             if time.monotonic() > self.deadline and result.runs:
                 break
         if row.kind == "decode":
             # At the mean context of the row's steps: a batch of 256 reads 3 % more for every 32 tokens.
-            result.bare = bare_step(llm, row.batch, row.input_len + row.output_len // 2, vocab)
+            context = row.input_len + row.output_len // 2
+            result.bare = bare_step(llm, row.batch, context, vocab, steps=max(BARE_STEPS, row.output_len))
 
     def _add(self, *results: Result) -> None:
         self.results += results
@@ -214,10 +217,18 @@ class Suite:
 
 
 def _decode(llm: LLM, load: Load) -> float:
-    """Milliseconds per token while all requests decode: from the last first token to the last token."""
-    outputs = _generate(llm, load)
-    last_first = max(output.timing.first_token for output in outputs)
-    return 1e3 * (max(output.timing.finished for output in outputs) - last_first) / (load.output_lens[0] - 1)
+    """Milliseconds per token over the steps in which all requests of the load decode, and nothing else is done."""
+    log = llm._engine.iterations
+    before = max((iteration.number for iteration in log.since(0)), default=0)
+    _generate(llm, load)
+    batch = len(load.prompts)
+    steps = [i for i in log.since(before) if not i.context and not i.waiting and i.running == batch]
+    if not steps:
+        raise ConfigError(
+            f"the {batch} requests of {load.output_lens[0]} tokens never decoded together: the first had ended when "
+            "the last began; raise the output length"
+        )
+    return 1e3 * sum(step.seconds for step in steps) * batch / sum(step.tokens for step in steps)
 
 
 def _prefill(llm: LLM, load: Load) -> float:
@@ -248,10 +259,13 @@ def _generate(llm: LLM, load: Load) -> list[Any]:
     return outputs
 
 
-def bare_step(llm: LLM, batch: int, context: int, vocab: int) -> float | None:
+def bare_step(llm: LLM, batch: int, context: int, vocab: int, steps: int = BARE_STEPS) -> float | None:
     """Milliseconds of a decode step with about `context` tokens that is launched again and again on the same input: no
     scheduler, no packing, no tokens read. None with a pipeline, where it would say nothing, and with the prefix cache
-    on, whose pages it would write to."""
+    on, whose pages it would write to.
+
+    The median of three runs of `steps` steps, one right after the other: the first runs of a GPU that had nothing to do
+    are faster than it can go on for long."""
     runner = llm._engine._runner
     if len(runner.stages) != 1 or llm.config.kv_cache_config.enable_block_reuse:
         return None
@@ -260,17 +274,17 @@ def bare_step(llm: LLM, batch: int, context: int, vocab: int) -> float | None:
     data = np.array(packed.data)
     program = stage.programs[packed.shape.bucket]
     times = []
-    for _ in range(3):
+    for _ in range(4):
         began = time.perf_counter()
-        for _ in range(BARE_STEPS):
+        for _ in range(steps):
             token_R, _, _, runner._last_token, stage.kv = program(stage.weights, stage.kv, runner._last_token, data)
         token_R.block_until_ready()
-        times.append(1e3 * (time.perf_counter() - began) / BARE_STEPS)
-    return min(times)
+        times.append(1e3 * (time.perf_counter() - began) / steps)
+    return statistics.median(times[1:])
 
 
 def decode_input(llm: LLM, batch: int, context: int, vocab: int) -> PackedStep:
-    """A packed step in which `batch` requests decode, at most BARE_TOKENS short of `context` tokens each."""
+    """A packed step in which `batch` requests decode, a little short of `context` tokens each (see BARE_TOKENS)."""
     runner = llm._engine._runner
     seen: list[PackedStep] = []
     forward = runner._forward
@@ -280,14 +294,16 @@ def decode_input(llm: LLM, batch: int, context: int, vocab: int) -> PackedStep:
             seen.append(dataclasses.replace(packed, data=packed.data.copy()))  # its memory is used again
         return forward(packed)
 
+    # The first request goes on while the prompts of the others are computed.
+    length = BARE_TOKENS + batch * context // (llm.config.max_num_tokens or 2048)
+    prompt = max(1, context - length)
     runner._forward = noted  # type: ignore[method-assign]
     try:
-        prompt = max(1, context - BARE_TOKENS)
-        _generate(llm, random_load(batch, Lengths(prompt, prompt), Lengths(BARE_TOKENS, BARE_TOKENS), vocab, 1, 0))
+        _generate(llm, random_load(batch, Lengths(prompt, prompt), Lengths(length, length), vocab, 1, 0))
     finally:
         del runner._forward
-    shape = max((packed.shape for packed in seen), key=lambda shape: shape.bucket.decodes)
-    return next(packed for packed in reversed(seen) if packed.shape == shape)
+    # Of the largest, the one whose requests have come furthest: rows of nobody are at position -1.
+    return max(seen, key=lambda packed: (packed.shape.bucket.decodes, int(packed.sampled()[1].sum())))
 
 
 def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:

@@ -70,6 +70,22 @@ def test_the_bare_step_has_the_context_of_the_row() -> None:
     assert len(positions_R) == 4 and 40 - BARE_TOKENS <= positions_R.min() <= positions_R.max() < 40
 
 
+def test_all_requests_of_a_bare_step_decode_however_long_their_prompts_take() -> None:
+    """Prompts of many steps: the first request has to go on until the last prompt is done."""
+    with LLM(**ENGINE | {"max_num_tokens": 4, "max_seq_len": 96, "token_buckets": [4]}) as llm:
+        packed = decode_input(llm, 4, 40, 203)
+    _, positions_R = packed.sampled()
+    assert len(positions_R) == 4 and positions_R.min() > 0
+
+
+def test_decoding_is_timed_while_all_decode(tmp_path: Path) -> None:
+    """A request that ended no longer slows the others down, so the steps after its end would flatter the row."""
+    rows = [Row("short", "decode", "a", 4, 40, 2)]
+    found = suite(tmp_path / "r.json", rows, {"a": ENGINE | {"max_num_tokens": 4, "token_buckets": [4]}}, repeat=1)
+    assert found.run() == 1
+    assert "4 requests of 2 tokens never decoded together" in found.results[0].error
+
+
 def test_a_row_or_an_engine_that_fails_is_a_result(tmp_path: Path) -> None:
     rows = [Row("bad", "decode", "b", 1, 8, 8), Row("too-long", "decode", "a", 1, 80, 8), ROWS[0]]
     engines = {"b": ENGINE | {"model": "/nonexistent"}, "a": ENGINE}
