@@ -8,6 +8,8 @@ README.md marks each place with what is to be made there, and from which files (
 
     <!-- bench h200/bench.json -->        rows of scripts/bench_h200.py
     <!-- layouts h200-x2/layouts.json -->  jaxllm bench layouts
+    <!-- server h200/server.json -->      scripts/bench_server.py
+    <!-- costs h200/quantization.json -->  scripts/quantization_cost.py
     <!-- plot decode.svg h200/bench.json -->   decode milliseconds by batch size, as configs/results/decode.svg
     <!-- end -->
 """
@@ -106,6 +108,37 @@ def layouts(*names: str) -> str:
     return table(head, cells)
 
 
+def server(*names: str) -> str:
+    """scripts/bench_server.py: streams against one request that is answered whole."""
+    cells, notes = [], []
+    for name in names:
+        content = load(name)
+        notes += [content["note"]] if content.get("note") else []
+        for row in content["rows"]:
+            streams, engine = row["streams"], row["engine"]
+            speed = [f"{number(found['output_throughput'])} tok/s" for found in (streams, engine)]
+            steps = f"{streams['step_ms']:.2f}, {engine['step_ms']:.2f} ms"
+            ttft = f"{number(streams['p50_ttft_ms'])}, {number(streams['p99_ttft_ms'])} ms"
+            cells.append([str(row["concurrency"]), *speed, f"{100 * row['throughput_ratio']:.1f} %", steps, ttft])
+    head = ["streams", "through the server", "the engine", "of it", "step: streams, engine", "TTFT p50, p99"]
+    return table(head, cells) + "".join(f"\n{note}\n" for note in notes)
+
+
+def costs(*names: str) -> str:
+    """scripts/quantization_cost.py: how far quantised models are from the reference."""
+    cells = []
+    for name in names:
+        content = load(name)
+        model = f"{content['model']}, random weights" if content["random_weights"] else content["model"]
+        for cost in content["costs"]:
+            if cost["kind"]["name"] != content["reference"]:
+                agreement = f"{100 * cost['agreement']:.1f} %"
+                size = f"{cost['weight_bytes'] / 1e6:,.0f} MB" if cost["weight_bytes"] else "-"
+                figures = [f"{cost['kl']:.4f}, {cost['worst_kl']:.4f}", agreement, size]
+                cells.append([model, cost["kind"]["name"], content["reference"], *figures])
+    return table(["model", "quantised", "against", "KL mean, worst (nats)", "same top token", "weights"], cells)
+
+
 # ---- plots --------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 56, 150, 34, 44
@@ -168,7 +201,7 @@ def text(x: float, y: float, what: str, *, anchor: str = "start", size: int = 12
 
 # ---- files --------------------------------------------------------------------------------------------------------
 
-TABLES: dict[str, Callable[..., str]] = {"bench": bench, "layouts": layouts}
+TABLES: dict[str, Callable[..., str]] = {"bench": bench, "layouts": layouts, "server": server, "costs": costs}
 
 
 def make(readme: str) -> tuple[str, dict[str, str]]:
