@@ -72,6 +72,18 @@ def test_plot(tables: ModuleType) -> None:
     assert {"title", "8", "64", "jaxllm 4.00", "jaxllm fp8 4.00", "vLLM 5.00"} <= set(written)
 
 
+def test_the_server_and_the_costs(tables: ModuleType) -> None:
+    streams = {"output_throughput": 950.0, "step_ms": 4.2, "p50_ttft_ms": 11.0, "p99_ttft_ms": 205.0}
+    row = {"concurrency": 64, "throughput_ratio": 0.95, "streams": streams}
+    tables.load = lambda name: {"rows": [row | {"engine": {"output_throughput": 1000.0, "step_ms": 4.0}}]}
+    assert "| 64 | 950 tok/s | 1,000 tok/s | 95.0 % | 4.20, 4.00 ms | 11.00, 205 ms |" in tables.server("x")
+    found = {"kl": 0.01234, "worst_kl": 0.5, "agreement": 0.9, "weight_bytes": 137e6}
+    kinds = [found | {"kind": {"name": name}} for name in ("float32", "fp8 weights")]
+    tables.load = lambda name: {"model": "m", "random_weights": False, "reference": "float32", "costs": kinds}
+    made = tables.costs("x").splitlines()
+    assert made[2:] == ["| m | fp8 weights | float32 | 0.0123, 0.5000 | 90.0 % | 137 MB |"], "no row of the reference"
+
+
 def test_unknown_marks_are_refused(tables: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="<!-- chart --> is not known; use bench, layouts, plot"):
+    with pytest.raises(SystemExit, match="<!-- chart --> is not known; use bench, layouts, server, costs, plot"):
         tables.make("<!-- chart a.json -->\n<!-- end -->\n")
