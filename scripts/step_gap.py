@@ -8,6 +8,9 @@ From a loop that only launches, to what the engine does, one thing after the oth
 no more than two steps on their way; the tokens read back; the input put on the device ahead, or kept there; work on the
 host between. `call` is how long the call that launches a step takes, `wait` how long its tokens are waited for: a call
 about as long as the step has waited for the device. All in milliseconds; those of the engine itself come first.
+
+A CUDA graph has to be told of every address that differs from the launch before. The last ways launch a program whose
+results are written where given arrays were, so that only the tokens' address changes, or none at all.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from jaxllm.bench.suite import MEASURES, bare_step, decode_input
 SETTINGS = {
     "max_batch_size": 256,
     "max_seq_len": 2304,
-    "batch_buckets": [64, 128, 256],
+    "batch_buckets": [1, 64, 128, 256],
     "token_buckets": [8192],
     "kv_cache_config": {"enable_block_reuse": False},
     "skip_tokenizer_init": True,
@@ -51,7 +54,8 @@ class Way:
     given: what the program takes. same: one array of the host, fresh: a copy of it for each step, ahead: an array that
     was put on the device one step before, resident: one that has been there all along. read: the tokens are copied to
     the host. busy: milliseconds of Python between reading and the next launch. hold: the logits of a step live until
-    the next one is launched, as in the bare loop.
+    the next one is launched, as in the bare loop. places: token arrays whose memory the steps write in turn, and as
+    many logits as one; 0: memory that is allocated for each step.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Way:
     read: bool = False
     busy: float = 0.0
     hold: bool = False
+    places: int = 0
 
 
 WAYS = (
@@ -75,14 +80,41 @@ WAYS = (
     Way("resident", "resident", 2, True, 1.0),
     Way("logits held", "fresh", 2, True, 1.0, True),
     Way("three on their way", "fresh", 3, True, 1.0),
+    Way("results in place", "fresh", 2, True, 1.0, places=3),
+    Way("all but tokens in place", "resident", 2, True, 1.0, places=3),
+    Way("all in place, bare", "resident", places=1),
 )
 
 
-def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int) -> dict[str, float]:
+def compile_in_place(llm: LLM, bucket: Any) -> Any:
+    """The step of a bucket with two more arguments, in whose memory the tokens and the logits are written."""
+    runner = llm._engine._runner
+    (stage,) = runner.stages
+    shape = runner.packer.shape(bucket)
+    forward, arguments = stage.functions.forward(shape), stage.arguments(shape, runner.packer.spare_slot + 1)
+    traced = jax.jit(forward).trace(*arguments)
+    results = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=arguments[2].sharding), traced.out_info[:2]
+    )
+    jitted = jax.jit(
+        lambda w, kv, last, packed, *_: forward(w, kv, last, packed), keep_unused=True, donate_argnums=(1, 2, 4, 5)
+    )
+    program = jitted.lower(*arguments, *results).compile(stage.functions.compiler_options(shape))
+    return program, results
+
+
+def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int, in_place: Any) -> dict[str, float]:
     """Milliseconds of a step, of the call that launches it, and of the wait for its tokens."""
     runner = llm._engine._runner
     (stage,) = runner.stages
     program, place = stage.programs[bucket], program_input(stage, runner.packer.shape(bucket), runner)
+    tokens: deque[jax.Array] = deque()
+    logits: Any = None
+    if way.places:
+        program, (token, logit) = in_place
+        empty = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)  # noqa: E731
+        tokens.extend(empty(token) for _ in range(way.places))
+        logits = empty(logit)
     resident = jax.device_put(data, place)
     calls, waits = [], []
     flights: deque[jax.Array] = deque()
@@ -109,18 +141,25 @@ def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int) -> di
     for _ in range(steps):
         given = give[way.given]()
         before = time.perf_counter()
-        token_R, logits, _, runner._last_token, stage.kv = program(stage.weights, stage.kv, runner._last_token, given)
-        if not way.hold:
+        places = (tokens.popleft(), logits) if way.places else ()
+        token_R, logits, _, runner._last_token, stage.kv = program(
+            stage.weights, stage.kv, runner._last_token, given, *places
+        )
+        del places
+        if way.places:
+            tokens.append(token_R)
+        elif not way.hold:
             del logits
         if way.read:
             token_R.copy_to_host_async()
         calls.append(time.perf_counter() - before)
         if way.given == "ahead":
             ahead = jax.device_put(data.copy(), place)
-        flights.append(token_R)
+        if way.flights is not None:
+            flights.append(token_R)
         if way.flights is not None and len(flights) >= way.flights:
             finish()
-    jax.block_until_ready(list(flights))
+    jax.block_until_ready(token_R)
     seconds = time.perf_counter() - began
     figures = {"step": seconds / steps, "call": statistics.median(calls), "call max": max(calls)}
     figures["wait"] = statistics.median(waits) if waits else 0.0
@@ -145,7 +184,7 @@ def engine_step(llm: LLM, batch: int, vocab: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="64,128,256")
+    parser.add_argument("--batches", default="1,64,256")
     parser.add_argument("--steps", type=int, default=48, help="of each way (default: %(default)s)")
     parser.add_argument("--model", help="another model (default: Llama-3.1-8B's shapes with random weights)")
     parser.add_argument("--settings", default="{}", help="JSON of engine settings that win over the script's own")
@@ -164,7 +203,11 @@ def main() -> None:
                 print(f"bare step of the suite {bare_step(llm, batch, 256, vocab):.2f}")
                 packed = decode_input(llm, batch, 256, vocab)
                 data, bucket = np.array(packed.data), packed.shape.bucket
-                rows = {way.name: measure(llm, data, bucket, way, args.steps) for way in WAYS for _ in range(2)}
+                in_place = compile_in_place(llm, bucket)
+                rows = {}
+                for way in WAYS:
+                    measure(llm, data, bucket, way, 8, in_place)
+                    rows[way.name] = measure(llm, data, bucket, way, args.steps, in_place)
                 cells = [["way", *next(iter(rows.values()))]]
                 cells += [[name, *(f"{value:.2f}" for value in row.values())] for name, row in rows.items()]
                 print("\n".join(aligned(cells)), f"\n(input of {data.nbytes:,} bytes)", flush=True)
