@@ -78,6 +78,19 @@ class Attention(nnx.Module):
 
         The rows of x_TD and of the result are split over `spread`.
         """
+        out_TD, kv = self.heads_of(x_TD, norm, rope, kv, batch, spread)
+        return self.out(out_TD, spread, residual=residual), kv
+
+    def heads_of(
+        self,
+        x_TD: jax.Array,
+        norm: RMSNorm | None,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        spread: Axes = (),
+    ) -> tuple[jax.Array, KVPages]:
+        """As `__call__`, before the output projection: what this rank's heads found, [T, N * H]."""
         qkv = self.qkv(x_TD, norm, spread)
         T, N, K, H = qkv.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
         attend = partial(paged_attention, scale=self.scale, softcap=self.softcap)
@@ -85,7 +98,7 @@ class Attention(nnx.Module):
         kind = self.layout.cp_type
         if kind is None:
             out_TNH, kv = self._attend(qkv.reshape(T, N + 2 * K, H), rope, kv, batch, kernel)
-            return self.out(out_TNH.reshape(T, -1), spread, residual=residual), kv
+            return out_TNH.reshape(T, -1), kv
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
         qkv = qkv.reshape(T, groups, N + 2 * K, H)
@@ -96,7 +109,7 @@ class Attention(nnx.Module):
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
         out_TNH, kv = METHODS[kind](q_TNH, k_TKH, v_TKH, kv, batch, kernel)
-        return self.out(out_TNH.reshape(T, -1), spread, residual=residual), kv
+        return out_TNH.reshape(T, -1), kv
 
     def _attend(
         self,

@@ -154,7 +154,14 @@ class Block(nnx.Module):
             x_TD, y_TD, norm = self.input_norm.settle(x)
             spread = self.layout.spread(batch.tokens, x_TD.shape[1])
             residual = x_TD if post_attention is None else None
-            x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
+            if isinstance(self.attention, Attention) and isinstance(self.mlp, MoE):
+                found_TD, kv = self.attention.heads_of(y_TD, norm, rope, kv, batch, spread)
+                try:
+                    return self._end(x_TD, found_TD, spread), kv, None
+                except NotImplementedError:
+                    x = self.attention.out(found_TD, spread, residual=residual)
+            else:
+                x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
             x = x if post_attention is None else x_TD + post_attention(settle(x)[0])
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, MoE):  # which has a kernel for norm and router
@@ -170,6 +177,14 @@ class Block(nnx.Module):
                 x = self.mlp(y_TD, norm, tokens, residual)
             x = x if post_mlp is None else x_TD + post_mlp(settle(x)[0])
         return x, kv, load_E
+
+    def _end(self, x_TD: jax.Array, found_TD: jax.Array, spread: Axes) -> jax.Array:
+        """The layer after attention's heads by one kernel. Raises NotImplementedError where there is none."""
+        if not isinstance(self.mlp, MoE) or spread or self.post_attention_norm or self.post_mlp_norm:
+            raise NotImplementedError("no experts, spread tokens or norms of the halves' results")
+        assert isinstance(self.attention, Attention)
+        with jax.named_scope("mlp"):
+            return self.mlp.after_heads(x_TD, found_TD, self.attention.out, self.mlp_norm)
 
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
         """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""

@@ -13,6 +13,7 @@ from kernel_rows._measure import Row, difference, rate, time_call
 
 from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from jaxllm.kernels.moe_token import cuda as one_token
 from jaxllm.kernels.router import cuda as router
 
 BF16 = jnp.bfloat16
@@ -147,8 +148,58 @@ def right() -> dict[str, Any]:
     return {"difference": worst, "cases": count, "wrong": not worst < 6e-3 or bool(found), **found}
 
 
+A = {"qwen3-30b-a3b": 4096, "mixtral-8x7b": 4096}
+"""What attention's heads give to the output product."""
+
+
+def token_right() -> dict[str, Any]:
+    """One token to the end of its layer, by one kernel, against float32; the same each time it runs."""
+    found: dict[str, Any] = {}
+    worst = 0.0
+    cases = (
+        ((4096, 2048, 128, 768), router.Choice(8, 1e-6)),
+        ((0, 2048, 128, 768), router.Choice(8, 1e-6, normalise=False)),
+        ((1024, 4096, 8, 3584), router.Choice(2, 1e-5)),
+        ((256, 256, 33, 256), router.Choice(5, 1e-6, sigmoid=True, scale=2.5)),
+    )
+    for sizes, choice in cases:
+        for seed in range(4):
+            operands = one_token.random_operands(*sizes, bias=choice.sigmoid, seed=seed)
+            kernel = jax.jit(one_token.implementation(operands, choice, activation="silu"))
+            results = [np.asarray(kernel(operands)) for _ in range(20)]
+            if not all(np.array_equal(results[0], result) for result in results):
+                found["not reproducible"] = f"{sizes} seed {seed}"
+            error = one_token.difference(operands, results[0], choice)
+            worst = max(worst, error if error == error else np.inf)
+    return {"difference": worst, "cases": 4 * len(cases), "wrong": not worst < 6e-3 or bool(found), **found}
+
+
+def token_speed(shape: str, attended: bool = True, **options: Any) -> dict[str, Any]:
+    """Of the second half of a layer at one token, each call after the one before and with a router of its own."""
+    E, X, D, F = SHAPES[shape]
+    calls = 8
+    operands = one_token.random_operands(A[shape] if attended else 0, D, E, F)
+    choice = router.Choice(X, 1e-6)
+    kernel = one_token.implementation(operands, choice, activation="silu", **options)
+    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
+
+    def chain(operands: one_token.Operands, routers: jax.Array) -> jax.Array:
+        for weight in routers:
+            operands = operands._replace(x=kernel(operands._replace(router=weight)))
+        return operands.x
+
+    seconds = time_call(jax.jit(chain), operands, routers, calls=calls)
+    moved = 2 * D * (A[shape] * attended + E + X * 3 * F)
+    return rate(seconds, moved=moved)
+
+
 def rows() -> Iterator[Row]:
     yield Row("right", right)
+    yield Row("token right", token_right)
+    for shape in A:
+        yield Row(f"token {shape}", partial(token_speed, shape))
+    yield Row("token qwen3-30b-a3b without the output product", partial(token_speed, "qwen3-30b-a3b", False))
+    yield Row("token qwen3-30b-a3b with short rings", partial(token_speed, "qwen3-30b-a3b", slots=4))
     for T in (1, 64, 256):
         yield Row(f"router and one more kernel T={T}", partial(route, T))
     for shape, tokens in TOKENS.items():

@@ -9,6 +9,7 @@ from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import quantized_cuda
+from jaxllm.kernels.moe_token import cuda as moe_token
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
 from jaxllm.kernels.router import cuda as router
@@ -29,5 +30,6 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
+        checks |= {moe_token.KERNEL: moe_token.check}
     call.check_all(checks)
     call.check_all(dict([second]))  # of use only where the first is not

@@ -10,9 +10,13 @@
 
 #include KERNEL
 
-// Blocks of a cluster: a macro of the kernels that have them.
-#ifndef CLUSTER
-#define CLUSTER 1
+// Blocks of a cluster: a macro of the kernels that have them. With a barrier of the whole grid all run at once.
+#ifdef GRID_BARRIER
+constexpr u32 BLOCKS_AT_ONCE = 0;
+#elif defined(CLUSTER)
+constexpr u32 BLOCKS_AT_ONCE = CLUSTER;
+#else
+constexpr u32 BLOCKS_AT_ONCE = 1;
 #endif
 
 #if !defined(__x86_64__)
@@ -262,7 +266,7 @@ extern "C" const char* emulator_run(void (*kernel)(void**), u32 count, void** ar
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {block, 1, 1};
   emulator::shared_bytes = shared_bytes;
-  constexpr u32 blocks = CLUSTER;
+  const u32 all = grid[0] * grid[1] * grid[2], blocks = BLOCKS_AT_ONCE ? BLOCKS_AT_ONCE : all;
   shared_of_blocks.clear();
   for (u32 i = 0; i < blocks; ++i) shared_of_blocks.push_back((u8*)aligned_alloc(1024, (shared_bytes + 1024) / 1024 * 1024));
   buffers.clear();
@@ -277,7 +281,7 @@ extern "C" const char* emulator_run(void (*kernel)(void**), u32 count, void** ar
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
-  std::vector<u32> order(grid[0] * grid[1] * grid[2] / blocks);
+  std::vector<u32> order(all / blocks);
   for (u32 i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
   if (!sigsetjmp(outside, 1))

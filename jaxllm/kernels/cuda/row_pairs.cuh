@@ -1,0 +1,119 @@
+// Products of one token with weights, two rows at a time, by warps that share nothing: each has its own ring in shared
+// memory, which every lane fills by asynchronous copies of what it will read itself, so that nobody waits for anybody. A
+// ring has the weights of two products that follow each other: while the results of the first are exchanged, those of
+// the second come already.
+//
+// A product is a type with
+//   ITEMS   pairs of rows; warp w of block b has items w * BLOCKS + b, and so on, by WORKERS
+//   PIECES  of 256 inputs in a row
+//   const u16* at(int item, int piece, int row)   where a piece of row 0 or 1 of a pair is
+// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int THREADS = WARPS * 32, WORKERS = WARPS * BLOCKS;
+constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
+constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
+static_assert(SLOTS > 1, "a ring");
+
+template <class Product>
+DEVICE constexpr int stages_of() { return (Product::PIECES + STAGE - 1) / STAGE; }
+
+template <class First, class Second>
+struct Ring {
+  const First& first;
+  const Second& second;
+  u8* slots;       // of this warp
+  int lane, item;  // item: of the next copy
+  int stage, filled, emptied;
+  bool on_second;
+
+  // Begins with all slots but one.
+  DEVICE Ring(const First& first, const Second& second, u8* rings) : first(first), second(second) {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    slots = rings + warp * (SLOTS * SLOT) + lane * 16;
+    item = warp * BLOCKS + blockIdx.x;
+    stage = filled = emptied = 0;
+    on_second = item >= First::ITEMS;
+#pragma unroll 1
+    for (int i = 0; i < SLOTS - 1; ++i) bring();
+  }
+
+  template <class Product>
+  DEVICE bool copy(const Product& product) {
+    if (item >= Product::ITEMS) return true;
+    const u32 to = shared_address(slots + filled * SLOT);
+#pragma unroll
+    for (int i = 0; i < STAGE; ++i) {
+      const int piece = stage * STAGE + i;
+      if (Product::PIECES % STAGE && piece >= Product::PIECES) break;
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+        cp_async_16(to + (i * 2 + row) * PIECE * 2, product.at(item, piece, row) + lane * 8, 16);
+    }
+    if (++filled == SLOTS) filled = 0;
+    if (++stage == stages_of<Product>()) {
+      stage = 0;
+      item += WORKERS;
+    }
+    return item >= Product::ITEMS;
+  }
+  // Copies one stage; where there is no more, a group of copies that has none.
+  DEVICE void bring() {
+    if (on_second) {
+      copy(second);
+    } else if (copy(first)) {
+      on_second = true;
+      item = threadIdx.x / 32 * BLOCKS + blockIdx.x;
+    }
+    cp_async_commit();
+  }
+  DEVICE const uint4* next() {
+    cp_async_wait<SLOTS - 2>();
+    const uint4* const found = (const uint4*)(slots + emptied * SLOT);
+    if (++emptied == SLOTS) emptied = 0;
+    return found;
+  }
+};
+
+DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
+DEVICE float high_of(u32 two) { return __uint_as_float(two & 0xffff0000u); }
+DEVICE float dot(u32 a, u32 x, float sum) { return high_of(a) * high_of(x) + (low_of(a) * low_of(x) + sum); }
+DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y, x.y, dot(a.x, x.x, 0.f)))); }
+
+// Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
+// part of the sum. finish(item, sums of its two rows) is called by whole warps; sums are float32.
+template <class Product, class Source, class Factor, class Finish>
+DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor factor, Finish finish) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int item = threadIdx.x / 32 * BLOCKS + blockIdx.x; item < Product::ITEMS; item += WORKERS) {
+    float sum[2] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < stages_of<Product>(); ++stage) {
+      const uint4* const weights = ring.next();
+      ring.bring();  // into the slot that was read before this one
+#pragma unroll
+      for (int i = 0; i < STAGE; ++i) {
+        const int piece = stage * STAGE + i;
+        if (Product::PIECES % STAGE && piece >= Product::PIECES) break;
+        const uint4 x = inputs[piece * 32 + lane];
+        const float by = factor(piece);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) sum[row] += by * dot(weights[(i * 2 + row) * 32], x);
+      }
+    }
+#pragma unroll
+    for (int by = 16; by; by /= 2)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
+    finish(item, sum[0], sum[1]);
+  }
+}
+
+// By all threads: `count` bf16, a multiple of 8, to shared memory; what other blocks wrote.
+DEVICE void fetch_inputs(uint4* inputs, const u16* from, int count) {
+  for (int i = threadIdx.x; i < count / 8; i += THREADS) inputs[i] = __ldcg((const uint4*)from + i);
+  __syncthreads();
+}

@@ -1,0 +1,1 @@
+"""One token through the second half of a layer with experts."""

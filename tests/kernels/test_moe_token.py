@@ -1,0 +1,101 @@
+"""The kernel that takes a token through a layer's experts, run on the emulator, against XLA's composition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.moe_token import cuda
+from jaxllm.kernels.router.cuda import Choice
+from tests.kernels.emulator.emulator import Kernels
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Launches of few blocks go to the emulator, with the seed that is set."""
+
+    def compile_ptx(kernel, source, macros):
+        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
+
+    def launch(name, kernels, operands, results, *, grid, threads, shared=0, aliases=None):
+        wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
+        operands = [np.asarray(operand) for operand in operands]
+        how = {"grid": grid, "threads": threads, "shared": shared, "aliases": aliases, "seed": seed[0]}
+        return kernels.run(name, operands, wanted, **how)
+
+    seed = [0]
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
+    monkeypatch.setattr(call, "launch", launch)
+    monkeypatch.setattr(call, "SMS", 3)
+    monkeypatch.setattr(cuda, "WARPS", 2)
+    return seed
+
+
+CASES = [
+    # A, D, E, F, choice, activation, slots
+    (512, 256, 9, 256, Choice(3, 1e-6), "silu", 3),
+    pytest.param(
+        (0, 512, 40, 256, Choice(4, 1e-5, normalise=False, sigmoid=True, scale=2.5), "gelu_tanh", None),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_xla(case, seed: int, emulated) -> None:
+    """Warps of few blocks take many items; rings of three stages go round."""
+    *sizes, choice, activation, slots = case
+    operands = cuda.random_operands(*sizes, bias=choice.sigmoid, seed=seed)
+    emulated[0] = seed
+    found = cuda.implementation(operands, choice, activation=activation, slots=slots)(operands)
+    wanted = np.asarray(cuda.plain(operands, choice, activation=activation), np.float32)
+    start = np.asarray(operands.x, np.float32)
+    error = np.linalg.norm(np.asarray(found, np.float32) - wanted) / np.linalg.norm(wanted - start)
+    assert error < 5e-3
+
+
+def test_what_the_kernel_cannot_do() -> None:
+    def of(T=1, D=256, F=256, dtype=jnp.bfloat16, A=256):
+        shapes = ((T, D), (T, A), (D, A), (D,), (8, D), (8, 2 * F, D), (8, D, F))
+        x, attended, output, norm, router, gate_up, down = (jax.ShapeDtypeStruct(s, dtype) for s in shapes)
+        return cuda.Operands(x, attended, output, norm, router, None, gate_up, down)
+
+    for operands in (of(T=2), of(D=128), of(F=320), of(A=64), of(dtype=jnp.float32), of(F=256 * 200)):
+        with pytest.raises(NotImplementedError):
+            cuda.implementation(operands, Choice(2, 1e-5), activation="silu")
+    with pytest.raises(NotImplementedError):
+        cuda.implementation(of(), Choice(2, 1e-5), activation="gelu")
+
+
+MODEL = Path(__file__).parents[1] / "golden" / "qwen3_moe"
+
+
+def test_steps_of_one_token_ask_for_it(monkeypatch) -> None:
+    """And what stands for it elsewhere gives the tokens that the layer's parts give."""
+    asked = []
+
+    def choose(operands, choice, *, activation):
+        asked.append(tuple(None if array is None else array.shape for array in operands))
+        return lambda operands: operands.x * jnp.nan  # traced, and not run on a CPU
+
+    def tokens(prompt: list[int]) -> list[int]:
+        jax.clear_caches()  # alike layers share a trace
+        sizes = {"max_seq_len": 16, "max_batch_size": 1, "batch_buckets": [1], "token_buckets": [8]}
+        pages = {"tokens_per_block": 4, "max_tokens": 64}
+        with LLM(
+            MODEL, dtype="float32", skip_tokenizer_init=True, progress=False, kv_cache_config=pages, **sizes
+        ) as llm:
+            params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+            return list(llm.generate(prompt, params, use_tqdm=False).outputs[0].token_ids)
+
+    wanted = tokens([3, 1, 4])
+    monkeypatch.setattr(cuda, "choose", choose)
+    assert tokens([3, 1, 4]) == wanted
+    assert asked and all(shapes[0][0] == 1 and None not in shapes[:5] for shapes in asked)
