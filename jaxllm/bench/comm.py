@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,30 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.bench.report import aligned, machine
 from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
+from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.parallel.collectives import (
     Axes,
+    Exchange,
     all_reduce,
     all_to_all,
+    exchanging,
     gather_rows,
     rank,
     ranks,
     reduce_scatter_rows,
     rotate,
+    settle,
+    sum_later,
 )
 from jaxllm.parallel.mesh import AXES, make_mesh
 
+if TYPE_CHECKING:
+    from jaxllm.engine.forward import StepFunctions
+
 ITEM = 2  # bytes of bfloat16
+SUMS = 64
+"""Sums of a program of `sum_seconds`."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -160,6 +171,41 @@ def _measure(
         x = run(x).block_until_ready()
         found.append((time.perf_counter() - began) / times)
     return statistics.median(found)
+
+
+def sum_seconds(functions: StepFunctions, tokens: int, repeat: int = 3) -> list[float]:
+    """Seconds of one sum over the ranks of a decode step of `tokens` tokens, with the residual and the norm after it,
+    by whatever the step itself would use; of each repetition. One rank: nothing, [0.0]."""
+    layout, mesh, group, width = functions.layout, functions.mesh, functions.group, functions.cfg.hidden_size
+    axes = layout.axes("ffn")
+    if layout.size("ffn") == 1:
+        return [0.0]
+    norm = (jnp.ones(width, jnp.float32), 1e-5)
+    words, specs = ([], []) if group is None else ([group.array], [group.spec])
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=PartitionSpec(), check_vma=False)
+    def run(x_TD: jax.Array, words: list[jax.Array]) -> jax.Array:
+        exchange = None if group is None else Exchange(words[0], group.axes, all_reduce_few)
+        part_TD = x_TD
+        with exchanging(exchange):
+            for _ in range(SUMS):
+                x_TD, normed_TD = settle(sum_later(part_TD, axes, (), x_TD), norm)
+                part_TD = rms_norm(x_TD, norm) if normed_TD is None else normed_TD
+        return part_TD
+
+    x_TD = jax.device_put(jnp.ones((tokens, width), layout.dtype), jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    run(x_TD, words).block_until_ready()
+    found = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        for _ in range(8):
+            out = run(x_TD, words)
+        out.block_until_ready()
+        found.append((time.perf_counter() - began) / (8 * SUMS))
+    if group is not None:
+        group.raise_if_failed()
+    return found
 
 
 def emit(rows: Sequence[CommRow], json_path: str | None) -> None:

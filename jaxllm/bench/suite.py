@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxllm.llm import LLM
 
 BARE_STEPS = 64
+WARM_UP_TOKENS = 32_768
 BARE_TOKENS = 16
 """Tokens that the requests of a bare step have generated at most, and one more for every step that their prompts take:
 enough for all of them to decode together."""
@@ -37,8 +38,11 @@ class Row:
     """One load and what it should reach.
 
     kind: decode (ms per token of `batch` requests that decode together), prefill (prompt tokens per second of `batch`
-    prompts), throughput (output tokens per second of `batch` requests submitted at once).
+    prompts), throughput (output tokens per second of `batch` requests submitted at once), ttft (ms from the submission
+    of `batch` long prompts to the last first token), step (ms of a decode step alone over a context of `input_len`
+    tokens that nobody computed), sums (ms of the sums over ranks of a decode step, one after the other and alone).
     engine: name of the engine settings it runs with. must, aim, peer: figures to reach, and another library's.
+    warm_up: False where the rows before have warmed up all that the row needs.
     """
 
     name: str
@@ -51,10 +55,11 @@ class Row:
     aim: float | None = None
     peer: float | None = None
     repeat: int | None = None
+    warm_up: bool = True
 
     @property
     def unit(self) -> str:
-        return "ms" if self.kind == "decode" else "tok/s"
+        return "tok/s" if self.kind in ("prefill", "throughput") else "ms"
 
 
 @dataclass(slots=True)
@@ -78,12 +83,12 @@ class Result:
         """Share of the floor that was reached, 1 at best."""
         if self.median is None or self.floor is None:
             return None
-        return self.floor / self.median if self.row.kind == "decode" else self.median / self.floor
+        return self.floor / self.median if self.row.unit == "ms" else self.median / self.floor
 
     def reached(self, target: float | None) -> str:
         if self.median is None or target is None:
             return "-"
-        good = self.median <= target if self.row.kind == "decode" else self.median >= target
+        good = self.median <= target if self.row.unit == "ms" else self.median >= target
         return "yes" if good else "no"
 
     def to_json(self) -> dict[str, Any]:
@@ -168,12 +173,14 @@ class Suite:
         row = result.row
         repeat = self.repeat if row.repeat is None else row.repeat
         vocab = llm._engine.model_config.vocab_size
-        # The warm-up has as many requests as the row, but few tokens.
-        for number in range(-1, repeat):
+        if row.kind in STEPS:
+            result.runs = STEPS[row.kind](llm, row.batch, row.input_len, vocab)
+            return
+        # The warm-up has as many requests as the row, but few tokens: all steps of a long prompt are the same program.
+        for number in range(-1 if row.warm_up else 0, repeat):
             length = row.output_len if number >= 0 else min(row.output_len, 4)
-            load = random_load(
-                row.batch, Lengths(row.input_len, row.input_len), Lengths(length, length), vocab, self.seed, number
-            )
+            prompt = row.input_len if number >= 0 or row.kind != "ttft" else min(row.input_len, WARM_UP_TOKENS)
+            load = random_load(row.batch, Lengths(prompt, prompt), Lengths(length, length), vocab, self.seed, number)
             if number < 0:
                 _generate(llm, load)
             else:
@@ -245,7 +252,17 @@ def _throughput(llm: LLM, load: Load) -> float:
     return load.output_tokens / (time.perf_counter() - began)
 
 
-MEASURES: dict[str, Callable[[LLM, Load], float]] = {"decode": _decode, "prefill": _prefill, "throughput": _throughput}
+def _ttft(llm: LLM, load: Load) -> float:
+    """Milliseconds from the submission of all prompts to the last first token."""
+    return 1e3 * load.input_tokens / _prefill(llm, load)
+
+
+MEASURES: dict[str, Callable[[LLM, Load], float]] = {
+    "decode": _decode,
+    "prefill": _prefill,
+    "throughput": _throughput,
+    "ttft": _ttft,
+}
 
 
 def _generate(llm: LLM, load: Load) -> list[Any]:
@@ -269,7 +286,12 @@ def bare_step(llm: LLM, batch: int, context: int, vocab: int, steps: int = BARE_
     runner = llm._engine._runner
     if len(runner.stages) != 1 or llm.config.kv_cache_config.enable_block_reuse:
         return None
-    packed = decode_input(llm, batch, context, vocab)
+    return statistics.median(_launch_again(llm, decode_input(llm, batch, context, vocab), steps))
+
+
+def _launch_again(llm: LLM, packed: PackedStep, steps: int = BARE_STEPS) -> list[float]:
+    """Milliseconds of the step of an engine with one stage, of each of three runs of `steps` launches."""
+    runner = llm._engine._runner
     (stage,) = runner.stages
     data = np.array(packed.data)
     program = stage.programs[packed.shape.bucket]
@@ -280,7 +302,50 @@ def bare_step(llm: LLM, batch: int, context: int, vocab: int, steps: int = BARE_
             token_R, _, _, runner._last_token, stage.kv = program(stage.weights, stage.kv, runner._last_token, data)
         token_R.block_until_ready()
         times.append(1e3 * (time.perf_counter() - began) / steps)
-    return statistics.median(times[1:])
+    return times[1:]
+
+
+def far_step(llm: LLM, batch: int, context: int, vocab: int) -> list[float]:
+    """Milliseconds of a decode step of `batch` requests over pages that nobody filled: how fast memory is read does not
+    depend on what is there, and a prompt of a million tokens takes minutes.
+
+    Raises ValueError with a pipeline, and for more tokens than the page pool or a request's page table holds.
+    """
+    runner = llm._engine._runner
+    if len(runner.stages) != 1:
+        raise ValueError("a step alone says nothing of a pipeline; give pipeline_parallel_size 1")
+    packed = decode_input(llm, batch, 2 * BARE_TOKENS, vocab)
+    layout, pool = runner.functions.layout, runner.stages[0].kv[0].shape[0]
+    parts = packed.shape.unpack(packed.data)
+    rows = parts.pages_RW.shape[2]
+    page, stripes = runner.stages[0].kv[0].shape[3], layout.mapping.stripes
+    width = -(-context // (page * stripes))
+    free = pool // layout.size("pages") - 1
+    if width > packed.shape.width or rows * width > free:
+        raise ValueError(
+            f"{batch} x {context} tokens are more than the page pool ({free * page * stripes} tokens) or a request "
+            f"({packed.shape.width * page * stripes}) holds; raise max_seq_len, or lower the row's batch or input_len"
+        )
+    pages = 1 + np.random.default_rng(0).permutation(free)[: rows * width]
+    parts.pages_RW[..., :width] = pages.reshape(rows, width)
+    parts.positions_T[parts.positions_T >= 0] = context - 1
+    return _launch_again(llm, packed)
+
+
+def step_sums(llm: LLM, batch: int, context: int, vocab: int) -> list[float]:
+    """Milliseconds of the sums of a decode step of `batch` requests: after the embedding and twice in each layer, each
+    with the residual and the norm after it. Alone in a program, where no rank waits for another one's products."""
+    from jaxllm.bench.comm import sum_seconds
+
+    runner = llm._engine._runner
+    functions = runner.functions
+    rows = -(-batch // functions.layout.size("requests"))
+    seconds = sum_seconds(functions, rows)
+    return [1e3 * (2 * functions.cfg.num_layers + 1) * one for one in seconds]
+
+
+STEPS: dict[str, Callable[[LLM, int, int, int], list[float]]] = {"step": far_step, "sums": step_sums}
+"""Rows of no load: (engine, batch, tokens of context, vocabulary) -> milliseconds of each repetition."""
 
 
 def decode_input(llm: LLM, batch: int, context: int, vocab: int) -> PackedStep:
@@ -336,10 +401,14 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
         config.max_num_tokens or 8192,
     )
 
-    def floor(row: Row) -> float:
+    def floor(row: Row) -> float | None:
+        if row.kind == "sums":
+            return None
         speed = roofline.speed(row.batch, PlanLoad(row.input_len, row.output_len))
-        if row.kind == "decode":
+        if row.kind in ("decode", "step"):
             return 1e3 * speed.tpot
+        if row.kind == "ttft":
+            return 1e3 * row.batch * speed.ttft
         return row.input_len / speed.ttft if row.kind == "prefill" else speed.throughput
 
     return floor

@@ -40,6 +40,7 @@ def plan(model: str, gpu: str = "h200", load: Load | None = None, devices: int |
         ("TinyLlama-1.1B", 1.100, 1.100),
         ("Llama-3.1-8B", 8.030, 8.030),
         ("Llama-3.1-70B", 70.554, 70.554),
+        ("Llama-3.3-70B", 70.554, 70.554),
         ("Llama-3.1-405B", 405.854, 405.854),
         ("Mixtral-8x7B", 46.703, 12.88),  # published: 46.7 and 12.9
         ("DeepSeek-V3", 671.03, 37.55),  # published: 671 and 37
@@ -56,6 +57,8 @@ def test_shipped_models_have_their_published_sizes(name, billions, active):
     ("given", "found"),
     [
         ("llama-3.1-70b", "Llama-3.1-70B"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "Llama-3.3-70B"),
+        ("Qwen/Qwen3-235B-A22B", "Qwen3-235B-A22B"),
         ("meta-llama/Llama-3.1-405B-Instruct", "Llama-3.1-405B"),
         ("meta-llama/Meta-Llama-3.1-8B", "Llama-3.1-8B"),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral-8x7B"),
