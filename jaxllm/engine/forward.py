@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.engine.batch import BatchShape
 from jaxllm.kernels.all_reduce.api import Group
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
-from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
+from jaxllm.kernels.linear.quantized import FEW, QuantizedWeight, Weight
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
@@ -149,12 +149,14 @@ class StepFunctions:
         a step among it. Steps of decodes alone have a few MiB of scratch memory, and nothing to gain from that.
 
         Products of fp8 numbers go to cuBLASLt at once, which makes 95 % of an H200 at large ones: with XLA's own
-        kernels to try as well an engine of 8B parameters had not started after 100 s.
+        kernels to try as well an engine of 8B parameters had not started after 100 s. Not in steps of so few tokens
+        that there are none: without its own kernels XLA widens the bfloat16 output matrix to float32 for one token.
         """
         options: dict[str, str | bool] = {}
         if not shape.bucket.tiles:
             options["xla_disable_hlo_passes"] = "rematerialization"
-        if any(spec.dtype == jnp.float8_e4m3fn for spec in self.specs.values()):
+        few = not shape.bucket.tiles and shape.lanes * shape.bucket.decodes <= FEW
+        if not few and any(spec.dtype == jnp.float8_e4m3fn for spec in self.specs.values()):
             options["xla_gpu_enable_triton_gemm"] = False
         return options
 

@@ -10,13 +10,16 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import ConfigError, EngineConfig
 from jaxllm.engine.buckets import Bucket
+from jaxllm.engine.forward import StepFunctions
 from jaxllm.plan.compile import HLO_NAMES, compile_step, count_collectives, described_devices
 from jaxllm.plan.find import find_model
 from jaxllm.plan.gpus import find_gpu
@@ -36,6 +39,15 @@ def plan_of(model: Path = MODEL, **settings: Any) -> Plan:
         **settings,
     )
     return make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
+
+
+@pytest.mark.parametrize(("decodes", "tiles", "lanes", "own"), [(1, 0, 1, True), (8, 0, 8, False), (1, 4, 1, False)])
+def test_kernels_of_xla_for_products_of_fp8_models(decodes: int, tiles: int, lanes: int, own: bool) -> None:
+    """Without them a step of one token widens the bfloat16 output matrix; steps with fp8 products start faster so."""
+    functions = SimpleNamespace(specs={"a": SimpleNamespace(dtype=jnp.float8_e4m3fn)})
+    shape = SimpleNamespace(bucket=Bucket(decodes, tiles), lanes=lanes)
+    options = StepFunctions.compiler_options(functions, shape)  # type: ignore[arg-type]
+    assert ("xla_gpu_enable_triton_gemm" not in options) == own
 
 
 LAYOUTS: list[dict[str, Any]] = [
