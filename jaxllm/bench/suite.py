@@ -311,24 +311,26 @@ def far_step(llm: LLM, batch: int, context: int, vocab: int) -> list[float]:
 
     Raises ValueError with a pipeline, and for more tokens than the page pool or a request's page table holds.
     """
+    from jaxllm.engine.step import LaneSteps, Step
+
     runner = llm._engine._runner
     if len(runner.stages) != 1:
         raise ValueError("a step alone says nothing of a pipeline; give pipeline_parallel_size 1")
-    packed = decode_input(llm, batch, 2 * BARE_TOKENS, vocab)
-    layout, pool = runner.functions.layout, runner.stages[0].kv[0].shape[0]
-    parts = packed.shape.unpack(packed.data)
-    rows = parts.pages_RW.shape[2]
-    page, stripes = runner.stages[0].kv[0].shape[3], layout.mapping.stripes
-    width = -(-context // (page * stripes))
-    free = pool // layout.size("pages") - 1
+    layout, (pool, _, _, page, _) = runner.functions.layout, runner.stages[0].kv[0].shape
+    lanes, stripes = layout.size("requests"), layout.mapping.stripes
+    rows = -(-batch // lanes)
+    bucket = runner._picker.pick(rows, 0)
+    packed = runner.packer.pack(LaneSteps([Step() for _ in range(lanes)]), bucket)
+    width, free = -(-context // (page * stripes)), pool // layout.size("pages") - 1
     if width > packed.shape.width or rows * width > free:
         raise ValueError(
             f"{batch} x {context} tokens are more than the page pool ({free * page * stripes} tokens) or a request "
             f"({packed.shape.width * page * stripes}) holds; raise max_seq_len, or lower the row's batch or input_len"
         )
+    parts = packed.shape.unpack(packed.data)
     pages = 1 + np.random.default_rng(0).permutation(free)[: rows * width]
-    parts.pages_RW[..., :width] = pages.reshape(rows, width)
-    parts.positions_T[parts.positions_T >= 0] = context - 1
+    parts.pages_RW[:, :, :rows, :width] = pages.reshape(rows, width)
+    parts.positions_T[:, :, :rows] = context - 1
     return _launch_again(llm, packed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxllm.bench import comm
 from jaxllm.bench.comm import AXES, COLLECTIVES, emit, groups, in_words, parse_sizes, run_comm
 from jaxllm.cli import main
 from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh
 
 CONFIG = EngineConfig(model="none", tensor_parallel_size=2, moe_expert_parallel_size=2, context_parallel_size=2)
@@ -32,6 +35,33 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emit(rows, str(tmp_path / "comm.json"))
     assert "GB/s on the bus" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "comm.json").read_text())["rows"]) == len(rows)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sums_of_a_step(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the step itself would use, over the ranks of its weights, each after the other."""
+    mesh, used, checked = make_mesh(CONFIG.resolve_mapping(8)), [], []
+
+    def add_up(x, residual, group, ranks, norm):
+        used.append((x.shape, ranks))
+        total = residual + jax.lax.psum(x, ("ep", "tp"))
+        return total, comm.rms_norm(total, norm)
+
+    monkeypatch.setattr(comm, "SUMS", 3)
+    monkeypatch.setattr(comm, "all_reduce_few", add_up)
+    group = SimpleNamespace(
+        array=jnp.zeros((8, 6), jnp.uint32),
+        axes=("ep", "tp"),
+        spec=PartitionSpec(AXES),
+        raise_if_failed=lambda: checked.append(1),
+    )
+    layout = Layout(CONFIG.resolve_mapping(8), np.dtype(np.float32))
+    functions = SimpleNamespace(
+        layout=layout, mesh=mesh, group=group if own else None, cfg=SimpleNamespace(hidden_size=8)
+    )
+    found = comm.sum_seconds(functions, 2, repeat=2)
+    assert len(found) == 2 and min(found) > 0
+    assert used == ([((2, 8), 4)] * 3 if own else []) and len(checked) == int(own)
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxllm import LLM
+from jaxllm.bench import suite as suite_module
 from jaxllm.bench.suite import BARE_TOKENS, Result, Row, Suite, choose, decode_input
 from jaxllm.config import ConfigError
+from jaxllm.engine.batch import PackedStep
 from tests.tiny_llm import MODEL
 
 ENGINE: dict[str, Any] = {
@@ -102,6 +105,34 @@ def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
     found = suite(tmp_path / "r.json", seconds=-1.0)
     assert found.run() == len(ROWS)
     assert {r.error for r in found.results} == {"no time was left"} and not found.starts
+
+
+def test_rows_of_long_prompts_and_of_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step over pages that nobody filled reads pages of its own for each request, up to the last position."""
+    rows = [
+        Row("ttft-60", "ttft", "a", 1, 60, 1, must=1e9),
+        Row("step-60", "step", "a", 4, 60, 1),
+        Row("step-80", "step", "a", 1, 80, 1),
+        Row("sums-4", "sums", "a", 4, 8, 1),
+    ]
+    seen, launch = [], suite_module._launch_again
+
+    def noted(llm: LLM, packed: PackedStep) -> list[float]:
+        seen.append(packed)
+        return launch(llm, packed)
+
+    monkeypatch.setattr(suite_module, "_launch_again", noted)
+    found = suite(tmp_path / "r.json", rows)
+    assert found.run() == 1
+    ttft, step, longer, sums = found.results
+    assert ttft.reached(ttft.row.must) == "yes" and len(ttft.runs) == 2
+    assert len(step.runs) == 3 and min(step.runs) > 0 and {r.row.unit for r in found.results} == {"ms"}
+    assert "1 x 80 tokens are more than" in longer.error
+    assert sums.runs == [0.0], "one rank has nothing to add up"
+    (packed,) = seen
+    parts = packed.shape.unpack(packed.data[0, 0])
+    assert parts.positions_T.tolist() == [59] * 4
+    assert len(np.unique(parts.pages_RW[:, :15])) == 4 * 15 and parts.pages_RW[:, :15].min() > 0
 
 
 def test_share_of_the_floor() -> None:
