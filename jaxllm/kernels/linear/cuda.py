@@ -30,6 +30,8 @@ CLUSTERS = {1: call.SMS, 2: call.SMS // 2, 4: 32, 8: 16}
 """Clusters of so many blocks that are on the chip at once: one of 4 or 8 must be in one of 8 groups of processors."""
 BARRIERS = {1: 0, 2: 450, 4: 1200, 8: 2000}
 """Nanoseconds that clusters cost, about, beyond the barriers of their tiles."""
+SMALL = 64 << 20
+"""Bytes of a weight up to which short tiles are better at few tokens."""
 AHEAD = 64 * 1024
 """Bytes of the weight that is read next, for each block to bring to the second-level cache."""
 
@@ -90,8 +92,10 @@ def tiling(tokens: int, features: int, row_bytes: int, itemsize: int) -> Tiling:
     Raises NotImplementedError where nothing fits.
     """
     splits = []
-    counts = (16, 8, 4) if tokens <= 8 else (8, 4)  # of warps; 16 have 128 registers each
-    for cluster, rows, warps in itertools.product(CLUSTERS, (16, 32), counts):
+    # Measured at 1 token: of 50 MB, tiles of 32 rows or 16 warps take 18.4 to 20 us, where tiles of 16 rows take 15; of
+    # 117 and 235 MB, tiles of 32 rows take 29.8 and 58.6 us, those of 16 rows 37 and 62.
+    tiles = (16,) if tokens <= 8 and features * row_bytes <= SMALL else (16, 32)
+    for cluster, rows, warps in itertools.product(CLUSTERS, tiles, (8, 4)):
         for stages in range(131072 // (warps * rows * 128), 2, -1):
             split = Tiling(rows, cluster, warps, stages)
             if split.shared(tokens, row_bytes, itemsize) <= call.MAX_SHARED and row_bytes // 128 >= cluster * cluster:
