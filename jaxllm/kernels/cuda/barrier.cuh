@@ -16,6 +16,15 @@ DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.clu
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrives, and lets the phase last until `bytes` more have come to it.
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Arrives once this thread's copies so far (cp_async_16) have landed. Products see them after `fence_products` of those
+// who wait.
+DEVICE void cp_async_arrive(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 DEVICE bool barrier_ended(u32 barrier, u32 phase) {
   u32 ended;
   asm volatile(

@@ -1,7 +1,7 @@
 // What the blocks of a cluster share, and help for kernels that read weights at the speed of memory. Under JAXLLM_EMULATE
 // the same names come from the emulator of the tests.
 #pragma once
-#include "ptx.cuh"
+#include "barrier.cuh"
 
 #ifdef JAXLLM_EMULATE
 #include "cluster_on_cpu.h"
@@ -35,6 +35,16 @@ DEVICE void cluster_sync() {
   __syncwarp();  // it wants whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// That all threads of the cluster have started, in two halves, for work between them; it orders no writes but those of
+// `barrier_init_fence`.
+DEVICE void cluster_started() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Writes a float at the place in the shared memory of block `rank` that `address` is in this block's. That block must
 // have started, and not have ended.
 DEVICE void cluster_store(u32 address, u32 rank, float value) {
@@ -60,6 +70,39 @@ DEVICE float cluster_load(u32 address, u32 rank) {
       : "r"(address), "r"(rank)
       : "memory");
   return value;
+}
+
+// Sends four floats to the place in the shared memory of block `rank` that `address`, a multiple of 16, is in this
+// block's, and tells the barrier (barrier.cuh) there of 16 bytes. That block must have started, and not have ended before
+// they come. Who waits for the barrier with `cluster_barrier_wait` sees them.
+DEVICE void cluster_send_4(u32 address, u32 barrier, u32 rank, float4 v) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, told;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 told, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [told];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+DEVICE bool cluster_barrier_ended(u32 barrier, u32 phase) {
+  u32 ended;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return ended;
+}
+// As `barrier_wait`.
+DEVICE void cluster_barrier_wait(u32 barrier, u32 phase) {
+  if (cluster_barrier_ended(barrier, phase)) return;
+  const u64 began = nanoseconds();
+  while (!cluster_barrier_ended(barrier, phase))
+    if (nanoseconds() - began > 10000000000ull) asm volatile("trap;");
 }
 
 #endif

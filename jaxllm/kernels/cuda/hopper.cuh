@@ -50,6 +50,27 @@ struct Wgmma;
 #define OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define OUT8(i) OUT4(i), OUT4(i + 4)
 template <>
+struct Wgmma<8> {
+  DEVICE static void ss(float (&d)[4], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;\n}"
+        : OUT4(0)
+        : "l"(a), "l"(b), "r"(accumulate));
+  }
+};
+template <>
+struct Wgmma<16> {
+  DEVICE static void ss(float (&d)[8], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "%8, %9, p, 1, 1, 0, 0;\n}"
+        : OUT8(0)
+        : "l"(a), "l"(b), "r"(accumulate));
+  }
+};
+template <>
 struct Wgmma<32> {
   DEVICE static void ss(float (&d)[16], u64 a, u64 b, int accumulate) {
     asm volatile(

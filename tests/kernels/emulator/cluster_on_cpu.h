@@ -35,6 +35,18 @@ inline void cluster_sync() {
     emulator::wait_until_changed(&b.generation, "cluster_sync");
   }
 }
+inline void cluster_started() {
+  emulator::Meeting& b = emulator::cluster_barrier;
+  emulator::current->cluster_seen = b.generation;
+  if (++b.arrived == emulator::live_threads_of_cluster()) {
+    b.arrived = 0;
+    ++b.generation;
+  }
+}
+inline void cluster_wait() {
+  emulator::Meeting& b = emulator::cluster_barrier;
+  if (b.generation == emulator::current->cluster_seen) emulator::wait_until_changed(&b.generation, "cluster_wait");
+}
 inline void cluster_store(u32 address, u32 rank, float value) {
   if (rank >= emulator::shared_of_blocks.size()) emulator::fail("cluster_store: no such block");
   const bool own = rank == emulator::current->block;
@@ -50,3 +62,11 @@ inline float cluster_load(u32 address, u32 rank) {
   std::memcpy(&value, emulator::shared_of_blocks[rank] + (here - emulator::shared), 4);
   return value;
 }
+inline void cluster_send_4(u32 address, u32 barrier, u32 rank, float4 v) {
+  if (address % 16) emulator::fail("cluster_send_4: unaligned address");
+  const float four[] = {v.x, v.y, v.z, v.w};
+  for (u32 i = 0; i < 4; ++i) cluster_store(address + i * 4, rank, four[i]);
+  const u8* here = emulator::shared_pointer(barrier, 8, "cluster_send_4");
+  emulator::arrive(*(emulator::Barrier*)(emulator::shared_of_blocks[rank] + (here - emulator::shared)), 0, -16);
+}
+inline void cluster_barrier_wait(u32 barrier, u32 phase) { barrier_wait(barrier, phase); }

@@ -60,6 +60,7 @@ struct Thread {
   std::vector<Copy> open;           // copies issued and not yet committed
   std::deque<std::vector<Copy>> groups;
   bool unfenced = false;            // copies landed that products of other threads may not see yet
+  u64 cluster_seen = 0;             // generation of the cluster's barrier when the thread arrived
 };
 
 // A meeting of threads: all of them give something, and the last one does the work.

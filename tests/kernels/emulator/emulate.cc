@@ -149,6 +149,7 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
   warps.assign((count + 31) / 32, {});
   all_barriers.assign(16 * blocks, {});
   cluster_barrier = {};
+  landings.clear();
 #if !defined(__x86_64__)
   contexts.clear();
 #endif

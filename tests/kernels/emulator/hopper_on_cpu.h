@@ -51,6 +51,7 @@ void multiply(const Product* lanes, u32 warp, bool mn_major) {
 
 template <int N>
 void issue(const char* what, Product mine, bool mn_major) {
+  if (current->unfenced) fail(std::string(what) + ": copies that products cannot see (fence_products)");
   meet(what, ~0u, &mine, [=](void** given) {
     std::vector<Product> lanes(32);
     for (int l = 0; l < 32; ++l) {
