@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.linear import api, narrow_cuda
+from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
-from tests.kernels.emulator.emulator import EmulatorError, Kernels
+from tests.kernels.emulator.emulator import Kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -34,12 +34,15 @@ class Case:
 
 CASES = [
     # rows of a tile, blocks of a cluster, panels of 64 inputs in a stage
-    Case(8, 128, 512, Split(64, 2, 4), clusters=2),
+    Case(8, 128, 512, Split(64, 2, 4), clusters=2, residual=True),
+    Case(61, 208, 512, Split(128, 4, 2), clusters=1, activation="silu"),
+]
+MORE = [
     Case(5, 200, 256, Split(64, 1, 1), clusters=2, out=np.dtype(np.float32)),
     Case(13, 384, 768, Split(64, 4, 1), clusters=2, residual=True),
     Case(24, 384, 640, Split(192, 4, 1), clusters=2, residual=True),
-    Case(64, 256, 256, Split(256, 1, 1), clusters=1, activation="silu", residual=True),
-    Case(61, 400, 512, Split(128, 4, 2), clusters=1, activation="gelu_tanh"),
+    Case(64, 256, 256, Split(256, 1, 1), clusters=1, activation="gelu_tanh", residual=True),
+    Case(100, 320, 512, Split(64, 4, 1), clusters=2, residual=True, out=np.dtype(np.float32)),
 ]
 
 
@@ -84,10 +87,72 @@ def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_equals_float64(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = operands(case, seed)
     out, wanted = run(case, arguments, seed, monkeypatch), expected(case, arguments)
     assert out.dtype == case.out and out.shape == wanted.shape
     tolerance = 1e-6 if case.out == np.float32 else 4e-3
     np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.slow
+def test_a_token_does_not_depend_on_the_others_or_on_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(9, 64, 512, Split(64, 4, 1), clusters=1)
+    arguments = operands(case, 0)
+    before = run(case, arguments, 0, monkeypatch)
+    arguments[0][[0, 8]] = 3
+    after = run(case, arguments, 2, monkeypatch)
+    np.testing.assert_array_equal(before[1:8].view(np.uint16), after[1:8].view(np.uint16))
+    assert (before[0] != after[0]).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("features", "inputs"),
+    [(3072, 4096), (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (2560, 8192), (8192, 2048), (8192, 7168)],
+)
+def test_the_split_fills_the_chip(tokens: int, features: int, inputs: int) -> None:
+    split, columns = narrow_cuda.splitting(tokens, features, inputs), narrow_cuda.columns_for(tokens)
+    clusters, stages = split.clusters(features), split.stages(columns, features)
+    assert clusters <= narrow_cuda.CLUSTERS[split.cluster] and clusters * split.cluster >= 80
+    rounds = -(-split.tiles(features) // clusters)
+    read = rounds * split.rows * inputs // split.cluster  # by the busiest block
+    assert read <= features * inputs / 80
+    assert stages >= 3 and stages * split.rows * split.panels * 128 >= 64 << 10  # under way
+
+
+def test_what_it_refuses() -> None:
+    def shape(*size: int, dtype: np.dtype = BF16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    for x, weight, options in (
+        (shape(2, 64, dtype=np.dtype(np.float32)), shape(64, 64), {}),
+        (shape(2, 64), shape(64, 64, dtype=np.dtype(np.float32)), {}),
+        (shape(2, 96), shape(64, 96), {}),
+        (shape(2, 64), shape(60, 64), {}),
+        (shape(129, 64), shape(64, 64), {}),
+        (shape(2, 64), shape(64, 64), {"activation": "gelu"}),
+    ):
+        with pytest.raises(NotImplementedError):
+            narrow_cuda.implementation(x, weight, **options)
+    with pytest.raises(NotImplementedError, match="no GPU"):
+        narrow_cuda.matmul(jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
+
+
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the table; elsewhere XLA does the same."""
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(call, "compile_or_refuse", lambda kernel, source, macros: "")
+    monkeypatch.setitem(narrow_cuda.MEGABYTES, "gated", ((8, 64, 1),))
+    rng = np.random.default_rng(0)
+    weight, norm_D = jnp.asarray(rng.standard_normal((256, 512)), BF16), jnp.asarray(rng.uniform(1, 2, 512), np.float32)
+    for T, activation, used in ((8, "silu", True), (7, "silu", False), (65, "silu", False), (8, None, False)):
+        x = jnp.asarray(rng.standard_normal((T, 512)), BF16)
+        options = {"norm": (norm_D, 1e-5), "activation": activation}
+        if not used:
+            with pytest.raises(NotImplementedError, match=f"{T} tokens"):
+                narrow_cuda.linear(x, weight, residual_TF=None, **options)
+            continue
+        found = narrow_cuda.linear(x, weight, residual_TF=None, **options)
+        np.testing.assert_array_equal(found, reference.linear(x, weight, **options))

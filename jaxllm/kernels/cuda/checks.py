@@ -8,7 +8,7 @@ from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
-from jaxllm.kernels.linear import quantized_cuda
+from jaxllm.kernels.linear import narrow_cuda, quantized_cuda
 from jaxllm.kernels.moe_token import cuda as moe_token
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
@@ -25,6 +25,7 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     first, second = prefill_cuda.CHECKS.items()
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
+    checks |= {narrow_cuda.KERNEL: narrow_cuda.check}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:

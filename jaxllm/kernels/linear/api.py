@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.linear import cpu, cuda, packed, quantized, quantized_cuda, reference
+from jaxllm.kernels.linear import cpu, cuda, narrow_cuda, packed, quantized, quantized_cuda, reference
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
 
-IMPLEMENTATIONS = (packed.matmul, cpu.matmul, cuda.matmul)
+IMPLEMENTATIONS = (packed.matmul, cpu.matmul, narrow_cuda.matmul, cuda.matmul)
 
 
 def matmul(x: jax.Array, weight_FD: Weight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -56,7 +56,10 @@ def linear(
             raise NotImplementedError("no kernel has a bias")
         if isinstance(weight_FD, QuantizedWeight):
             return quantized_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
-        return cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
+        try:
+            return narrow_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
+        except NotImplementedError:
+            return cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     except NotImplementedError:
         return reference.linear(
             x_TD, weight_FD, norm=norm, bias_F=bias_F, activation=activation, residual=residual, matmul=matmul

@@ -75,14 +75,13 @@ def splitting(tokens: int, features: int, inputs: int) -> Split:
     """A good split. Raises NotImplementedError where nothing fits."""
     columns = columns_for(tokens)
     splits = []
-    for rows, cluster in itertools.product((64, 128, 192, 256), CLUSTERS):
-        panels = max(1, 256 // rows)
-        while inputs % (panels * 64):
-            panels //= 2
-        split = Split(rows, cluster, panels)
-        enough = inputs // (panels * 64) >= 2 * cluster and rows // 16 % cluster == 0
-        if enough and split.stages(columns, features) >= 3:
-            splits.append(split)
+    for rows, cluster in itertools.product((64, 128, 192, 256), (1, 2, 4)):
+        for panels in (4, 2, 1):  # the longer the lines that are read at once, the better
+            split = Split(rows, cluster, panels)
+            enough = inputs % (panels * 64) == 0 and inputs // (panels * 64) >= 2 * cluster
+            if enough and panels * rows <= 256 and split.stages(columns, features) >= (4 if panels > 1 else 3):
+                splits.append(split)
+                break
     if not splits:
         raise NotImplementedError("it does not fit in shared memory")
     return min(splits, key=lambda split: split.nanoseconds(columns, features, inputs))
@@ -99,7 +98,7 @@ def implementation(
 ) -> Callable[..., jax.Array]:
     """The kernel for these shapes, as a function of (x, weight, residual_TF), in a program for an H100 or H200.
 
-    It computes what `api.linear` does, [T, F] (half of F with an activation). All operands are bfloat16; a residual that
+    It computes what `api.linear` does, [T, F] (half of F with an activation). Operands are bfloat16; a residual that
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
     not depend on the others.
 

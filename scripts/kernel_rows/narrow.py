@@ -1,0 +1,157 @@
+"""Products of 8 to 64 tokens on wgmma: against float32, and their speed beside what XLA makes of the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from kernel_rows._measure import Row, rate, time_call
+from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, values, weights
+
+from jaxllm.kernels.linear import narrow_cuda, reference
+from jaxllm.kernels.linear.narrow_cuda import Split
+
+TOKENS = (8, 16, 24, 32, 64)
+LLAMA_70B_TP4 = {
+    "qkv": (2560, 8192, {}),
+    "o": (8192, 2048, {"residual": True}),
+    "gate_up": (14336, 8192, {"activation": "silu"}),
+    "down": (8192, 7168, {"residual": True}),
+}
+SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {
+    # rows of a tile, blocks of a cluster, panels of 64 inputs: beside the default
+    ("qkv", 8): (Split(192, 4, 1), Split(128, 2, 2)),
+    ("o", 8): (Split(128, 4, 2), Split(64, 2, 1)),
+    ("gate_up", 8): (Split(64, 2, 4), Split(128, 4, 2)),
+    ("down", 8): (Split(64, 2, 4), Split(64, 1, 4)),
+    ("qkv", 64): (Split(128, 2, 2), Split(64, 1, 1)),
+    ("o", 64): (Split(64, 2, 2), Split(128, 4, 1)),
+    ("gate_up", 64): (Split(128, 4, 1), Split(128, 2, 2)),
+    ("down", 64): (Split(128, 4, 1), Split(256, 8, 1)),
+}
+
+
+def right(shapes: dict[str, tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
+    """Distance from float32 of every product at every number of tokens; those of few tokens are rows of the others."""
+
+    def kernel(name: str, T: int) -> Any:
+        F, D, options = shapes[name]
+        x, weight = jax.ShapeDtypeStruct((T, D), BF16), jax.ShapeDtypeStruct((F, D), BF16)
+        return narrow_cuda.implementation(
+            x, weight, activation=options.get("activation"), residual="residual" in options
+        )
+
+    cases = [(name, T) for name in shapes for T in TOKENS]
+    with ThreadPoolExecutor() as pool:
+        kernels = dict(zip(cases, pool.map(lambda case: kernel(*case), cases), strict=True))
+
+    def errors(name: str) -> list[jax.Array]:
+        F, D, options = shapes[name]
+        activation = options.get("activation")
+        residual = values(5, TOKENS[-1], F // 2 if activation else F) * 8 if "residual" in options else None
+        x, weight, residual = lax.optimization_barrier((values(1, TOKENS[-1], D), values(2, F, D), residual))
+        wanted = reference.linear(
+            x.astype(F32),
+            weight.astype(F32),
+            activation=activation,
+            residual=None if residual is None else residual.astype(F32),
+            matmul=lambda x, weight, dtype: jnp.matmul(x, weight.T, precision="highest"),
+        )
+        distances = []
+        for T in TOKENS:
+            found = kernels[name, T](x[:T], weight, None if residual is None else residual[:T]).astype(F32)
+            distances.append(jnp.linalg.norm(found - wanted[:T]) / jnp.linalg.norm(wanted[:T]))
+        return distances
+
+    found: dict[str, Any] = {}
+    for name in shapes:
+        for T, error in zip(TOKENS, jax.jit(partial(errors, name))(), strict=True):
+            found[f"{name} {T}"] = float(error)
+    return found | {"wrong": not all(error < 0.01 for error in found.values())}
+
+
+def seconds(name: str, T: int, split: Split | None) -> float:
+    """Of one product; each waits for the one before."""
+    F, D, options = SHAPES[name]
+    x, residual = values(0, T, D), values(9, T, F) if "residual" in options else None
+    run = narrow_cuda.implementation(
+        x,
+        jax.ShapeDtypeStruct((F, D), BF16),
+        activation=options.get("activation"),
+        residual=residual is not None,
+        out_dtype=options.get("out_dtype", BF16),
+        split=split,
+    )
+
+    def program(x: jax.Array, all_weights: list[jax.Array], residual: jax.Array | None) -> jax.Array:
+        out = jnp.zeros((T, 1), BF16)
+        for weight in all_weights:
+            out = run(feed(x, out), weight, residual)
+        return out
+
+    made = weights(name)
+    return time_call(jax.jit(program), x, made, residual, calls=len(made), seconds=0.02) - feeding(T)
+
+
+def products(names: tuple[str, ...], T: int) -> dict[str, Any]:
+    """Microseconds of products alone, by the default split and by others."""
+    found: dict[str, Any] = {}
+    for name in names:
+        default = narrow_cuda.splitting(T, *SHAPES[name][:2])
+        for split in (default, *SPLITS.get((name, T), ())):
+            label = f"{name} {split.rows}/{split.cluster}/{split.panels}"
+            try:
+                found[label] = seconds(name, T, split) * 1e6
+            except Exception as error:  # the other splits go on
+                found[label] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    return found
+
+
+def layer(T: int) -> dict[str, Any]:
+    """The products of a layer as the model calls them, with the first 4,096 of qkv in place of attention."""
+    names = ("qkv", "o", "gate_up", "down")
+    given = [[weights(name)[i] for name in names] for i in range(LAYERS)]
+    norm = (jnp.ones(4096, F32), EPS)
+
+    def program(linear: Any, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
+        for qkv, o, gate_up, down in given:
+            y = linear(x, qkv, norm=norm)[:, :4096]
+            x = linear(y, o, residual=x)
+            y = linear(x, gate_up, norm=norm, activation="silu")
+            x = linear(y, down, residual=x)
+        return x
+
+    def own(
+        x: jax.Array,
+        weight: jax.Array,
+        *,
+        norm: reference.Norm | None = None,
+        activation: str | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        x = x if norm is None else reference.rms_norm(x, norm)
+        run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None)
+        return run(x, weight, residual)
+
+    x = values(0, T, 4096)
+    found: dict[str, Any] = rate(
+        time_call(jax.jit(partial(program, own)), x, given, calls=LAYERS),
+        moved=sum(weight.nbytes for weight in given[0]),
+    )
+    return found | {"xla_us": time_call(jax.jit(partial(program, reference.linear)), x, given, calls=LAYERS) * 1e6}
+
+
+def rows() -> Iterator[Row]:
+    yield Row("right 8b", partial(right, {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}))
+    yield Row("right 70b tp4", partial(right, LLAMA_70B_TP4))
+    for T in (1, 8, 16, 32, 64, 128):
+        yield Row(f"layer T={T}", partial(layer, T))
+    for T in (8, 64):
+        for names in (("qkv", "o"), ("gate_up", "down")):
+            yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
+        yield Row(f"lm_head T={T}", partial(products, ("lm_head",), T))
