@@ -25,7 +25,7 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     first, second = prefill_cuda.CHECKS.items()
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
-    checks |= {narrow_cuda.KERNEL: narrow_cuda.check}
+    checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if any(narrow_cuda.MEGABYTES.values()) else {}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:
