@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxllm.bins import Bins
+from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.grouped_matmul import api, reference
+from jaxllm.kernels.linear.quantized import QuantizedWeight, dequantize, quantize
 
 CHOICES = ("even", "one", "few", "elsewhere")
 
@@ -125,23 +128,66 @@ def hopper(monkeypatch):
     call.describe_target(None)
 
 
+RING, SKINNY, TILES = ["grouped_ring"] * 2, ["grouped_skinny"] * 2, ["grouped_tiles"] * 2
+
+
 @pytest.mark.parametrize(
-    ("T", "F", "dtype", "kernels"),
+    ("T", "F", "kept", "kernels"),
     [
-        (1, 128, jnp.bfloat16, ["grouped_ring", "grouped_ring"]),
-        (16, 128, jnp.bfloat16, ["grouped_list", "grouped_ring", "grouped_ring"]),
-        (30, 128, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
-        (40, 96, jnp.bfloat16, ["grouped_list", "grouped_skinny", "grouped_skinny"]),
-        (40, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),
-        (300, 128, jnp.bfloat16, ["grouped_list", "grouped_tiles", "grouped_tiles"]),
+        (1, 128, jnp.bfloat16, RING),
+        (16, 128, jnp.bfloat16, ["grouped_list", *RING]),
+        (30, 128, jnp.bfloat16, ["grouped_list", *SKINNY]),
+        (40, 96, jnp.bfloat16, ["grouped_list", *SKINNY]),
+        (40, 128, jnp.bfloat16, ["grouped_list", *TILES]),
+        (300, 128, jnp.bfloat16, ["grouped_list", *TILES]),
         (300, 96, jnp.bfloat16, []),  # no tile of 256 rows
         (2, 128, jnp.float32, []),
+        (2, 128, Format("fp8"), SKINNY),
+        (2, 96, Format("fp8"), []),  # rows of 96 bytes
+        (30, 192, Format("fp8", group=64), ["grouped_list", *SKINNY]),
+        (30, 192, Format("fp8", group=32), []),  # a scale for fewer inputs than a load has
+        (300, 128, Format("fp8"), ["grouped_list", *TILES]),
+        (300, 128, Format("fp8", group=32), ["grouped_list", *TILES]),
+        (300, 128, Format("fp8", group=48), []),
+        (2, 128, Format("int8"), []),
     ],
 )
-def test_which_kernels_a_program_has(T: int, F: int, dtype, kernels: list[str], hopper) -> None:
+def test_which_kernels_a_program_has(T: int, F: int, kept: Any, kernels: list[str], hopper) -> None:
+    assert kernels_of(T, F, kept) == kernels
+
+
+@pytest.mark.parametrize("turned_off", ["grouped_skinny", "grouped_skinny_quantized"])
+def test_kernels_for_e4m3_are_turned_off_apart(turned_off: str, hopper, monkeypatch) -> None:
+    monkeypatch.setenv("JAXLLM_CUDA", f"-{turned_off}")
+    assert kernels_of(30, 128, Format("fp8")) == []
+    assert kernels_of(30, 128, jnp.bfloat16) == (["grouped_list", *SKINNY] if turned_off.endswith("quantized") else [])
+
+
+def kernels_of(T: int, F: int, kept: Any) -> list[str]:
+    """The kernels of experts whose weights are kept in a dtype or format."""
     D, E, X = 256, 8, 2
-    shapes = ((T, D), dtype), ((T, X), jnp.int32), ((T, X), jnp.float32), ((E, 2 * F, D), dtype), ((E, D, F), dtype)
+    dtype = jnp.bfloat16 if isinstance(kept, Format) else kept
+
+    def weight(*shape: int) -> Any:
+        if not isinstance(kept, Format):
+            return jax.ShapeDtypeStruct(shape, kept)
+        scale = jax.ShapeDtypeStruct((*shape[:2], kept.groups(shape[2])), jnp.float32)
+        return QuantizedWeight(jax.ShapeDtypeStruct(shape, kept.dtype), scale, None, kept)
+
+    shapes = ((T, D), dtype), ((T, X), jnp.int32), ((T, X), jnp.float32)
     run = jax.jit(lambda *a: api.experts(*a, activation="silu", of=E))
-    traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), weight(E, 2 * F, D), weight(E, D, F))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert re.findall(r'name = "(grouped_\w+)"', text) == kernels
+    return re.findall(r'name = "(grouped_\w+)"', text)
+
+
+@pytest.mark.parametrize("format", [Format("fp8"), Format("fp8", group=8)], ids=str)
+@pytest.mark.parametrize(("T", "X", "E"), [(1, 2, 8), (200, 2, 16)])
+def test_weights_in_e4m3(T: int, X: int, E: int, format: Format) -> None:
+    """Experts are their dequantised numbers, wherever the tokens go."""
+    run = jax.jit(lambda *a: api.experts(*a, activation="silu", of=E))
+    for kind in CHOICES:
+        *arrays, gate_up, down = case(kind, T, X, E)
+        kept = [quantize(jnp.asarray(weight), format) for weight in (gate_up, down)]
+        wanted = plain(*arrays, *(np.asarray(dequantize(weight, jnp.float32)) for weight in kept))
+        np.testing.assert_allclose(run(*arrays, *kept), wanted, atol=1e-4, err_msg=kind)

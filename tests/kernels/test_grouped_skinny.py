@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.grouped_matmul import cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from jaxllm.kernels.linear.quantized import QuantizedWeight, dequantize, quantize
 from tests.kernels.emulator.emulator import Kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -48,12 +50,13 @@ def operands(kind: str, T: int, X: int, E: int, D: int, F: int, seed: int = 0):
     return x, chosen.astype(np.int32), weights, gate_up, down
 
 
-def expected(x, chosen, weights, gate_up, down, slope=lambda gate: gate) -> np.ndarray:
+def expected(x, chosen, weights, gate_up, down, slope=lambda gate: gate, then=lambda y: y) -> np.ndarray:
+    """then: what becomes of what comes after the first product, in bf16."""
     out = np.zeros(x.shape)
     for t, e, w in zip(np.repeat(np.arange(len(x)), chosen.shape[1]), chosen.flat, weights.flat, strict=True):
         if 0 <= e < len(gate_up):
             gate, up = np.split(gate_up[e].astype(np.float64) @ x[t].astype(np.float64), 2)
-            y = (gate / (1 + np.exp(-slope(gate))) * up).astype(BF16).astype(np.float64)
+            y = then((gate / (1 + np.exp(-slope(gate))) * up).astype(BF16)).astype(np.float64)
             out[t] += w * (down[e].astype(np.float64) @ y)
     return out
 
@@ -88,6 +91,45 @@ def test_equals_float64(case, seed: int, emulated) -> None:
     assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
     few = sizes[1] <= 8 and sizes[1] * sizes[2] <= 64
     assert emulated[1] == ([] if few else [cuda.LIST]) + [cuda.KERNEL, cuda.KERNEL]
+
+
+def scaled(wide: np.ndarray, group: int | None, seed: int) -> QuantizedWeight:
+    """A weight in e4m3 with scales that differ a thousandfold."""
+    rng, D = np.random.default_rng(seed), wide.shape[2]
+    size = np.exp(rng.uniform(-3.5, 3.5, (*wide.shape[:2], -(-D // (group or D)))))
+    size = np.repeat(size, group or D, axis=2)[..., :D] / 30
+    return quantize(jnp.asarray(wide.astype(np.float32) * size, jnp.float32), Format("fp8", group=group))
+
+
+QUANTIZED = [
+    # kind, T, X, E, D, F, group, splits
+    ("elsewhere", 30, 3, 5, 512, 128, None, (Tiling(2, 2, 2, 2, 2, 2), Tiling(2, 4, 2, 1, 1, 2))),
+    ("elsewhere", 7, 4, 6, 384, 192, 128, None),
+]
+MORE_QUANTIZED = [
+    ("even", 1, 8, 16, 192, 64, None, (Tiling(1, 1, 1, 2, 1, 2), Tiling(1, 2, 1, 1, 1, 1))),
+    ("one", 20, 2, 3, 256, 64, 64, (Tiling(2, 2, 4, 2, 1, 2), Tiling(1, 1, 2, 1, 1, 2))),
+    ("even", 40, 2, 3, 320, 128, None, None),
+    ("even", 40, 2, 3, 320, 128, 64, (Tiling(1, 3, 3, 2, 2, 2), Tiling(1, 2, 3, 2, 1, 2))),
+    ("even", 2, 2, 4, 64, 64, None, None),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "case", [*QUANTIZED, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_QUANTIZED)], ids=str
+)
+def test_e4m3_equals_float64(case, seed: int, emulated) -> None:
+    """Weights with scales of rows, or of groups of inputs, that differ a thousandfold."""
+    *sizes, group, splits = case
+    x, chosen, weights, *both = operands(*sizes)
+    kept = [scaled(wide, group, seed) for wide in both]
+    emulated[0][0] = seed
+    of_x, of_chosen = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, chosen))
+    run = cuda.implementation(of_x, of_chosen, *kept, activation="silu", of=sizes[3] + 2, splits=splits)
+    out = np.asarray(run(*map(jnp.asarray, (x, chosen, weights)), *kept))
+    wanted = expected(x, chosen, weights, *(np.asarray(dequantize(w, jnp.float32)) for w in kept))
+    assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
 
 
 @pytest.mark.slow
@@ -145,7 +187,11 @@ def test_splits() -> None:
             split = cuda.tiling(T, columns, D)
             assert split.columns == max(columns, 8 // split.span)
             assert split.shared * split.blocks <= call.MAX_SHARED
-            assert split.registers <= cuda.REGISTERS
+            assert split.registers(cuda.WIDE) <= cuda.REGISTERS
+            for values in (cuda.Values(1), cuda.Values(1, 128)):
+                split = cuda.tiling(T, columns, max(D, 128), values)
+                assert split.shared * split.blocks <= call.MAX_SHARED
+                assert split.registers(values) + cuda.ADDRESSES <= 65536 // (split.warps * 32 * split.blocks)
     assert [cuda.columns(T, 8, 128) for T in (1, 16, 64, 128, 256)] == [4, 4, 8, 16, 24]
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda, tiles_cuda
-from tests.kernels.test_grouped_skinny import emulated, expected, operands
+from jaxllm.kernels.linear.quantized import dequantize, quantize_tokens
+from tests.kernels.test_grouped_skinny import emulated, expected, operands, scaled
 
 __all__ = ["emulated"]
 
@@ -29,6 +30,30 @@ def test_equals_float64(kind: str, seed: int, emulated, monkeypatch) -> None:
     assert emulated[1] == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", [*(pytest.param(g, marks=pytest.mark.slow) for g in (None, 64)), 128])
+def test_e4m3_equals_float64(group: int | None, seed: int, emulated, monkeypatch) -> None:
+    """Of activations rounded to e4m3, token by token, and weights with scales that differ a thousandfold."""
+    monkeypatch.setattr(call, "SMS", 2)
+    x, chosen, weights, *both = operands("elsewhere", 90, 2, 3, 256, 128)
+    kept = [scaled(wide, group, seed) for wide in both]
+    emulated[0][0] = seed
+    of_x, of_chosen = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, chosen))
+    run = tiles_cuda.implementation(of_x, of_chosen, *kept, activation="silu", of=3)
+    out = np.asarray(run(*map(jnp.asarray, (x, chosen, weights)), *kept))
+    numbers = [np.asarray(dequantize(weight, jnp.float32)) for weight in kept]
+    wanted = expected(rounded(x), chosen, weights, *numbers, then=rounded)
+    assert np.abs(out - wanted).max() < 1e-2 * np.abs(wanted).max()
+    assert np.abs(out - expected(x, chosen, weights, *numbers)).max() < 0.1 * np.abs(wanted).max()
+    assert emulated[1] == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Rows as quantize_tokens rounds them."""
+    values, scale = quantize_tokens(jnp.asarray(x))
+    return np.asarray(values, np.float64) * np.asarray(scale, np.float64)
+
+
 def test_what_the_kernel_cannot_do() -> None:
     def of(D=256, F=128, dtype=jnp.bfloat16):
         shapes = ((300, D), dtype), ((300, 2), jnp.int32), ((4, 2 * F, D), dtype), ((4, D, F), dtype)
@@ -42,3 +67,15 @@ def test_what_the_kernel_cannot_do() -> None:
     ):
         with pytest.raises(NotImplementedError):
             tiles_cuda.implementation(*arguments, activation=activation, of=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [cuda, tiles_cuda])
+def test_checks(module, emulated, monkeypatch) -> None:
+    """Those at start pass, and find a scale that is wrong."""
+    monkeypatch.setattr(call, "SMS", 4)
+    with jax.disable_jit():
+        module.check_quantized()
+        monkeypatch.setattr(cuda, "arrays", lambda weight: (weight.values, 1.2 * weight.scale))
+        with pytest.raises(ArithmeticError, match=module.QUANTIZED):
+            module.check_quantized()

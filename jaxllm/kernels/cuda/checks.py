@@ -32,5 +32,8 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
         checks |= {moe_token.KERNEL: moe_token.check}
+    if experts and quantized:
+        for module in (experts_cuda, tiles_cuda):
+            checks[module.QUANTIZED] = module.check_quantized
     call.check_all(checks)
     call.check_all(dict([second]))  # of use only where the first is not

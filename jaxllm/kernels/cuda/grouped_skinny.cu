@@ -12,9 +12,14 @@
 // 128 bytes, so with SPAN = 2 it reads 128 bytes of 4 rows: the rows of a product are then the halves of 4 rows' lines,
 // its columns the same halves of 4 pairs, and of the results those of unequal halves are thrown away.
 //
+// Weights in e4m3 are widened in registers, exactly: 16 bytes of a row are then 16 inputs, and x stays in bf16. Scales of
+// whole rows multiply the results; scales of groups of inputs multiply the sums of 64 inputs, before these are added up.
+//
 //   PAIRS EXPERTS    pairs, and experts that are here; a pair with an expert outside of [0, EXPERTS) has no result
 //   SHARED_BY        pairs that have one row of x: the X of a token, or 1
 //   FEATURES INPUTS  rows of an expert's weight (of both halves, where gated), and their length
+//   WEIGHT           0: bf16; 1: e4m3 with float32 scales
+//   SCALED_BY        inputs of a row that share a scale, a multiple of 64; 0: all of them
 //   GATED            0: no; 1: silu(first half) * second half; 2: gelu with tanh
 //   LIST             1: `work` are records of 1 + COLUMNS integers, one for each blockIdx.y: an expert, or -1 for no work,
 //                    and its pairs, or -1 (see grouped_list.cu). 0: `work` are the experts of all pairs, 64 at most, and
@@ -30,18 +35,30 @@
 
 constexpr int HALF = 8 / SPAN;  // rows, and columns, of half of a product
 constexpr int THREADS = WARPS * 32, ROWS = MS * 2 * HALF, COLUMNS = NS * HALF;
-constexpr int GROUP = 32 * SPAN;  // inputs
+constexpr int BYTES = WEIGHT ? 1 : 2;     // of a value of the weight
+constexpr int LOAD = 64 * SPAN;           // bytes of a row that a warp reads at a time
+constexpr int GROUP = LOAD / BYTES;       // inputs in them
+constexpr int PIECES = 2 / BYTES;         // of 16 bytes of x, for 16 of a row
 constexpr int ROW_GROUPS = INPUTS / GROUP;
+constexpr int INPUT_GROUP = SCALED_BY ? SCALED_BY : INPUTS, SCALES = (INPUTS + INPUT_GROUP - 1) / INPUT_GROUP;
+constexpr size_t ROW = (size_t)INPUTS * BYTES;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
 constexpr bool WHOLE = ROW_GROUPS % (WARPS * DEPTH) == 0;  // every load of every warp is needed
 constexpr int SUM_STRIDE = ROWS + 4;                       // floats; the lanes of a warp then write to all banks
 // Shared memory: the warps' sums [WARPS, COLUMNS, SUM_STRIDE], and the pairs [COLUMNS].
 constexpr int PAIRS_AT = WARPS * COLUMNS * SUM_STRIDE * 4;
-static_assert(INPUTS % GROUP == 0 && (LIST || PAIRS <= 64) && (SPAN == 1 || SPAN == 2), "sizes");
+static_assert(INPUTS % GROUP == 0 && SCALED_BY % 64 == 0 && (LIST || PAIRS <= 64) && (SPAN == 1 || SPAN == 2), "sizes");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
   return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
+}
+
+// Two neighbouring e4m3 of a word as two bf16: sign, exponent and mantissa move to their places, and the exponents' bias
+// is put right by a factor of 2^120. `pair` 0: bytes 0 and 1, 1: bytes 2 and 3.
+DEVICE u32 widen(u32 word, int pair) {
+  const u32 apart = select_bytes(word, 0u, pair ? 0x3424 : 0x1404);
+  return fma_bf16x2((apart & 0x80008000u) | ((apart & 0x7F007F00u) >> 4), 0x7B807B80u, 0x80008000u);
 }
 
 // The row of the weight that lies at `row` of a tile. Gated: half a product of the gate, the same rows of up, and so on.
@@ -53,7 +70,8 @@ DEVICE int weight_row(int tile, int row) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
     const u16* __restrict__ x,       // [PAIRS / SHARED_BY, INPUTS]
-    const u16* __restrict__ weight,  // [EXPERTS, FEATURES, INPUTS]
+    const u8* __restrict__ weight,   // [EXPERTS, FEATURES, INPUTS], bf16 or e4m3
+    const float* __restrict__ scale, // [EXPERTS, FEATURES, SCALES], where the weight is in e4m3
     const int* __restrict__ work,
     const u8* __restrict__ ahead,    // [EXPERTS, AHEAD_BYTES]
     u16* __restrict__ out            // [PAIRS, OUT_FEATURES]
@@ -85,17 +103,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
   }
 #endif
 
-  const int offset = part * 32 + quarter * 8;
-  const u16* const own = weight + (size_t)expert * FEATURES * INPUTS + offset;
-  const u16* rows[MS][2];
+  const int offset = part * 64 + quarter * 16;  // bytes
+  const u8* const own = weight + (size_t)expert * FEATURES * ROW + offset;
+  const u8* rows[MS][2];
+  int features[MS][2];
 #pragma unroll
   for (int m = 0; m < MS; m++)
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      rows[m][half] = own + (size_t)weight_row(tile, (m * 2 + half) * HALF + row) * INPUTS;
+    for (int half = 0; half < 2; half++) {
+      features[m][half] = weight_row(tile, (m * 2 + half) * HALF + row);
+      rows[m][half] = own + features[m][half] * ROW;
+    }
   const u16* inputs[NS];
 #pragma unroll
-  for (int n = 0; n < NS; n++) inputs[n] = x + (size_t)(max(pair[n], 0) / SHARED_BY) * INPUTS + offset;
+  for (int n = 0; n < NS; n++) inputs[n] = x + (size_t)(max(pair[n], 0) / SHARED_BY) * INPUTS + offset / BYTES;
   if (warp == 0 && part == 0 && quarter == 0)
 #pragma unroll
     for (int n = 0; n < NS; n++) pairs[n * HALF + row] = pair[n];
@@ -105,7 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
   const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
   for (int group = first; group < last; group += DEPTH) {
-    uint4 a[DEPTH][MS][2], b[DEPTH][NS];
+    uint4 a[DEPTH][MS][2], b[DEPTH][NS][PIECES];
+    float by[DEPTH][MS][2];  // scales
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) {
       const bool real = WHOLE || group + i < last;
@@ -113,28 +135,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
       for (int m = 0; m < MS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          a[i][m][half] = zero;
-          if (real) a[i][m][half] = load_streamed(rows[m][half] + (group + i) * GROUP);
+          a[i][m][half] = zero, by[i][m][half] = 0.f;
+          if (real) a[i][m][half] = load_streamed(rows[m][half] + (group + i) * LOAD);
+#if SCALED_BY
+          const size_t of = (size_t)expert * FEATURES + features[m][half];
+          if (real) by[i][m][half] = __ldg(scale + of * SCALES + ((group + i) * GROUP + part * 64) / INPUT_GROUP);
+#endif
         }
     }
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
 #pragma unroll
-      for (int n = 0; n < NS; n++) {
-        b[i][n] = zero;
-        if ((WHOLE || group + i < last) && pair[n] >= 0) b[i][n] = load_kept(inputs[n] + (group + i) * GROUP);
-      }
+      for (int n = 0; n < NS; n++)
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++) {
+          b[i][n][piece] = zero;
+          if ((WHOLE || group + i < last) && pair[n] >= 0)
+            b[i][n][piece] = load_kept(inputs[n] + (group + i) * GROUP + piece * 8);
+        }
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
 #pragma unroll
       for (int m = 0; m < MS; m++) {
         const uint4 top = a[i][m][0], bottom = a[i][m][1];
+#if WEIGHT
+        const u32 tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+        float sum[NS][4] = {};
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const u32 wide[4] = {widen(tops[k], 0), widen(bottoms[k], 0), widen(tops[k], 1), widen(bottoms[k], 1)};
+#pragma unroll
+          for (int n = 0; n < NS; n++) {
+            const uint4 v = b[i][n][k / 2 % PIECES];
+            mma_bf16(SCALED_BY ? sum[n] : acc[m][n], wide, k % 2 ? v.z : v.x, k % 2 ? v.w : v.y);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < NS && SCALED_BY; n++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) acc[m][n][j] += sum[n][j] * by[i][m][j / 2];
+#else
         const u32 low[4] = {top.x, bottom.x, top.y, bottom.y}, high[4] = {top.z, bottom.z, top.w, bottom.w};
 #pragma unroll
         for (int n = 0; n < NS; n++) {
-          mma_bf16(acc[m][n], low, b[i][n].x, b[i][n].y);
-          mma_bf16(acc[m][n], high, b[i][n].z, b[i][n].w);
+          mma_bf16(acc[m][n], low, b[i][n][0].x, b[i][n][0].y);
+          mma_bf16(acc[m][n], high, b[i][n][0].z, b[i][n][0].w);
         }
+#endif
       }
   }
 
@@ -169,12 +216,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
   for (int i = thread; i < COLUMNS * OUT_ROWS; i += THREADS) {
     const int column = i / OUT_ROWS, r = i % OUT_ROWS, feature = tile * OUT_ROWS + r, to = pairs[column];
     if (to < 0 || feature >= OUT_FEATURES) continue;
-    float value;
+    float value, by = 1.f, by_up = 1.f;
+#if WEIGHT && !SCALED_BY
+    by = __ldg(scale + (size_t)expert * FEATURES + feature);
+    if (GATED) by_up = __ldg(scale + (size_t)expert * FEATURES + OUT_FEATURES + feature);
+#endif
     if (GATED) {
       const int gate = r / HALF * 2 * HALF + r % HALF;
-      value = activation(total(column, gate)) * total(column, gate + HALF);
+      value = activation(total(column, gate) * by) * (total(column, gate + HALF) * by_up);
     } else {
-      value = total(column, r);
+      value = total(column, r) * by;
     }
     out[(size_t)to * OUT_FEATURES + feature] = (u16)pack_bf16(value, 0.f);
   }

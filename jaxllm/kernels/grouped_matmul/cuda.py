@@ -1,7 +1,8 @@
 """Experts of few tokens each on a Hopper GPU, by `cuda/grouped_skinny.cu`, which reads the chosen ones only.
 
 One kernel has gate and up and what comes after them, another the way down; its results, one of each token and expert,
-are weighted and added up by XLA, in the kernel that adds the residual. The order of all sums is fixed.
+are weighted and added up by XLA, in the kernel that adds the residual. The order of all sums is fixed. Weights are in
+bfloat16, or in e4m3 with scales, half the bytes; activations stay as they are.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import reference
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight, quantize
 
 KERNEL, LIST = "grouped_skinny", "grouped_list"
+QUANTIZED = "grouped_skinny_quantized"
+"""The name by which it is turned off for weights in e4m3 only."""
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
-GROUP = 32
-"""Inputs in 64 bytes of a row."""
+PIECE = 64
+"""Bytes of a row that four lanes read at a time."""
 SPAN_COLUMNS = 8
 """Columns of a block up to which loads of whole lines are worth more products."""
 FEW = 8
@@ -30,12 +35,34 @@ MEAN = 24
 """Tokens that an expert can expect, up to which this is better than XLA where there are no tiles; see `tiles_cuda`."""
 AHEAD = 24_000_000
 """Bytes that the second-level cache holds until the next kernel reads them."""
-REGISTERS = 104
-"""Of a thread, for its sums and what it loads at a time."""
+REGISTERS, ADDRESSES = 104, 32
+"""Of a thread: for its sums and what it loads at a time; and for the rest."""
 
 Sizes = Iterable[tuple[int, int, int, int, int]]
 """T, X, E, D, F"""
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How a weight is kept. itemsize: bytes of a value. group: inputs that share a scale; None for all of a row."""
+
+    itemsize: int = 2
+    group: int | None = None
+
+    @classmethod
+    def of(cls, weight: Weight | jax.ShapeDtypeStruct) -> Values:
+        """Raises NotImplementedError for what is neither bfloat16 nor e4m3."""
+        if isinstance(weight, QuantizedWeight):
+            if weight.format.kind != "fp8" or weight.zero is not None:
+                raise NotImplementedError(f"{weight.format}")
+            return cls(1, weight.format.group)
+        if weight.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"{weight.dtype} weights")
+        return cls()
+
+
+WIDE = Values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +84,11 @@ class Tiling:
     def columns(self) -> int:
         return self.ns * 8 // self.span
 
-    @property
-    def registers(self) -> int:
+    def registers(self, values: Values) -> int:
         """Of a thread, for its sums and what it loads at a time."""
-        return 4 * (self.ms * self.ns + self.depth * (2 * self.ms + self.ns))
+        loads = 4 * (2 * self.ms + self.ns * 2 // values.itemsize) + (2 * self.ms if values.group else 0)
+        # Of groups, besides the scales, the sums that they multiply, and their addresses.
+        return 4 * self.ms * self.ns + self.depth * loads + (4 * self.ns + 16 if values.group else 0)
 
     @property
     def shared(self) -> int:
@@ -75,19 +103,31 @@ def columns(tokens: int, chosen: int, of: int) -> int:
     return 4 if most <= 4 else min(MAX_COLUMNS, -(-most // 8) * 8)
 
 
-def tiling(tokens: int, columns: int, inputs: int) -> Tiling:
+def tiling(tokens: int, columns: int, inputs: int, values: Values = WIDE) -> Tiling:
     """A good split: blocks of some 50 KB, of which several are on each multiprocessor.
 
     columns: a multiple of 8, or 4.
     """
-    span = 2 if columns <= SPAN_COLUMNS and inputs % (2 * GROUP) == 0 else 1
-    groups = inputs // (GROUP * span)
+    pieces = inputs * values.itemsize // PIECE
+    span = 2 if columns <= SPAN_COLUMNS and pieces % 2 == 0 else 1
+    groups = pieces // span
     warps = next((warps for warps in (8, 6, 4) if groups % warps == 0), 8)
-    ns, ms, groups = -(-columns * span // 8), span * (2 if tokens > FEW and warps == 8 else 1), -(-groups // warps)
-    blocks = {8: 2, 6: 4 if ns == 1 else 3, 4: 4}[warps]
-    options = [Tiling(span, ms, ns, warps, depth, blocks) for depth in range(1, groups + 1)]
-    fitting = [option for option in options if option.registers <= REGISTERS] or options[:1]
-    return min(fitting, key=lambda option: (-(-groups // option.depth) * option.depth - groups, -option.depth))
+    ns, groups = -(-columns * span // 8), -(-groups // warps)
+    rows, blocks = (2 if tokens > FEW and warps == 8 else 1,), ({8: 2, 6: 4 if ns == 1 else 3, 4: 4}[warps],)
+    if values.itemsize == 1:  # rows of half as many bytes: as much under way as there is room for
+        rows, blocks = (1, 2), (2, 3, 4)
+    depths = range(1, groups + 1)
+    options = [Tiling(span, span * m, ns, warps, d, count) for m in rows for count in blocks for d in depths]
+
+    def fits(split: Tiling) -> bool:
+        room = REGISTERS if values.itemsize == 2 else 65536 // (32 * warps * split.blocks) - ADDRESSES
+        return split.registers(values) <= room
+
+    def worse(split: Tiling) -> tuple[int, int, int]:
+        rounds = -(-groups // split.depth)
+        return rounds * split.depth - groups, -split.depth * split.blocks * split.ms, split.blocks
+
+    return min(list(filter(fits, options)) or options[:1], key=worse)
 
 
 def records(pairs: int, experts: int, columns: int) -> int:
@@ -98,21 +138,22 @@ def records(pairs: int, experts: int, columns: int) -> int:
 def product(
     pairs: int,
     shared_by: int,
-    weight_EFD: jax.Array | jax.ShapeDtypeStruct,
+    weight_EFD: Weight | jax.ShapeDtypeStruct,
     split: Tiling,
     *,
     listed: bool,
     activation: str | None = None,
     ahead: tuple[int, int] = (0, 0),
-) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[jax.Array, Weight, jax.Array, jax.Array], jax.Array]:
     """One product: (x [pairs / shared_by, D], weight, work, ahead) -> [pairs, F], or half of F with an activation.
 
     ahead: bytes of the weight of this name that a block brings to the second-level cache, and that an expert has of it.
     Raises NotImplementedError where NVRTC refuses the kernel.
     """
-    E, F, D = weight_EFD.shape
+    (E, F, D), values = weight_EFD.shape, Values.of(weight_EFD)
     macros = {
         "PAIRS": pairs, "EXPERTS": E, "SHARED_BY": shared_by, "FEATURES": F, "INPUTS": D,
+        "WEIGHT": int(values.itemsize == 1), "SCALED_BY": values.group or 0,
         "GATED": ACTIVATIONS[activation], "LIST": int(listed),
         "SPAN": split.span, "MS": split.ms, "NS": split.ns, "WARPS": split.warps, "DEPTH": split.depth,
         "BLOCKS": split.blocks, "AHEAD": ahead[0], "AHEAD_BYTES": ahead[1],
@@ -122,12 +163,17 @@ def product(
     grid = tiles(split, out, activation), records(pairs, E, split.columns) if listed else pairs
     result = jax.ShapeDtypeStruct((pairs, out), jnp.bfloat16)
 
-    def run(x: jax.Array, weight_EFD: jax.Array, work: jax.Array, ahead: jax.Array) -> jax.Array:
-        arguments = [x, weight_EFD, work, ahead]
+    def run(x: jax.Array, weight_EFD: Weight, work: jax.Array, ahead: jax.Array) -> jax.Array:
+        arguments = [x, *arrays(weight_EFD), work, ahead]
         threads = split.warps * 32
         return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=threads, shared=split.shared)[0]
 
     return run
+
+
+def arrays(weight: Weight) -> tuple[jax.Array, jax.Array]:
+    """Values, and scales; of what has none, anything."""
+    return (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, weight)
 
 
 def tiles(split: Tiling, out: int, activation: str | None) -> int:
@@ -147,14 +193,16 @@ def make_list(pairs: int, experts: int, columns: int) -> Callable[[jax.Array], j
 def choose(
     x_TD: jax.Array | jax.ShapeDtypeStruct,
     chosen_TX: jax.Array | jax.ShapeDtypeStruct,
-    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
-    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: Weight | jax.ShapeDtypeStruct,
+    down_EDF: Weight | jax.ShapeDtypeStruct,
     *,
     activation: str,
     of: int,
 ) -> Callable[..., jax.Array]:
     """See `api.PLATFORMS`."""
     call.require(KERNEL)
+    if isinstance(gate_up_EFD, QuantizedWeight):
+        call.require(QUANTIZED)
     if x_TD.shape[0] * chosen_TX.shape[1] > MEAN * of:
         raise NotImplementedError("many tokens for each expert")
     return implementation(x_TD, chosen_TX, gate_up_EFD, down_EDF, activation=activation, of=of)
@@ -163,8 +211,8 @@ def choose(
 def implementation(
     x_TD: jax.Array | jax.ShapeDtypeStruct,
     chosen_TX: jax.Array | jax.ShapeDtypeStruct,
-    gate_up_EFD: jax.Array | jax.ShapeDtypeStruct,
-    down_EDF: jax.Array | jax.ShapeDtypeStruct,
+    gate_up_EFD: Weight | jax.ShapeDtypeStruct,
+    down_EDF: Weight | jax.ShapeDtypeStruct,
     *,
     activation: str,
     of: int,
@@ -181,29 +229,30 @@ def implementation(
       NotImplementedError: there is no kernel for these shapes and dtypes.
     """
     (T, D), X, (E, _, F) = x_TD.shape, chosen_TX.shape[1], down_EDF.shape
-    if any(a.dtype != jnp.bfloat16 for a in (x_TD, gate_up_EFD, down_EDF)) or activation not in ACTIVATIONS:
-        raise NotImplementedError(f"{gate_up_EFD.dtype} weights, {x_TD.dtype} activations and {activation}")
-    if D % GROUP or F % GROUP or not T * X:
-        raise NotImplementedError(f"{T * X} pairs of {D} inputs and {F} columns")
+    if x_TD.dtype != jnp.bfloat16 or activation not in ACTIVATIONS:
+        raise NotImplementedError(f"{x_TD.dtype} activations and {activation}")
+    both = tuple((Values.of(weight), width) for weight, width in ((gate_up_EFD, D), (down_EDF, F)))
+    if any(width * values.itemsize % PIECE or (values.group or PIECE) % PIECE for values, width in both) or not T * X:
+        raise NotImplementedError(f"{T * X} pairs of {D} inputs and {F} columns in {[values for values, _ in both]}")
     if splits is None:
         most = columns(T, X, of)
-        splits = tiling(T, most, D), tiling(T, most, F)
+        splits = tiling(T, most, D, both[0][0]), tiling(T, most, F, both[1][0])
     first, second = splits
     if first.columns != second.columns:  # half a product of columns is none without `span`
-        first, second = (tiling(T, 8, width) for width in (D, F))
+        first, second = (tiling(T, 8, width, values) for values, width in both)
     listed = min(FEW, first.columns) < T or T * X > 64
-    blocks, of_expert = tiles(first, F, activation), D * F * 2
+    blocks, of_expert = tiles(first, F, activation), D * F * both[1][0].itemsize
     each = 0 if listed else min(of_expert // blocks, ahead // (blocks * T * X)) // 512 * 512
     up = product(T * X, X, gate_up_EFD, first, listed=listed, activation=activation, ahead=(each, of_expert))
     down = product(T * X, 1, down_EDF, second, listed=listed)
     list_work = make_list(T * X, E, first.columns) if listed else lambda chosen: chosen
 
     def run(
-        x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array
+        x_TD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, gate_up_EFD: Weight, down_EDF: Weight
     ) -> jax.Array:
-        work = list_work(chosen_TX)
-        hidden = up(x_TD, gate_up_EFD, work, down_EDF)
-        y_TXD = down(hidden, down_EDF, work, down_EDF).reshape(T, X, D)
+        work, (next_weight, _) = list_work(chosen_TX), arrays(down_EDF)
+        hidden = up(x_TD, gate_up_EFD, work, next_weight)
+        y_TXD = down(hidden, down_EDF, work, next_weight).reshape(T, X, D)
         return weighted(y_TXD, chosen_TX, weights_TX, E)
 
     return run
@@ -221,13 +270,30 @@ def check() -> None:
     compare(KERNEL, implementation, ((2, 4, 16, 512, 96), (40, 2, 5, 256, 64)))
 
 
-def compare(kernel: str, implementation: Callable[..., Callable[..., jax.Array]], sizes: Sizes) -> None:
-    """Raises ArithmeticError if an implementation is not near the reference."""
+def check_quantized() -> None:
+    """The same of weights in e4m3."""
+    compare(QUANTIZED, implementation, ((2, 4, 16, 512, 192), (40, 2, 5, 256, 64)), Format("fp8"))
+    compare(QUANTIZED, implementation, ((20, 2, 5, 256, 128),), Format("fp8", group=128))
+
+
+def compare(
+    kernel: str,
+    implementation: Callable[..., Callable[..., jax.Array]],
+    sizes: Sizes,
+    format: Format | None = None,
+    tolerance: float = 0.02,
+) -> None:
+    """Raises ArithmeticError if an implementation is not near the reference.
+
+    format: of the weights, where they are quantised. tolerance: of the norm of the difference, as a share.
+    """
     rng = np.random.default_rng(0)
     for T, X, E, D, F in sizes:
         x, gate_up, down = (
             jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for shape in ((T, D), (E, 2 * F, D), (E, D, F))
         )
+        if format is not None:
+            gate_up, down = quantize(gate_up, format), quantize(down, format)
         chosen = jnp.asarray(np.stack([rng.permutation(E + 2)[:X] for _ in range(T)]), jnp.int32)
         weights = jnp.asarray(rng.random((T, X)), jnp.float32)
         arguments = x, chosen, weights, gate_up, down
@@ -235,5 +301,5 @@ def compare(kernel: str, implementation: Callable[..., Callable[..., jax.Array]]
         out = np.asarray(jax.jit(run)(*arguments))
         wanted = np.asarray(jax.jit(lambda *a, of=E + 2: reference.experts(*a, activation="silu", of=of))(*arguments))
         error = float(np.linalg.norm(out - wanted) / np.linalg.norm(wanted))
-        if not error < 0.02:
+        if not error < tolerance:
             raise ArithmeticError(f"{kernel} is wrong by {error:.1e} at T={T} X={X} E={E} D={D} F={F}")

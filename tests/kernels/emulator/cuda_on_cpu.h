@@ -45,7 +45,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 namespace emulator {
 
-struct Copy { u8* to; const u8* from; u32 bytes; };
+struct Copy { u8* to; const u8* from; u32 bytes, size; };
 
 struct Thread {
   dim3 index;
@@ -121,7 +121,7 @@ inline u8* shared_pointer(u32 address, u32 bytes, const char* what) {
 inline void land(std::vector<Copy>& copies) {
   for (const Copy& c : copies) {
     std::memcpy(c.to, c.from, c.bytes);
-    std::memset(c.to + c.bytes, 0, 16 - c.bytes);
+    std::memset(c.to + c.bytes, 0, c.size - c.bytes);
   }
   if (!copies.empty()) current->unfenced = true;
   copies.clear();
@@ -274,16 +274,19 @@ inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - emulator::shared); }
 
-inline void cp_async_16(u32 to, const void* from, u32 bytes) {
-  if (bytes != 0 && bytes != 16) emulator::fail("cp_async_16: reads 0 or 16 bytes");
-  if ((u64)from % 16) emulator::fail("cp_async_16: unaligned address in global memory");
-  if (bytes) emulator::check_global(from, bytes, "cp_async_16");
-  u8* target = emulator::shared_pointer(to, 16, "cp_async_16");
-  std::vector<emulator::Copy> now{{target, (const u8*)from, bytes}};
+template <u32 SIZE>
+void copy_later(const char* what, u32 to, const void* from, u32 bytes) {
+  if (bytes != 0 && bytes != SIZE) emulator::fail(std::string(what) + ": reads nothing or all");
+  if ((u64)from % SIZE) emulator::fail(std::string(what) + ": unaligned address in global memory");
+  if (bytes) emulator::check_global(from, bytes, what);
+  u8* target = emulator::shared_pointer(to, SIZE, what);
+  std::vector<emulator::Copy> now{{target, (const u8*)from, bytes, SIZE}};
   if (emulator::eager) return emulator::land(now);
-  std::memset(target, 0xff, 16);  // what was there may be gone from now on
+  std::memset(target, 0xff, SIZE);  // what was there may be gone from now on
   emulator::current->open.push_back(now[0]);
 }
+inline void cp_async_16(u32 to, const void* from, u32 bytes) { copy_later<16>("cp_async_16", to, from, bytes); }
+inline void cp_async_4(u32 to, const void* from, u32 bytes) { copy_later<4>("cp_async_4", to, from, bytes); }
 inline void cp_async_commit() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
   emulator::current->open.clear();

@@ -25,6 +25,31 @@ inline float operand(u64 descriptor, bool mn_major, int mn, int k) {
   return from_bf16(bits);
 }
 
+// The same of a K-major operand in e4m3.
+inline float operand_e4m3(u64 descriptor, int mn, int k) {
+  const u32 start = (u32)(descriptor & 0x3fff) << 4, stride = (u32)(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) fail("wgmma: a swizzle of not 128 bytes");
+  u32 address = start + mn % 8 * 128 + mn / 8 * stride + k;
+  address ^= (address >> 7 & 7) << 4;
+  return from_e4m3(*shared_pointer(address, 1, "wgmma"));
+}
+
+// What one warp has of a product of N columns of operands in e4m3.
+template <int N>
+void multiply_e4m3(float* const (&d)[32], u64 a, u64 b, bool accumulate, u32 warp) {
+  static float A[16][32], B[32][N];
+  for (int k = 0; k < 32; ++k) {
+    for (int n = 0; n < N; ++n) B[k][n] = operand_e4m3(b, n, k);
+    for (int m = 0; m < 16; ++m) A[m][k] = operand_e4m3(a, (int)(warp % 4 * 16) + m, k);
+  }
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < N / 2; ++i) {
+      float sum = accumulate ? d[l][i] : 0;
+      for (int k = 0; k < 32; ++k) sum += A[l / 4 + i / 2 % 2 * 8][k] * B[k][i / 4 * 8 + l % 4 * 2 + i % 2];
+      d[l][i] = sum;
+    }
+}
+
 struct Product { float* d; const u32* a; u64 a_matrix, b_matrix; bool accumulate; };
 
 // What one warp has of a product of N columns: 16 rows.
@@ -67,6 +92,29 @@ void issue(const char* what, Product mine, bool mn_major) {
   });
 }
 
+template <int N>
+void issue_e4m3(Product mine) {
+  meet("wgmma_ss_e4m3", ~0u, &mine, [=](void** given) {
+    const Product first = *(Product*)given[0];
+    std::vector<float*> d(32);
+    for (int l = 0; l < 32; ++l) {
+      const Product& one = *(Product*)given[l];
+      d[l] = one.d;
+      if (one.a_matrix != first.a_matrix || one.b_matrix != first.b_matrix)
+        fail("wgmma_ss_e4m3: lanes of a warp with different descriptors");
+    }
+    const u32 warp = current->number / 32;
+    if (warp / 4 * 4 + 4 > warps.size()) fail("wgmma_ss_e4m3: not in a whole warpgroup");
+    auto work = [=] {
+      float* of[32];
+      std::copy(d.begin(), d.end(), of);
+      multiply_e4m3<N>((float* const (&)[32])of, first.a_matrix, first.b_matrix, first.accumulate, warp);
+    };
+    if (eager) return work();
+    warps[warp].open_products.push_back(work);
+  });
+}
+
 }  // namespace emulator
 
 template <int N> void wgmma_pin(float (&)[N]) {}
@@ -92,6 +140,9 @@ template <int N> void wgmma_wait() {
 template <int N> struct Wgmma {
   static void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
     emulator::issue<N>("wgmma_ss", {d, nullptr, a, b, accumulate != 0}, false);
+  }
+  static void ss_e4m3(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
+    emulator::issue_e4m3<N>({d, nullptr, a, b, accumulate != 0});
   }
   static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
     emulator::issue<N>("wgmma_rs", {d, a, 0, b, true}, true);
