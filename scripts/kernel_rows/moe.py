@@ -9,14 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_rows._measure import Row, difference, rate, time_call
+from kernel_rows._measure import FLOPS, Row, difference, rate, time_call
 
+from jaxllm.formats import Format
 from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from jaxllm.kernels.linear.quantized import Weight, quantize
 from jaxllm.kernels.moe_token import cuda as one_token
 from jaxllm.kernels.router import cuda as router
 
 BF16 = jnp.bfloat16
+E4M3_FLOPS = 1440e12
+"""1/s of dense products in e4m3, measured."""
 SHAPES: dict[str, tuple[int, int, int, int]] = {
     # E, X, D, F
     "qwen3-30b-a3b": (128, 8, 2048, 768),
@@ -45,13 +49,14 @@ SWEEPS: dict[int, dict[str, tuple[Tiling, Tiling]]] = {
 
 
 @cache
-def weights(shape: str) -> tuple[jax.Array, jax.Array]:
+def weights(shape: str, format: Format | None = None) -> tuple[Weight, Weight]:
     """Gate and up, and down, of a size that keeps the results near one."""
     E, _, D, F = SHAPES[shape]
 
     @partial(jax.jit, static_argnums=(1, 2))
-    def make(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-        return jax.random.normal(key, shape, BF16) * scale
+    def make(key: jax.Array, shape: tuple[int, ...], scale: float) -> Weight:
+        wide = jax.random.normal(key, shape, BF16) * scale
+        return wide if format is None else quantize(wide, format)
 
     first, second = jax.random.split(jax.random.key(0))
     return make(first, (E, 2 * F, D), D**-0.5), make(second, (E, D, F), F**-0.5)
@@ -68,13 +73,14 @@ def speed(
     T: int,
     splits: tuple[Tiling, Tiling] | None = None,
     implementation: Any = cuda.implementation,
+    format: Format | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Of the experts and the addition of the residual, each call with other experts."""
     E, X, D, F = SHAPES[shape]
     calls = 8 if T <= 64 else 3
     chosen = choices(E, X, T, calls)
-    gate_up, down = weights(shape)
+    gate_up, down = weights(shape, format)
     x = jax.random.normal(jax.random.key(1), (T, D), BF16)
     weight_TX = jnp.full((T, X), 1 / X, jnp.float32)
     options |= {} if splits is None else {"splits": splits}
@@ -88,8 +94,9 @@ def speed(
     arguments = x, jnp.asarray(chosen), gate_up, down
     seconds = time_call(jax.jit(partial(chain, kernel)), *arguments, calls=calls)
     active = np.mean([len(np.unique(choice)) for choice in chosen])
-    moved = active * 3 * F * D * 2
-    return {**rate(seconds, moved=moved, flops=T * X * 6 * F * D), "active": float(active)}
+    each = 2 if format is None else 1 + 4 / (format.group or D)
+    flops = T * X * 6 * F * D * (1 if format is None else FLOPS / E4M3_FLOPS)
+    return {**rate(seconds, moved=active * 3 * F * D * each, flops=flops), "active": float(active)}
 
 
 def route(T: int) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def tiling(tokens: int, columns: int, inputs: int, values: Values = WIDE) -> Til
     groups = pieces // span
     warps = next((warps for warps in (8, 6, 4) if groups % warps == 0), 8)
     ns, groups = -(-columns * span // 8), -(-groups // warps)
-    rows, blocks = (2 if tokens > FEW and warps == 8 else 1,), ({8: 2, 6: 4 if ns == 1 else 3, 4: 4}[warps],)
+    rows: tuple[int, ...] = (2 if tokens > FEW and warps == 8 else 1,)
+    blocks: tuple[int, ...] = ({8: 2, 6: 4 if ns == 1 else 3, 4: 4}[warps],)
     if values.itemsize == 1:  # rows of half as many bytes: as much under way as there is room for
         rows, blocks = (1, 2), (2, 3, 4)
     depths = range(1, groups + 1)
@@ -289,11 +290,10 @@ def compare(
     """
     rng = np.random.default_rng(0)
     for T, X, E, D, F in sizes:
-        x, gate_up, down = (
+        x, *wide = (
             jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for shape in ((T, D), (E, 2 * F, D), (E, D, F))
         )
-        if format is not None:
-            gate_up, down = quantize(gate_up, format), quantize(down, format)
+        gate_up, down = wide if format is None else (quantize(weight, format) for weight in wide)
         chosen = jnp.asarray(np.stack([rng.permutation(E + 2)[:X] for _ in range(T)]), jnp.int32)
         weights = jnp.asarray(rng.random((T, X)), jnp.float32)
         arguments = x, chosen, weights, gate_up, down

@@ -1,0 +1,87 @@
+"""Mixtures of experts with weights in e4m3: as the rows of `moe`, beside half of the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_rows._measure import Row, difference
+from kernel_rows.moe import BF16, choices, speed, weights
+
+from jaxllm.formats import Format
+from jaxllm.kernels.grouped_matmul import cuda, tiles_cuda
+from jaxllm.kernels.grouped_matmul.cuda import Tiling
+from jaxllm.kernels.linear.quantized import dequantize, quantize, quantize_tokens
+
+SWEEPS: dict[int, dict[str, tuple[Tiling, Tiling]]] = {
+    1: {
+        "small blocks": (Tiling(2, 2, 1, 8, 2, 2), Tiling(2, 2, 1, 6, 1, 4)),
+        "more of them": (Tiling(2, 2, 1, 8, 2, 3), Tiling(2, 4, 1, 6, 1, 3)),
+    },
+    64: {"large blocks": (Tiling(2, 4, 2, 8, 1, 2), Tiling(2, 4, 2, 6, 1, 3))},
+}
+ROWS, BLOCKS = Format("fp8"), Format("fp8", group=128)
+"""e4m3 with a scale of each row, and as checkpoints with blocks of 128 x 128 have it."""
+
+
+def right() -> dict[str, Any]:
+    """The same of weights in e4m3, whose numbers are exact; tiles against activations that are rounded as they do."""
+    found: dict[str, Any] = {}
+    sizes = {cuda: ((1, 8, 16, 2048, 768), (64, 8, 16, 512, 384)), tiles_cuda: ((600, 2, 4, 512, 256),)}
+    for module, cases in sizes.items():
+        worst = 0.0
+        for (T, X, E, D, F), format in product(cases, (ROWS, BLOCKS)):
+            rng = np.random.default_rng(T)
+            shapes = (T, D), (E, 2 * F, D), (E, D, F)
+            x, *wide = (jnp.asarray(rng.standard_normal(s, np.float32) / s[-1] ** 0.5, BF16) for s in shapes)
+            gate_up, down = (quantize(weight, format) for weight in wide)
+            weight = jnp.asarray(rng.random((T, X)), jnp.float32)
+            chosen = np.where(rng.random((T, X)) < 0.2, E + 1, choices(E, X, T, 1)[0]).astype(np.int32)
+            kernel = jax.jit(module.implementation(x, chosen, gate_up, down, activation="silu", of=E))
+            out = kernel(x, chosen, weight, gate_up, down)
+            numbers = (dequantize(w, jnp.float32) for w in (gate_up, down))
+            error = difference(out, one_by_one(x, chosen, weight, *numbers, rounded=module is tiles_cuda))
+            worst = max(worst, error if error == error else np.inf)
+        found[module.KERNEL] = worst
+    limits = {cuda.KERNEL: 6e-3, tiles_cuda.KERNEL: 2e-2}
+    return {**found, "wrong": not all(found[name] < limit for name, limit in limits.items())}
+
+
+@partial(jax.jit, static_argnames="rounded")
+@jax.default_matmul_precision("highest")
+def one_by_one(
+    x: jax.Array, chosen: jax.Array, weight: jax.Array, gate_up: jax.Array, down: jax.Array, *, rounded: bool
+) -> jax.Array:
+    """All experts of all tokens, one after the other, in float32."""
+
+    def as_taken(x: jax.Array) -> jax.Array:
+        values, scale = quantize_tokens(x)
+        return values.astype(jnp.float32) * scale if rounded else x.astype(jnp.float32)
+
+    out, x = jnp.zeros(x.shape, jnp.float32), as_taken(x)
+    for e in range(len(gate_up)):
+        gate, up = jnp.split(x @ gate_up[e].T, 2, axis=1)
+        y = as_taken((jax.nn.silu(gate) * up).astype(BF16)) @ down[e].T
+        out += jnp.where(chosen == e, weight, 0).sum(axis=1, keepdims=True) * y
+    return out
+
+
+def rows() -> Iterator[Row]:
+    yield Row("right", right)
+    shape, tiles = "qwen3-30b-a3b", tiles_cuda.implementation
+    for T in (1, 16, 64):
+        yield Row(f"decode {shape} T={T}", partial(speed, shape, T, format=ROWS))
+        yield Row(f"decode {shape} T={T} blocks", partial(speed, shape, T, format=BLOCKS))
+    for T in (256, 8192):
+        for name, format in (("", ROWS), (" blocks", BLOCKS)):
+            row = f"{'prefill' if T > 1000 else 'tiles'} {shape} T={T}{name}"
+            yield Row(row, partial(speed, shape, T, implementation=tiles, format=format))
+    for T, splits in SWEEPS.items():
+        for name, split in splits.items():
+            yield Row(f"sweep T={T} {name}", partial(speed, shape, T, split, format=ROWS))
+    weights.cache_clear()
