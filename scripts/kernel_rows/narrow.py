@@ -25,14 +25,14 @@ LLAMA_70B_TP4 = {
 }
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {
     # rows of a tile, blocks of a cluster, panels of 64 inputs: beside the default
-    ("qkv", 8): (Split(192, 4, 1), Split(128, 2, 2)),
-    ("o", 8): (Split(128, 4, 2), Split(64, 2, 1)),
-    ("gate_up", 8): (Split(64, 2, 4), Split(128, 4, 2)),
-    ("down", 8): (Split(64, 2, 4), Split(64, 1, 4)),
-    ("qkv", 64): (Split(128, 2, 2), Split(64, 1, 1)),
-    ("o", 64): (Split(64, 2, 2), Split(128, 4, 1)),
-    ("gate_up", 64): (Split(128, 4, 1), Split(128, 2, 2)),
-    ("down", 64): (Split(128, 4, 1), Split(256, 8, 1)),
+    ("qkv", 8): (Split(192, 4, 1), Split(192, 4, 1, stagger=True), Split(128, 2, 2)),
+    ("o", 8): (Split(128, 4, 2), Split(64, 2, 4, stagger=True), Split(64, 2, 4, fetch=128)),
+    ("gate_up", 8): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(64, 2, 4), Split(128, 4, 2)),
+    ("down", 8): (Split(64, 2, 4), Split(128, 4, 2, stagger=True)),
+    ("qkv", 64): (Split(128, 2, 2), Split(192, 4, 1, stagger=True)),
+    ("o", 64): (Split(128, 4, 1), Split(128, 4, 2, stagger=True), Split(256, 8, 1)),
+    ("gate_up", 64): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(128, 4, 1)),
+    ("down", 64): (Split(128, 4, 1), Split(128, 4, 2, stagger=True), Split(256, 8, 1)),
 }
 
 
@@ -105,6 +105,8 @@ def products(names: tuple[str, ...], T: int) -> dict[str, Any]:
         default = narrow_cuda.splitting(T, *SHAPES[name][:2])
         for split in (default, *SPLITS.get((name, T), ())):
             label = f"{name} {split.rows}/{split.cluster}/{split.panels}"
+            label += "" if split.fetch == 256 else f" fetch {split.fetch}"
+            label += " stagger" if split.stagger else ""
             try:
                 found[label] = seconds(name, T, split) * 1e6
             except Exception as error:  # the other splits go on

@@ -20,13 +20,14 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """clusters: on the chip at once; fewer than tiles, and each works on several."""
+    """clusters: on the chip at once; fewer than tiles, and each works on several. stages: few, to be used many times."""
 
     tokens: int
     features: int
     inputs: int
     split: Split
     clusters: int
+    stages: int = 2
     activation: str | None = None
     residual: bool = False
     out: np.dtype = BF16
@@ -34,12 +35,12 @@ class Case:
 
 CASES = [
     # rows of a tile, blocks of a cluster, panels of 64 inputs in a stage
-    Case(8, 128, 512, Split(64, 2, 4), clusters=2, residual=True),
-    Case(61, 208, 512, Split(128, 4, 2), clusters=1, activation="silu"),
+    Case(8, 128, 2560, Split(64, 2, 4), clusters=2, residual=True),
+    Case(61, 208, 1280, Split(128, 4, 1, stagger=True), clusters=1, stages=3, activation="silu"),
 ]
 MORE = [
     Case(5, 200, 256, Split(64, 1, 1), clusters=2, out=np.dtype(np.float32)),
-    Case(13, 384, 768, Split(64, 4, 1), clusters=2, residual=True),
+    Case(13, 384, 768, Split(64, 4, 1, fetch=128, stagger=True), clusters=2, residual=True),
     Case(24, 384, 640, Split(192, 4, 1), clusters=2, residual=True),
     Case(64, 256, 256, Split(256, 1, 1), clusters=1, activation="gelu_tanh", residual=True),
     Case(100, 320, 512, Split(64, 4, 1), clusters=2, residual=True, out=np.dtype(np.float32)),
@@ -68,6 +69,7 @@ def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.
 
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
+    monkeypatch.setattr(Split, "stages", lambda *_: case.stages)
     monkeypatch.setitem(narrow_cuda.CLUSTERS, case.split.cluster, case.clusters)
     x, weight = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2])
     kernel = narrow_cuda.implementation(

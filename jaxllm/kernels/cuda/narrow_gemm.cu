@@ -13,6 +13,8 @@
 //
 //   TOKENS COLUMNS FEATURES INPUTS   T; the least of 8, 16, 32, 64, 128 that holds it; F (both halves, if gated); D
 //   ROWS PANELS STAGES CLUSTER CLUSTERS
+//   FETCH      256: the second-level cache is told to fetch the 256 bytes around what is copied; 128: it is not
+//   STAGGER    1: each cluster begins elsewhere in its inputs, so that not all read the same tokens at the same time
 //   GATED      0: no; 1: silu; 2: gelu with tanh; the result is act(gate) * up of the halves of the rows
 //   RESIDUAL   1: is added to the result
 //   OUT_FLOAT  1: float32 results; 0: bf16
@@ -85,8 +87,10 @@ DEVICE void copy(u32 smem, const u16* __restrict__ x, const u16* __restrict__ we
   Place place{smem + BARRIERS_AT, 0, 0};
   for (int tile = cluster; tile < TILES; tile += CLUSTERS) {
     const u16* const from = weight + (size_t)weight_row(tile, first) * INPUTS + piece * 8;
+    const int begin = first_step(rank), end = first_step(rank + 1);
+    int step = STAGGER ? begin + (end - begin) * cluster / CLUSTERS : begin;
 #pragma unroll 1
-    for (int step = first_step(rank); step < first_step(rank + 1); step++) {
+    for (int left = end - begin; left > 0; left--) {
       barrier_wait(place.freed(), place.phase ^ 1);
       const u32 stage = smem + place.slot * STAGE;
 #pragma unroll
@@ -94,7 +98,11 @@ DEVICE void copy(u32 smem, const u16* __restrict__ x, const u16* __restrict__ we
         const u16* row = from + (size_t)rows_between(i * AT_ONCE) * INPUTS;
         if (OUT_FEATURES % OUT_ROWS)
           row = weight + (size_t)weight_row(tile, first + i * AT_ONCE) * INPUTS + piece * 8;
-        cp_async_16_ahead(stage + to_weight + to[i % 2] + i * AT_ONCE * 128, row + step * DEPTH, 16);
+        const u32 there = stage + to_weight + to[i % 2] + i * AT_ONCE * 128;
+        if (FETCH == 256)
+          cp_async_16_ahead(there, row + step * DEPTH, 16);
+        else
+          cp_async_16(there, row + step * DEPTH, 16);
       }
 #pragma unroll
       for (int i = 0; i < (TOKENS + AT_ONCE - 1) / AT_ONCE; i++)
@@ -102,6 +110,7 @@ DEVICE void copy(u32 smem, const u16* __restrict__ x, const u16* __restrict__ we
           cp_async_16(stage + to_x + to[i % 2] + i * AT_ONCE * 128, from_x + i * AT_ONCE * INPUTS + step * DEPTH, 16);
       cp_async_arrive(place.full());
       place.next();
+      if (++step == end) step = begin;
     }
   }
   cp_async_wait<0>();

@@ -38,6 +38,8 @@ class Split:
     rows: int
     cluster: int
     panels: int
+    fetch: int = 256
+    stagger: bool = False
 
     def tiles(self, features: int) -> int:
         return -(-features // self.rows)
@@ -117,7 +119,7 @@ def implementation(
     macros = {
         "TOKENS": T, "COLUMNS": columns, "FEATURES": F, "INPUTS": D,
         "ROWS": split.rows, "PANELS": split.panels, "STAGES": split.stages(columns, F),
-        "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F),
+        "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F), "FETCH": split.fetch, "STAGGER": int(split.stagger),
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
         "SHARED": shared,
     }  # fmt: skip
