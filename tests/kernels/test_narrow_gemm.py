@@ -20,7 +20,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """clusters: on the chip at once; fewer than tiles, and each works on several. stages: few, to be used many times."""
+    """clusters: on the chip at once, fewer than tiles; stages: few, so that all are used again and again."""
 
     tokens: int
     features: int
