@@ -11,15 +11,17 @@ from functools import partial
 import jax
 from flax import nnx
 
+from jaxllm.kernels.linear.product import Activations
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.api import rope_write
 from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import param
+from jaxllm.layers.stream import Stream
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
-from jaxllm.parallel.collectives import Axes, Stream
+from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -64,9 +66,13 @@ class Attention(nnx.Module):
         self.window = window
         self.softcap = softcap
 
+    def multiplies_e4m3(self, x_TD: jax.ShapeDtypeStruct, spread: Axes) -> bool:
+        """Whether it takes e4m3 in place of such activations."""
+        return self.qkv.multiplies_e4m3(x_TD, spread)
+
     def __call__(
         self,
-        x_TD: jax.Array,
+        x_TD: Activations,
         norm: RMSNorm | None,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
@@ -83,7 +89,7 @@ class Attention(nnx.Module):
 
     def heads_of(
         self,
-        x_TD: jax.Array,
+        x_TD: Activations,
         norm: RMSNorm | None,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,

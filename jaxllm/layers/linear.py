@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
 from jaxllm.kernels.linear import api
+from jaxllm.kernels.linear.parts import parts_of
+from jaxllm.kernels.linear.product import Activations, QuantizedTokens
+from jaxllm.kernels.rows import api as rows
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.parallel.collectives import Axes, Stream, gather_rows, ranks, sum_later, sum_partial
+from jaxllm.layers.stream import Stream, Unadded
+from jaxllm.parallel.collectives import Axes, gather_rows, ranks, sum_later, sum_partial
 
 if TYPE_CHECKING:
     from jaxllm.layers.norm import RMSNorm
@@ -23,22 +27,38 @@ class ColumnLinear(nnx.Module):
         assert not isinstance(bias, dict)
         self.bias = None if bias is None else param(bias)
 
-    def __call__(
-        self, x_TD: jax.Array, norm: RMSNorm | None = None, tokens: Axes = (), *, activation: str | None = None
-    ) -> jax.Array:
-        """The product with x, which `norm` norms first; with an activation, act(first half) * second half of it.
+    def __call__(self, x_TD: Activations, norm: RMSNorm | None = None, tokens: Axes = ()) -> jax.Array:
+        """The product with x, which `norm` norms first.
 
         tokens: the ranks whose rows are brought together for the product.
         """
+        x_TD, around = self._around(x_TD, norm, tokens)
+        return api.linear(x_TD, self.weight[...], **around)
+
+    def gated(
+        self,
+        x_TD: Activations,
+        activation: str,
+        norm: RMSNorm | None,
+        tokens: Axes,
+        *,
+        quantised: bool,
+    ) -> Activations:
+        """act(first half) * second half of the product, see `__call__`. quantised: it may be e4m3."""
+        x_TD, around = self._around(x_TD, norm, tokens)
+        return api.gated(x_TD, self.weight[...], activation, **around, quantised=quantised)
+
+    def _around(self, x: Activations, norm: RMSNorm | None, tokens: Axes) -> tuple[Activations, dict[str, Any]]:
+        """x with the rows of all ranks, and what is around its product."""
         if ranks(tokens) > 1:
-            x_TD, norm = gather_rows(x_TD if norm is None else norm(x_TD), tokens), None
-        return api.linear(
-            x_TD,
-            self.weight[...],
-            norm=None if norm is None else (norm.weight[...], norm.eps),
-            bias_F=None if self.bias is None else self.bias[...],
-            activation=activation,
-        )
+            assert not isinstance(x, QuantizedTokens)
+            x, norm = gather_rows(x if norm is None else norm(x), tokens), None
+        bias_F = None if self.bias is None else self.bias[...]
+        return x, {"norm": None if norm is None else (norm.weight[...], norm.eps), "bias_F": bias_F}
+
+    def multiplies_e4m3(self, x_TD: jax.ShapeDtypeStruct, tokens: Axes = ()) -> bool:
+        """Whether the product takes e4m3 in place of such activations."""
+        return ranks(tokens) == 1 and api.multiplies_e4m3(x_TD, self.weight[...])
 
 
 class RowLinear(nnx.Module):
@@ -50,18 +70,25 @@ class RowLinear(nnx.Module):
         self.bias = None if bias is None else param(bias)
         self.axes = axes
 
-    def partial(self, x_TD: jax.Array) -> jax.Array:
+    def partial(self, x_TD: Activations) -> jax.Array:
         """This rank's part of the sum, without the bias."""
         return api.linear(x_TD, self.weight[...])
 
-    def __call__(self, x_TD: jax.Array, tokens: Axes = (), *, residual: jax.Array | None = None) -> Stream:
+    def multiplies_e4m3(self, tokens: int, dtype: jax.typing.DTypeLike) -> bool:
+        """Whether the product takes e4m3 in place of activations of so many tokens in this dtype."""
+        weight = self.weight[...]
+        return api.multiplies_e4m3(jax.ShapeDtypeStruct((tokens, weight.shape[-1]), dtype), weight)
+
+    def __call__(self, x_TD: Activations, tokens: Axes = (), *, residual: jax.Array | None = None) -> Stream:
         """The product with x, added to the residual; then the last sum may be left to `settle`.
 
         tokens: where the rows are those of several ranks, and each wants its own back, it is a reduce-scatter.
         """
         bias = None if self.bias is None else self.bias[...]
         if ranks((*self.axes, *tokens)) == 1:
-            return api.linear(x_TD, self.weight[...], bias_F=bias, residual=residual)
+            if residual is None:
+                return api.linear(x_TD, self.weight[...], bias_F=bias)
+            return self._add(x_TD, bias, residual)
         if bias is None:
             part_TD = self.partial(x_TD)
             if residual is not None:
@@ -69,3 +96,15 @@ class RowLinear(nnx.Module):
             return sum_partial(part_TD, self.axes, tokens)
         y = sum_partial(self.partial(x_TD), self.axes, tokens) + bias
         return y if residual is None else residual + y
+
+    def _add(self, x_TD: Activations, bias_D: jax.Array | None, residual_TD: jax.Array) -> Stream:
+        """The residual plus the product: by the product's kernel, or that of the norm that comes next, or XLA."""
+        weight = self.weight[...]
+        try:
+            return api.fused(x_TD, weight, bias_F=bias_D, residual=residual_TD)
+        except NotImplementedError:
+            pass
+        if not rows.adds(residual_TD):
+            return api.linear(x_TD, weight, bias_F=bias_D, residual=residual_TD)
+        parts = 1 if bias_D is not None else parts_of(residual_TD.shape[0], residual_TD.shape[1], x_TD.shape[1])
+        return Unadded(api.product(x_TD, weight, bias_F=bias_D, parts=parts), residual_TD)

@@ -22,14 +22,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxllm.kernels.linear.product import Activations, QuantizedTokens
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.attention import METHODS
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import param
+from jaxllm.layers.stream import Stream
 from jaxllm.mapping import CpType
-from jaxllm.parallel.collectives import Axes, Stream, gather_rows
+from jaxllm.parallel.collectives import Axes, gather_rows
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, write_pages
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -89,9 +91,13 @@ class MLA(nnx.Module):
         self.sizes = sizes
         self.scale = scale
 
+    def multiplies_e4m3(self, x_TD: jax.ShapeDtypeStruct, spread: Axes) -> bool:
+        """As `Attention.multiplies_e4m3`; several products read x."""
+        return False
+
     def __call__(
         self,
-        x_TD: jax.Array,
+        x_TD: Activations,
         norm: RMSNorm | None,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
@@ -104,6 +110,7 @@ class MLA(nnx.Module):
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
         N = groups * self.heads.q_heads
+        assert not isinstance(x_TD, QuantizedTokens)
         x_TD = gather_rows(x_TD if norm is None else norm(x_TD), spread)
         T, dtype = x_TD.shape[0], x_TD.dtype
         latents = self.latents(x_TD)

@@ -19,7 +19,8 @@ from jaxllm.layers.linear import RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.parallel.collectives import Axes, ranks, settle
+from jaxllm.layers.stream import settle
+from jaxllm.parallel.collectives import Axes, ranks
 from jaxllm.parallel.expert import experts
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from jaxllm.kernels.linear.product import Activations
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.layers.quantize import param
-from jaxllm.parallel.collectives import Stream, settle
+from jaxllm.layers.stream import Stream, settle
 from jaxllm.parallel.params import ParamSpec
 
 
@@ -21,7 +22,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, (self.weight[...], self.eps))
 
-    def settle(self, x: Stream) -> tuple[jax.Array, jax.Array, RMSNorm | None]:
-        """x, summed; what to go on with; and the norm of that, which is this one unless it was made with the sum."""
-        x_TD, normed_TD = settle(x, (self.weight[...], self.eps))
+    def settle(self, x: Stream, *, quantised: bool = False) -> tuple[jax.Array, Activations, RMSNorm | None]:
+        """x, summed; what to go on with; and the norm of that, which is this one unless it was made with the sum.
+
+        quantised: what to go on with may be e4m3.
+        """
+        x_TD, normed_TD = settle(x, (self.weight[...], self.eps), quantised=quantised)
         return (x_TD, x_TD, self) if normed_TD is None else (x_TD, normed_TD, None)

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxllm.kernels.linear.product import QuantizedTokens
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
 from jaxllm.layers.linear import ColumnLinear, RowLinear
@@ -32,9 +33,10 @@ from jaxllm.layers.moe import MoE, Router
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import Declared
 from jaxllm.layers.rope import RopeConfig, cos_sin
+from jaxllm.layers.stream import Stream, like, settle
 from jaxllm.models.config import ExpertNames, ExpertsConfig, ModelConfig
 from jaxllm.models.quantization import HEAD
-from jaxllm.parallel.collectives import Axes, Stream, current_exchange, exchanging, settle
+from jaxllm.parallel.collectives import Axes, current_exchange, exchanging
 from jaxllm.parallel.collectives import rank as rank_of
 from jaxllm.parallel.context import AttentionBatch, KVPages
 from jaxllm.parallel.heads import ceil_div, split_segments
@@ -151,8 +153,8 @@ class Block(nnx.Module):
         # Where there is no norm between, the product itself adds the residual.
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
-            x_TD, y_TD, norm = self.input_norm.settle(x)
-            spread = self.layout.spread(batch.tokens, x_TD.shape[1])
+            spread = self.layout.spread(batch.tokens, like(x).shape[1])
+            x_TD, y_TD, norm = self.input_norm.settle(x, quantised=self.attention.multiplies_e4m3(like(x), spread))
             residual = x_TD if post_attention is None else None
             if isinstance(self.attention, Attention) and isinstance(self.mlp, MoE):
                 found_TD, kv = self.attention.heads_of(y_TD, norm, rope, kv, batch, spread)
@@ -164,12 +166,13 @@ class Block(nnx.Module):
                 x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
             x = x if post_attention is None else x_TD + post_attention(settle(x)[0])
         with jax.named_scope("mlp"):
+            tokens = spread or self.layout.axes("requests")
             if isinstance(self.mlp, MoE):  # which has a kernel for norm and router
                 x_TD = settle(x)[0]
             else:
-                x_TD, y_TD, norm = self.mlp_norm.settle(x)
+                quantised = self.mlp.gate_up.multiplies_e4m3(like(x), tokens)
+                x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised)
             residual = x_TD if post_mlp is None else None
-            tokens = spread or self.layout.axes("requests")
             if isinstance(self.mlp, MoE):
                 valid_T = self._valid(batch, spread, x_TD.shape[0]) if self.layout.counts_loads else None
                 x, load_E = self.mlp(x_TD, self.mlp_norm, tokens, residual, valid_T)
@@ -244,8 +247,11 @@ class Decoder(nnx.Module):
         if self.norm is None:
             return settle(stream)[0], written
         with jax.named_scope("final_norm"):
-            _, x_TD, norm = self.norm.settle(stream)
-            return x_TD if norm is None else norm(x_TD), written
+            x_TD, normed_TD, norm = self.norm.settle(stream)
+            if norm is not None:
+                normed_TD = norm(x_TD)
+            assert not isinstance(normed_TD, QuantizedTokens)
+            return normed_TD, written
 
     def _embed(self, tokens_T: jax.Array) -> jax.Array:
         assert self.embed is not None

@@ -2,7 +2,8 @@
 
 A kernel is used on a device of compute capability 9.0 (H100, H200) where NVRTC is found and its check at start agreed
 with its reference. Elsewhere there is one warning, and XLA does the work. `JAXLLM_CUDA=0` turns the kernels off, and
-`JAXLLM_CUDA=-rope_write,-paged_decode` these two.
+`JAXLLM_CUDA=-rope_write,-paged_decode` these two. `JAXLLM_CUDA=+residual_norm` uses one wherever it can be used, also
+where it was not measured to be faster than XLA.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def require(kernel: str) -> None:
     for name in ("", kernel):
         if name in _refused:
             raise NotImplementedError(_refused[name])
+
+
+def asked_for(kernel: str) -> bool:
+    """Whether the kernel is to be used wherever it can be."""
+    return f"+{kernel}" in os.environ.get("JAXLLM_CUDA", "").split(",")
 
 
 def refuse(kernel: str, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
@@ -13,9 +13,10 @@ from jaxllm.kernels.moe_token import cuda as moe_token
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
 from jaxllm.kernels.router import cuda as router
+from jaxllm.kernels.rows import cuda as rows
 
 
-@functools.cache
+@cache
 def check_kernels(quantized: bool = False, latent: bool = False, experts: bool = False) -> None:
     """Compares each kernel that can be used here with its reference; one that is wrong is not used.
 
@@ -26,6 +27,7 @@ def check_kernels(quantized: bool = False, latent: bool = False, experts: bool =
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if any(narrow_cuda.MEGABYTES.values()) else {}
+    checks |= {name: partial(rows.check, name) for name in rows.FASTER if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:

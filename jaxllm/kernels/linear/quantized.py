@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.formats import Format
+from jaxllm.kernels.linear.product import Product, QuantizedTokens
 
 E4M3_MAX = 448.0
 
@@ -127,6 +128,19 @@ FEW = 32
 """Tokens up to which reading the weight takes the time, and activations stay as they are."""
 
 
+def multiplies_e4m3(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> bool:
+    """Whether the product quantises activations."""
+    if weight.format.group is not None or weight.zero is not None or weight.format.kind != "fp8":
+        return False
+    return x.dtype == jnp.bfloat16 and x.size // x.shape[-1] > FEW
+
+
+def product(x: QuantizedTokens, weight: QuantizedWeight) -> Product:
+    """The product of e4m3 activations and weights, whose scales are still to be multiplied with."""
+    y = lax.dot_general(x.values, weight.values, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    return Product(y, x.scale, weight.scale[:, 0], x.dtype)
+
+
 def matmul(x: jax.Array, weight: QuantizedWeight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """See `api.matmul`.
 
@@ -137,8 +151,7 @@ def matmul(x: jax.Array, weight: QuantizedWeight, dtype: jax.typing.DTypeLike = 
     if weight.format.group is not None or weight.zero is not None:
         return lax.dot_general(x, dequantize(weight, x.dtype), contract, preferred_element_type=dtype)
     scale_F = weight.scale[:, 0]
-    tokens = x.size // x.shape[-1]
-    if weight.format.kind == "fp8" and x.dtype == jnp.bfloat16 and tokens > FEW:
+    if multiplies_e4m3(x, weight):
         x, scale = quantize_tokens(x)
         y = lax.dot_general(x, weight.values, contract, preferred_element_type=dtype)
         return (y.astype(jnp.float32) * scale * scale_F).astype(dtype)

@@ -5,7 +5,9 @@ XLA reads such weights at less than half of the memory's speed, so that the kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +36,11 @@ def linear(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """See `api.linear`; the result in `dtype`, bfloat16 or float32. Raises NotImplementedError where XLA must do it."""
-    call.require(cuda.KERNEL)
-    call.require(KERNEL)
-    if weight.format.group is not None or weight.zero is not None:
-        raise NotImplementedError("only one scale for each row")
     if residual is not None and residual.dtype != x_TD.dtype:
         raise NotImplementedError("a residual of another dtype")
     dtype = x_TD.dtype if dtype is None else dtype
     norm_D, eps = (None, None) if norm is None else norm
-    run = cuda.implementation(
-        x_TD, weight.values, eps=eps, activation=activation, residual=residual is not None, out_dtype=dtype
-    )
+    run = choose(x_TD, weight, eps=eps, activation=activation, residual=residual is not None, out_dtype=dtype)
 
     def kernel(operands: Operands) -> jax.Array:
         x, weight, norm_D, residual = operands
@@ -58,6 +54,15 @@ def linear(
 
     operands: Operands = (x_TD, weight, norm_D, residual)
     return lax.platform_dependent(operands, cuda=kernel, default=composed)
+
+
+def choose(x_TD: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight, **around: Any) -> Callable[..., jax.Array]:
+    """The kernel, see `cuda.implementation`. Raises NotImplementedError where XLA must do the work."""
+    call.require(cuda.KERNEL)
+    call.require(KERNEL)
+    if weight.format.group is not None or weight.zero is not None:
+        raise NotImplementedError("only one scale for each row")
+    return cuda.implementation(x_TD, weight.values, **around)
 
 
 def _as(dtype: jax.typing.DTypeLike, x: jax.Array, weight: QuantizedWeight, _: jax.typing.DTypeLike) -> jax.Array:

@@ -1,0 +1,92 @@
+"""What lies between products, each in one pass over its rows: on a Hopper GPU by `cuda`, else as `reference` has it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.linear.reference import Norm
+from jaxllm.kernels.rows import cuda, reference
+
+
+def residual_norm(
+    product: Product, residual_TD: jax.Array, norm: Norm, *, quantised: bool = False
+) -> tuple[jax.Array, Activations]:
+    """The residual plus the product, [T, D] in the residual's dtype, and what a norm makes of that sum.
+
+    quantised: the second as e4m3.
+    """
+    weight_D, eps = norm
+
+    def plain(product: Product, residual_TD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, Activations]:
+        return reference.residual_norm(product, residual_TD, (weight_D, eps), quantised=quantised)
+
+    try:
+        kernel = cuda.residual_norm(product, residual_TD, eps, quantised=quantised)
+    except NotImplementedError:
+        return plain(product, residual_TD, weight_D)
+    return lax.platform_dependent(product, residual_TD, weight_D, cuda=kernel, default=plain)
+
+
+def adds(residual_TD: jax.Array) -> bool:
+    """Whether `residual_norm` has a kernel for such residuals: then a sum had better wait for the norm after it."""
+    try:
+        cuda.require_residual_norm(residual_TD)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def normed(x_TD: jax.Array, norm: Norm) -> jax.Array:
+    """x / rms(x) * weight over the rows of x, in x's dtype."""
+    return _normed(x_TD, norm, quantised=False)
+
+
+def quantized_norm(x_TD: jax.Array, norm: Norm) -> QuantizedTokens:
+    """`normed` in e4m3; for bfloat16."""
+    return _normed(x_TD, norm, quantised=True)
+
+
+def _normed(x_TD: jax.Array, norm: Norm, *, quantised: bool) -> Any:
+    weight_D, eps = norm
+
+    def plain(x_TD: jax.Array, weight_D: jax.Array) -> Activations:
+        return reference.normed(x_TD, (weight_D, eps), quantised=quantised)
+
+    try:
+        kernel = cuda.normed(x_TD, eps, quantised=quantised)
+    except NotImplementedError:
+        return plain(x_TD, weight_D)
+    return lax.platform_dependent(x_TD, weight_D, cuda=kernel, default=plain)
+
+
+def gate(product: Product, activation: str) -> jax.Array:
+    """act(first half) * second half of the rows of a product, by a name of `linear.reference.gated`."""
+    return _gate(product, activation, quantised=False)
+
+
+def quantized_gate(product: Product, activation: str) -> QuantizedTokens:
+    """`gate` in e4m3; for bfloat16."""
+    return _gate(product, activation, quantised=True)
+
+
+def _gate(product: Product, activation: str, *, quantised: bool) -> Any:
+    plain = partial(reference.gate, activation=activation, quantised=quantised)
+    try:
+        kernel = cuda.gate(product, activation, quantised=quantised)
+    except NotImplementedError:
+        return plain(product)
+    return lax.platform_dependent(product, cuda=kernel, default=plain)
+
+
+def quantize(x_TD: jax.Array) -> QuantizedTokens:
+    """Activations in e4m3, each token by its largest; for bfloat16."""
+    try:
+        kernel = cuda.quantize(x_TD)
+    except NotImplementedError:
+        return reference.quantize(x_TD)
+    return lax.platform_dependent(x_TD, cuda=kernel, default=reference.quantize)

@@ -1,0 +1,245 @@
+"""The passes between products on a Hopper GPU, by `cuda/residual_norm.cu` and `cuda/silu_mul.cu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.rows import reference
+
+NORM, GATE, QUANTIZE = "residual_norm", "silu_mul", "quantize_tokens"
+"""The names by which they are turned off; the last one has the first one's source."""
+ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
+SMALLEST = 256
+"""Columns, fewer than which a block has too little to do."""
+MOST_THREADS = 1024
+FEW = 2 * call.SMS
+"""Rows that are on the chip at once: what counts is how long one takes, and a thread has as little to do as can be."""
+MOST_SPLITS = 16
+TOLERANCE = {False: 0.01, True: 0.03}
+"""By how much results may differ from the reference, which rounds oftener; whether they are e4m3, where one rounding up
+instead of down is an eighth."""
+
+FASTER: dict[str, tuple[tuple[int, int], ...]] = {NORM: (), GATE: (), QUANTIZE: ()}
+"""Tokens, from and to, for which a kernel was measured to be faster than what XLA makes of the same."""
+
+
+def is_used(kernel: str) -> bool:
+    """Whether there are tokens that the kernel is used for."""
+    return bool(FASTER[kernel]) or call.asked_for(kernel)
+
+
+def choose(kernel: str, tokens: int) -> None:
+    """Raises NotImplementedError where the kernel cannot be used, or was not found to be faster."""
+    call.require(kernel)
+    if not any(low <= tokens <= high for low, high in FASTER[kernel]) and not call.asked_for(kernel):
+        raise NotImplementedError(f"XLA does {tokens} tokens")
+
+
+def macros_of(
+    product: Product, columns: int, *, quantised: bool, per: int | None = None, blocks: int = 1
+) -> dict[str, Any]:
+    """Those of rows.cuh, and PER: for rows of which `columns` are a result, in so many blocks.
+
+    Raises NotImplementedError for what the kernels cannot do.
+    """
+    (T, F), S = product.shape, product.sums.shape[0] if product.sums.ndim == 3 else 0
+    dtype = product.dtype
+    if dtype not in (jnp.bfloat16, jnp.float32) or product.sums.dtype != (jnp.float32 if S else dtype):
+        raise NotImplementedError(f"{product.sums.dtype} products in {dtype}")
+    if columns % 8 or columns < SMALLEST or S > MOST_SPLITS or not T:
+        raise NotImplementedError(f"{T} rows of {columns} columns in {S} parts")
+    if quantised and dtype != jnp.bfloat16:
+        raise NotImplementedError(f"e4m3 of {dtype}")
+    units = -(-columns // 8 // blocks)
+    if per is None:
+        # Of many rows several are on a multiprocessor, and a thread that has two units waits less often for others.
+        per = -(-units // MOST_THREADS) if T <= FEW else -(-units // 512) if units > 512 else 2 if units > 256 else 1
+    threads = -(-units // per // 32) * 32
+    if threads > MOST_THREADS:
+        raise NotImplementedError(f"rows of {columns} columns")
+    scaled = int(product.token_scale is not None)
+    together = max(1, 896 // threads) if T > FEW else 1  # with registers for all loads of a thread at once
+    sizes = {"COLUMNS": F, "THREADS": threads, "BLOCKS": together, "PER": per, "SPLITS": S, "SCALED": scaled}
+    return {**sizes, "FLOAT": int(dtype == jnp.float32), "QUANT": int(quantised)}
+
+
+def norm_kernel(
+    product: Product,
+    *,
+    eps: float | None,
+    residual: bool,
+    quantised: bool,
+    per: int | None = None,
+) -> Callable[..., tuple[jax.Array | None, Activations]]:
+    """(product, residual or None, weight or None) -> the sum where there was one to make, and what goes on.
+
+    eps: of the norm; None: there is none, and the sum itself is quantised.
+    """
+    macros = macros_of(product, product.shape[1], quantised=quantised, per=per)
+    finished = residual or product.sums.ndim == 3 or product.token_scale is not None
+    macros |= {"RESIDUAL": int(residual), "NORM": int(eps is not None), "SUM": int(finished)}
+    ptx = call.compile_or_refuse(NORM, NORM, {**macros, "EPS": repr(float(eps or 0.0))})
+
+    def run(
+        product: Product, residual_TD: jax.Array | None = None, weight_D: jax.Array | None = None
+    ) -> tuple[jax.Array | None, Activations]:
+        sums, dtype = product.sums, product.dtype
+        given = [product.token_scale, product.column_scale, residual_TD, weight_D]
+        sum_TD, *out = call.launch(
+            NORM,
+            ptx,
+            [sums, *(sums if other is None else other for other in given)],
+            [jax.ShapeDtypeStruct(product.shape if finished else (16,), dtype), *_out(product.shape, dtype, quantised)],
+            grid=(product.shape[0],),
+            threads=macros["THREADS"],
+            shared=macros["THREADS"] // 4,
+        )
+        return sum_TD if finished else None, _activations(out, dtype, quantised)
+
+    return run
+
+
+def gate_kernel(
+    product: Product, activation: str, *, quantised: bool, per: int | None = None
+) -> Callable[[Product], Activations]:
+    """The kernel of `api.gate` for these shapes. Raises NotImplementedError where there is none."""
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"activation {activation}")
+    T, columns = product.shape[0], product.shape[1] // 2
+    # A row that nobody needs as a whole is spread over the chip.
+    blocks = 1 if quantised else -(-columns // 8 // (128 if T <= 16 else 256))
+    macros = macros_of(product, columns, quantised=quantised, per=per, blocks=blocks)
+    macros["ACTIVATION"] = ACTIVATIONS[activation]
+    ptx = call.compile_or_refuse(GATE, GATE, macros)
+
+    def run(product: Product) -> Activations:
+        sums, dtype = product.sums, product.dtype
+        out = call.launch(
+            GATE,
+            ptx,
+            [sums, *(sums if other is None else other for other in (product.token_scale, product.column_scale))],
+            _out((T, columns), dtype, quantised),
+            grid=(T, blocks),
+            threads=macros["THREADS"],
+            shared=macros["THREADS"] // 4,
+        )
+        return _activations(out, dtype, quantised)
+
+    return run
+
+
+def _out(shape: tuple[int, ...], dtype: jnp.dtype, quantised: bool) -> list[jax.ShapeDtypeStruct]:
+    values = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn if quantised else dtype)
+    return [values, jax.ShapeDtypeStruct((shape[0], 1) if quantised else (4,), jnp.float32)]
+
+
+def _activations(out: list[jax.Array], dtype: jnp.dtype, quantised: bool) -> Activations:
+    return QuantizedTokens(out[0], out[1], dtype) if quantised else out[0]
+
+
+def require_residual_norm(residual_TD: jax.Array) -> None:
+    """Raises NotImplementedError where XLA must add to such residuals."""
+    choose(NORM, residual_TD.shape[0])
+    macros_of(Product.of(residual_TD), residual_TD.shape[1], quantised=False)
+
+
+def residual_norm(
+    product: Product, residual_TD: jax.Array, eps: float, *, quantised: bool
+) -> Callable[..., tuple[jax.Array, Activations]]:
+    """The kernel of `api.residual_norm`. Raises NotImplementedError where XLA must do the work."""
+    require_residual_norm(residual_TD)
+    if (residual_TD.shape, residual_TD.dtype) != (product.shape, product.dtype):
+        raise NotImplementedError(f"a product in {product.dtype}{product.shape} and a residual in {residual_TD.dtype}")
+    run = norm_kernel(product, eps=eps, residual=True, quantised=quantised)
+
+    def kernel(product: Product, residual_TD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, Activations]:
+        sum_TD, y = run(product, residual_TD, weight_D)
+        assert sum_TD is not None
+        return sum_TD, y
+
+    return kernel
+
+
+def normed(x_TD: jax.Array, eps: float, *, quantised: bool) -> Callable[[jax.Array, jax.Array], Activations]:
+    """The kernel of `api.normed`. Raises NotImplementedError where XLA must do the work."""
+    if x_TD.ndim != 2:
+        raise NotImplementedError("rows of rows")
+    choose(NORM, x_TD.shape[0])
+    run = norm_kernel(Product.of(x_TD), eps=eps, residual=False, quantised=quantised)
+    return lambda x_TD, weight_D: run(Product.of(x_TD), None, weight_D)[1]
+
+
+def gate(product: Product, activation: str, *, quantised: bool) -> Callable[[Product], Activations]:
+    """The kernel of `api.gate`. Raises NotImplementedError where XLA must do the work."""
+    choose(GATE, product.shape[0])
+    return gate_kernel(product, activation, quantised=quantised)
+
+
+def quantize(x_TD: jax.Array) -> Callable[[jax.Array], QuantizedTokens]:
+    """The kernel of `api.quantize`. Raises NotImplementedError where XLA must do the work."""
+    if x_TD.ndim != 2:
+        raise NotImplementedError("rows of rows")
+    choose(QUANTIZE, x_TD.shape[0])
+    run = norm_kernel(Product.of(x_TD), eps=None, residual=False, quantised=True)
+
+    def kernel(x_TD: jax.Array) -> QuantizedTokens:
+        tokens = run(Product.of(x_TD))[1]
+        assert isinstance(tokens, QuantizedTokens)
+        return tokens
+
+    return kernel
+
+
+def check(kernel: str) -> None:
+    """Raises ArithmeticError if a kernel differs from its reference on small inputs; to be run on a GPU."""
+    rng = np.random.default_rng(0)
+    for T, D, splits, quantised, dtype in (
+        (3, 4096, 0, False, jnp.bfloat16),
+        (70, 1040, 4, True, jnp.bfloat16),
+        (2, 576, 0, False, jnp.float32),
+    ):
+        x, residual = (jnp.asarray(rng.standard_normal((T, n)), dtype) for n in (2 * D if kernel == GATE else D, D))
+        weight_D = jnp.asarray(rng.uniform(0.5, 1.5, D), jnp.float32)
+        product = Product.of(x)
+        if splits:
+            parts = jnp.asarray(rng.standard_normal((splits, *x.shape)), jnp.float32)
+            of_rows, of_columns = (jnp.asarray(rng.uniform(0.5, 1.5, n), jnp.float32) for n in ((T, 1), x.shape[1]))
+            product = Product(parts, of_rows, of_columns, x.dtype)
+        found: Any
+        wanted: Any
+        if kernel == NORM:
+            run = jax.jit(norm_kernel(product, eps=1e-5, residual=True, quantised=quantised))
+            found = run(product, residual, weight_D)
+            wanted = reference.residual_norm(product, residual, (weight_D, 1e-5), quantised=quantised)
+        elif kernel == GATE:
+            found = jax.jit(gate_kernel(product, "silu", quantised=quantised))(product)
+            wanted = reference.gate(product, "silu", quantised=quantised)
+        elif dtype == jnp.bfloat16:
+            found = jax.jit(norm_kernel(Product.of(x), eps=None, residual=False, quantised=True))(Product.of(x))[1]
+            wanted = reference.quantize(x)
+        else:
+            continue
+        error = distance(found, wanted)
+        if not error < TOLERANCE[quantised or kernel == QUANTIZE]:
+            raise ArithmeticError(f"{kernel} is wrong by {error:.1e} at {T} rows of {D}")
+
+
+def distance(found: Any, wanted: Any) -> float:
+    """The largest norm of a difference over the norm of what is wanted, of results of the same form."""
+
+    def numbers(tree: Any) -> list[np.ndarray]:
+        if isinstance(tree, QuantizedTokens):
+            return [np.asarray(tree.values, np.float32) * np.asarray(tree.scale)]
+        if isinstance(tree, tuple):
+            return [x for part in tree for x in numbers(part)]
+        return [np.asarray(tree, np.float32)]
+
+    pairs = zip(numbers(found), numbers(wanted), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)

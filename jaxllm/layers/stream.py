@@ -1,0 +1,45 @@
+"""The residual stream between layers: its last sum may wait for the norm that comes next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from jaxllm.kernels.linear.product import Activations, Product
+from jaxllm.kernels.linear.reference import Norm
+from jaxllm.kernels.rows import api as rows
+from jaxllm.parallel import collectives
+from jaxllm.parallel.collectives import Unsummed
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["product", "residual_TD"], meta_fields=[])
+@dataclass(frozen=True)
+class Unadded:
+    """The residual plus a product, which `settle` adds."""
+
+    product: Product
+    residual_TD: jax.Array
+
+
+Stream = jax.Array | Unsummed | Unadded
+"""x_TD, or what it will be the sum of: over ranks, or of a product and the residual."""
+
+
+def like(x: Stream) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of x_TD."""
+    x_TD = x if isinstance(x, jax.Array) else x.residual_TD
+    return jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
+
+
+def settle(x: Stream, norm: Norm | None = None, *, quantised: bool = False) -> tuple[jax.Array, Activations | None]:
+    """The stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had with the sum.
+
+    quantised: the second may be e4m3.
+    """
+    if not isinstance(x, Unadded):
+        return collectives.settle(x, norm)
+    if norm is not None:
+        return rows.residual_norm(x.product, x.residual_TD, norm, quantised=quantised)
+    return x.residual_TD + x.product.finish(), None

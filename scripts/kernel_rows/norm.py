@@ -1,0 +1,211 @@
+"""Passes between products (residual + norm, act(gate) * up, quantisation): against the reference, and beside XLA's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from kernel_rows._measure import Row, rate, time_call
+
+from jaxllm.kernels.linear.product import Product, QuantizedTokens
+from jaxllm.kernels.linear.quantized import quantize_tokens
+from jaxllm.kernels.linear.reference import rms_norm
+from jaxllm.kernels.rows import cuda, reference
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+D, F = 4096, 14336
+"""Of Llama-3.1-8B."""
+EPS = 1e-5
+TOKENS = (1, 8, 64, 256, 16384)
+
+# rows, columns, dtype, sums, scaled, residual, quantised, units of a thread
+NORMS = (
+    (1, 4096, BF16, 0, False, True, False, None),
+    (17, 4096, BF16, 8, False, True, False, None),
+    (3, 16384, BF16, 2, False, True, False, None),
+    (5, 576, F32, 0, False, True, False, None),
+    (2, 16384, F32, 4, False, True, False, None),
+    (301, 1000, BF16, 0, False, True, False, None),
+    (4097, 4096, BF16, 0, False, True, False, 4),
+    (16384, 5120, BF16, 0, False, True, False, None),
+    (33, 4096, BF16, 0, True, True, True, None),
+    (999, 8192, BF16, 0, True, True, True, None),
+    (7, 2048, BF16, 0, False, False, True, None),
+    (65, 4096, BF16, 0, False, False, False, None),
+)
+# rows, columns of the result, dtype, scaled, activation, quantised
+GATES = (
+    (1, 14336, BF16, False, "silu", False),
+    (3, 1000, F32, False, "gelu_tanh", False),
+    (65, 14336, BF16, True, "silu", True),
+    (777, 14336, BF16, True, "silu", True),
+    (301, 5504, BF16, False, "silu", False),
+)
+QUANTISED = ((1, 4096), (33, 4096), (1001, 8192))
+
+
+def numbers(key: int, *shape: int, dtype: Any = BF16) -> jax.Array:
+    return jax.random.normal(jax.random.key(key), shape, F32).astype(dtype)
+
+
+def product_of(T: int, columns: int, dtype: Any, parts: int, scaled: bool) -> Product:
+    sums = numbers(1, parts, T, columns, dtype=F32) if parts else numbers(1, T, columns, dtype=dtype)
+    scales = [jnp.abs(numbers(key, *shape, dtype=F32)) + 0.5 for key, shape in ((2, (T, 1)), (3, (columns,)))]
+    return Product(sums, *(scales if scaled else (None, None)), np.dtype(dtype))
+
+
+def right() -> dict[str, Any]:
+    """Distance from the reference, of the sums and of what goes on."""
+    found: dict[str, Any] = {}
+    wrong = False
+
+    def compare(label: str, one: Any, other: Any, quantised: bool) -> None:
+        nonlocal wrong
+        error = cuda.distance(one, other)
+        found[label] = error
+        wrong = wrong or not error < cuda.TOLERANCE[quantised]
+
+    for T, columns, dtype, parts, scaled, residual, quantised, per in NORMS:
+        product = product_of(T, columns, dtype, parts, scaled)
+        other, weight = numbers(4, T, columns, dtype=dtype), 1 + numbers(5, columns, dtype=F32) / 4
+        run = jax.jit(cuda.norm_kernel(product, eps=EPS, residual=residual, quantised=quantised, per=per))
+        label = f"{T}x{columns} {np.dtype(dtype).name} {parts} {'scaled' * scaled} {'e4m3' * quantised}"
+        if residual:
+            plain = jax.jit(partial(_residual_norm, quantised=quantised))
+            compare(label, run(product, other, weight), plain(product, other, weight), quantised)
+        else:
+            plain = jax.jit(partial(_normed, quantised=quantised))
+            compare(label, run(product, None, weight)[1], plain(product.sums, weight), quantised)
+    for T, columns, dtype, scaled, activation, quantised in GATES:
+        product = product_of(T, 2 * columns, dtype, 0, scaled)
+        kernel = jax.jit(cuda.gate_kernel(product, activation, quantised=quantised))
+        plain = jax.jit(partial(reference.gate, activation=activation, quantised=quantised))
+        compare(f"{activation} {T}x{columns} {'e4m3' * quantised}", kernel(product), plain(product), quantised)
+    for T, columns in QUANTISED:
+        product = product_of(T, columns, BF16, 0, False)
+        run = jax.jit(cuda.norm_kernel(product, eps=None, residual=False, quantised=True))
+        wanted = QuantizedTokens(*jax.jit(quantize_tokens)(product.sums), product.dtype)
+        compare(f"e4m3 {T}x{columns}", run(product)[1], wanted, True)
+    return found | {"wrong": wrong}
+
+
+def _residual_norm(product: Product, residual: jax.Array, weight: jax.Array, *, quantised: bool) -> Any:
+    return reference.residual_norm(product, residual, (weight, EPS), quantised=quantised)
+
+
+def _normed(x: jax.Array, weight: jax.Array, *, quantised: bool) -> Any:
+    return reference.normed(x, (weight, EPS), quantised=quantised)
+
+
+def seconds(step: Callable[[Any], Any], state: Any, calls: int) -> float:
+    """Of one of a chain of calls; `step` makes of the state the next."""
+
+    def program(state: Any) -> Any:
+        for _ in range(calls):
+            state = lax.optimization_barrier(step(state))
+        return state
+
+    return time_call(jax.jit(program), state, calls=calls, seconds=0.03)
+
+
+def feed(x: jax.Array, out: Any) -> jax.Array:
+    """x, one number of it written anew: who reads it next waits for `out`."""
+    y = out.values if isinstance(out, QuantizedTokens) else out
+    return lax.dynamic_update_slice(x, y[:1, :1].astype(x.dtype), (0, 0))
+
+
+@functools.cache
+def feeding(tokens: int, columns: int) -> float:
+    """Seconds that `feed` takes; at the first call of a chain it copies x."""
+    return seconds(lambda x: feed(x, x[:, 1:2]), numbers(1, tokens, columns), calls_of(tokens))
+
+
+def calls_of(tokens: int) -> int:
+    return 32 if tokens <= 1024 else 6
+
+
+def pair(tokens: int, parts: int, quantised: bool) -> dict[str, Any]:
+    """The sum and its norm, each time of the sum before; products of many tokens are read from memory."""
+    product = product_of(tokens, D, BF16, 0 if quantised else parts, quantised)
+    weight = jnp.ones(D, F32)
+    kernel = cuda.norm_kernel(product, eps=EPS, residual=True, quantised=quantised)
+    out: dict[str, Any] = {}
+    item = 1 if quantised else 2
+    moved = tokens * D * (2 + 2 + item + (2 if quantised or not parts else 4 * parts))
+    for name, run in (("", kernel), ("xla_", partial(_residual_norm, quantised=quantised))):
+
+        def step(state: Any, run: Any = run) -> Any:
+            product, total, _ = state
+            return product, *run(product, total, weight)
+
+        state = (product, *jax.jit(kernel)(product, numbers(4, tokens, D), weight))
+        took = seconds(step, state, calls_of(tokens))
+        out |= {name + key: value for key, value in rate(took, moved=moved).items()}
+    return out
+
+
+def norm_alone(tokens: int) -> dict[str, Any]:
+    """Without a residual, of the norm before."""
+    x, weight = numbers(4, tokens, D), jnp.ones(D, F32)
+    kernel = cuda.norm_kernel(Product.of(x), eps=EPS, residual=False, quantised=False)
+    runs = {"": lambda x: kernel(Product.of(x), None, weight)[1], "xla_": lambda x: rms_norm(x, (weight, EPS))}
+    out: dict[str, Any] = {}
+    for name, run in runs.items():
+        found = rate(seconds(run, x, calls_of(tokens)), moved=4 * tokens * D)
+        out |= {name + key: value for key, value in found.items()}
+    return out
+
+
+def gate(tokens: int, quantised: bool) -> dict[str, Any]:
+    """silu(gate) * up."""
+    product = product_of(tokens, 2 * F, BF16, 0, quantised)
+    kernel = cuda.gate_kernel(product, "silu", quantised=quantised)
+    plain = partial(reference.gate, activation="silu", quantised=quantised)
+    moved = tokens * F * (4 + (1 if quantised else 2))
+    out: dict[str, Any] = {}
+    for name, run in (("", kernel), ("xla_", plain)):
+
+        def step(sums: jax.Array, run: Any = run) -> jax.Array:
+            return feed(sums, run(replace(product, sums=sums)))
+
+        took = seconds(step, product.sums, calls_of(tokens)) - feeding(*product.sums.shape)
+        out |= {name + key: value for key, value in rate(took, moved=moved).items()}
+    return out
+
+
+def quantisation(tokens: int) -> dict[str, Any]:
+    """Of attention's result."""
+    x = numbers(4, tokens, D)
+    kernel = cuda.norm_kernel(Product.of(x), eps=None, residual=False, quantised=True)
+    out: dict[str, Any] = {}
+    for name, run in (("", lambda x: kernel(Product.of(x))[1]), ("xla_", reference.quantize)):
+
+        def step(x: jax.Array, run: Any = run) -> jax.Array:
+            return feed(x, run(x))
+
+        took = seconds(step, x, calls_of(tokens)) - feeding(*x.shape)
+        out |= {name + key: value for key, value in rate(took, moved=3 * tokens * D).items()}
+    return out
+
+
+def rows() -> Iterator[Row]:
+    yield Row("rows right", right)
+    for tokens in TOKENS:
+        parts = {8: 8, 64: 8, 256: 2}.get(tokens, 0)
+        what = f" of {parts} sums" if parts else ""
+        yield Row(f"residual + norm{what} T={tokens}", partial(pair, tokens, parts, False))
+    for tokens in (1, 64):
+        yield Row(f"norm T={tokens}", partial(norm_alone, tokens))
+    for tokens in (64, 256, 8192):
+        yield Row(f"fp8 residual + norm T={tokens}", partial(pair, tokens, 0, True))
+        yield Row(f"fp8 silu * up T={tokens}", partial(gate, tokens, True))
+        yield Row(f"fp8 quantisation T={tokens}", partial(quantisation, tokens))
+    for tokens in (8, 64, 256, 8192):
+        yield Row(f"silu * up T={tokens}", partial(gate, tokens, False))
