@@ -20,7 +20,7 @@ from collections import deque
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine import garbage
+from jaxllm.engine import interpreter
 from jaxllm.engine.grammar import GrammarCompiler, Guide, Guides
 from jaxllm.engine.grammar_check import GrammarError
 from jaxllm.engine.iterations import IterationLog
@@ -74,7 +74,7 @@ class Engine:
         self._quiet_tokens = 0
         self._counts = {"steps": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0, "requests": 0}
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
-        garbage.freeze()
+        interpreter.hold()
         self._thread.start()
 
     # ---- any thread -----------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Engine:
         for request in pending:
             self._fail(request, death)
         self._runner.release()
-        garbage.unfreeze()
+        interpreter.release()
         self._grammars.close()
 
     def _plain_loop(self) -> None:
