@@ -364,6 +364,9 @@ class LLM:
 
 
 def _start_engine(config: EngineConfig) -> Engine:
+    from jaxllm.engine.devices import look_early
+
+    look_early()
     from jaxllm.engine.engine import Engine  # imports jax: not before there is something to start
 
     return Engine(config)

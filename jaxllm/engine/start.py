@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
-from jaxllm.kernels.cuda.checks import check_kernels
+from jaxllm.kernels.cuda.checks import begin_checks
 from jaxllm.kernels.linear import packed
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import checkpoint_shapes
@@ -96,7 +97,6 @@ def start(config: EngineConfig) -> Started:
         enable_compilation_cache(config.compilation_cache_dir)
         mesh = make_mesh(mapping)
         platform = mesh.devices.flat[0].platform
-        check_kernels(cfg.quantization is not None, cfg.has_latents, cfg.experts is not None)
         defaults = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
         dtype = np.dtype(_dtype(config.dtype if config.dtype != "auto" else defaults.dtype or cfg.dtype))
         layout = Layout(mapping, dtype, Dispatch.of(config.moe_config), placed)
@@ -105,6 +105,10 @@ def start(config: EngineConfig) -> Started:
             for index, layers in enumerate(mapping.stage_layers(cfg.num_layers))
         ]
         sizes = Sizes.choose(config, defaults, mapping)
+        # Before anything else takes memory for a while, so that the page pool, which programs are compiled for, has the
+        # same size at every start.
+        free = [_free_bytes(functions.mesh) for functions in stages]
+        checking = begin_checks(cfg.quantization is not None, cfg.has_latents, cfg.experts is not None)
     with phase("weights"):
         weights = load_weights(config, cfg, files, stages)
         for functions, params in zip(stages, weights, strict=True):
@@ -112,7 +116,12 @@ def start(config: EngineConfig) -> Started:
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = kv_cache_dtype(config, dtype, cfg.quantization is not None and cfg.quantization.cache)
-        rooms = [_page_room(functions, mapping.stripe(page_size), kv_dtype) for functions in stages]
+        rooms = [
+            _page_room(
+                functions, mapping.stripe(page_size), kv_dtype, None if before is None else before - _bytes(held)
+            )
+            for functions, before, held in zip(stages, free, weights, strict=True)
+        ]
         span = mapping.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         if config.max_seq_len is None and max_seq_len < cfg.max_position:
@@ -142,6 +151,11 @@ def start(config: EngineConfig) -> Started:
             runner.balancers = [Balancer(stage, **moving) for stage in runner.stages if stage.functions.mixtures]
     with phase("compile"):
         _compile(runner, config.progress)
+    with phase("checks"):
+        agreed = checking.join()
+        if not agreed:  # programs that were traced meanwhile hold what has been turned off
+            jax.clear_caches()
+            _compile(runner, config.progress)
     with phase("warm_up"):
         if platform != "cpu":
             _check_scratch(runner, mesh)
@@ -249,9 +263,18 @@ def _fill_tables(functions: StepFunctions, params: dict[str, jax.Array]) -> None
         params[f"layers.{number - functions.layers.start}.mlp.slots"] = jax.device_put(table, everywhere)
 
 
-def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype) -> Room:
+def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype, free: int | None) -> Room:
     elements = math.prod(functions.kv_shape(stripe)) // functions.layout.size("kv_heads")
-    return Room(_free_bytes(functions.mesh), functions.num_layers * elements * kv_dtype.itemsize, elements)
+    return Room(free, functions.num_layers * elements * kv_dtype.itemsize, elements)
+
+
+def _bytes(arrays: dict[str, jax.Array]) -> int:
+    """Bytes of arrays on the device of this process that has most of them."""
+    held: Counter[jax.Device] = Counter()
+    for array in arrays.values():
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values(), default=0)
 
 
 def _free_bytes(mesh: Mesh) -> int | None:

@@ -267,9 +267,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
     with exit_code_of(boot) as ended:
         from jaxllm.config import EngineConfig
+        from jaxllm.engine.devices import look_early
+
+        config = EngineConfig(**boot.settings["engine"])
+        look_early()
         from jaxllm.engine.engine import Engine
 
-        engine = Engine(EngineConfig(**boot.settings["engine"]))
+        engine = Engine(config)
         hub = Hub(engine, boot.settings["socket"], boot.key, boot.settings["max_queue_size"])
         boot.report({"ready": True, "start_seconds": engine.start_report})
         while engine.death is None and not stop.wait(0.1):

@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call, checks, rtc, verdicts
+from jaxllm.kernels.cuda.verdicts import Verdicts
 
 KERNEL = """
 #include "ptx.cuh"
@@ -138,3 +139,89 @@ def test_a_kernel_whose_check_fails_is_turned_off(guard, monkeypatch, caplog) ->
 def test_too_much_shared_memory() -> None:
     with pytest.raises(ValueError, match="wants 300000 bytes of shared memory"):
         call.launch("big", "", [], [], grid=(1,), threads=32, shared=300_000)
+
+
+@pytest.fixture
+def gpu(guard, folder, monkeypatch):
+    """A driver, an NVRTC and a GPU as far as verdicts look at them."""
+    driver = folder / "driver"
+    driver.write_text("580.1")
+    monkeypatch.setattr(verdicts, "DRIVER", driver)
+    monkeypatch.setattr(verdicts, "_sources", lambda: "sources")
+    monkeypatch.setattr(rtc, "version", lambda: (13, 0))
+    call.describe_target("9.0")
+    return driver
+
+
+def test_verdicts_hold_for_what_they_were_made_with(gpu, folder, monkeypatch) -> None:
+    assert "a" not in Verdicts.read()
+    Verdicts.read().add({"a", "b"})
+    Verdicts.read().add({"c"})
+    assert all(kernel in Verdicts.read() for kernel in "abc") and "d" not in Verdicts.read()
+    for name, value in (("_sources", lambda: "others"), ("DRIVER", folder / "scale.cu")):
+        with monkeypatch.context() as patch:
+            patch.setattr(verdicts, name, value)
+            assert "a" not in Verdicts.read()
+    with monkeypatch.context() as patch:
+        patch.setattr(rtc, "version", lambda: (13, 1))
+        assert "a" not in Verdicts.read()
+    assert "a" in Verdicts.read()
+    for path in (folder / "cache" / "cuda").glob("agreed-*"):
+        path.write_text(path.read_text() + "\nd")
+    assert "a" not in Verdicts.read() and "d" not in Verdicts.read()
+    gpu.unlink()  # nobody says what a verdict would hold for
+    Verdicts.read().add({"a"})
+    gpu.write_text("580.1")
+    assert "a" not in Verdicts.read()
+
+
+def test_sources_of_verdicts(tmp_path, monkeypatch) -> None:
+    (tmp_path / "cuda").mkdir()
+    monkeypatch.setattr(rtc, "SOURCES", tmp_path / "cuda")
+    found = {verdicts._sources()}
+    for name in ("cuda/a.cu", "cuda/b.cuh", "wrapper.py"):
+        (tmp_path / name).write_text("one")
+        found.add(verdicts._sources())
+        (tmp_path / name).write_text("two")
+        found.add(verdicts._sources())
+    assert len(found) == 7
+
+
+def test_a_process_checks_what_none_has_checked_before(gpu, monkeypatch) -> None:
+    ran: list[str] = []
+    wrong: set[str] = set()
+
+    def check(kernel):
+        def run():
+            ran.append(kernel)
+            if kernel in wrong:
+                raise ArithmeticError("wrong")
+
+        return run
+
+    def start():
+        ran.clear()
+        monkeypatch.setattr(checks, "_begun", {})
+        monkeypatch.setattr(call, "_refused", {})
+        return checks.begin_checks().join()
+
+    monkeypatch.setattr(checks.prefill_cuda, "CHECKS", {"first": check("first"), "second": check("second")})
+    for module in (checks.decode_cuda, checks.rope_write, checks.linear_cuda, checks.narrow_cuda):
+        monkeypatch.setattr(module, "check", check(module.KERNEL))
+    wrong.add("rope_write")
+    assert not start() and {"paged_decode", "first", "second", "rope_write"} <= set(ran)
+    assert not start() and sorted(ran) == ["rope_write", "second"]
+    with pytest.raises(NotImplementedError, match="its check failed: wrong"):
+        call.require("rope_write")
+    wrong.clear()
+    assert start() and sorted(ran) == ["rope_write", "second"]
+    assert start() and ran == ["second"]
+    assert checks.begin_checks().join() and ran == ["second"]  # once in a process
+
+
+def test_programs_of_a_start_that_came_later_know_the_outcome(gpu, monkeypatch) -> None:
+    monkeypatch.setattr(checks, "_begun", {})
+    monkeypatch.setattr(checks, "_check", lambda *wanted: False)
+    first = checks.begin_checks()
+    assert not first.join()
+    assert checks.begin_checks().join()

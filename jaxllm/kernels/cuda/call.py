@@ -74,6 +74,15 @@ def asked_for(kernel: str) -> bool:
     return f"+{kernel}" in os.environ.get("JAXLLM_CUDA", "").split(",")
 
 
+def usable(kernel: str) -> bool:
+    """Whether `require` has nothing against a kernel."""
+    try:
+        require(kernel)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def refuse(kernel: str, reason: str) -> None:
     """Turns a kernel off for the rest of the process ("": all of them); the first time, with a warning."""
     global _warned
@@ -94,29 +103,26 @@ def compile_or_refuse(kernel: str, source: str, macros: Mapping[str, object]) ->
         raise NotImplementedError(str(error)) from None
 
 
-def check_all(checks: Mapping[str, Check]) -> None:
-    """Runs the check of each kernel on this process's first GPU; a kernel whose check raises is turned off.
+def check_all(checks: Mapping[str, Check]) -> dict[str, bool]:
+    """Runs the check of each usable kernel on this process's first GPU; a kernel whose check raises is turned off.
 
-    All at the same time: what they take is the compilers' time.
+    All at the same time: what they take is the compilers' time. Returns which of them agreed.
     """
 
-    def run(kernel: str, check: Check) -> None:
+    def run(kernel: str, check: Check) -> bool:
         try:
             with jax.default_device(jax.local_devices()[0]):
                 check()
         except Exception as error:  # whatever a driver, a compiler or a wrong result makes of it
             refuse(kernel, f"its check failed: {str(error).strip() or type(error).__name__}")
+            return False
+        return True
 
-    wanted = {}
-    for kernel, check in checks.items():
-        try:
-            require(kernel)
-        except NotImplementedError:
-            continue
-        wanted[kernel] = check
-    if wanted:
-        with ThreadPoolExecutor(len(wanted), "check") as pool:
-            list(pool.map(run, wanted, wanted.values()))
+    wanted = {kernel: check for kernel, check in checks.items() if usable(kernel)}
+    if not wanted:
+        return {}
+    with ThreadPoolExecutor(len(wanted), "check") as pool:
+        return dict(zip(wanted, pool.map(run, wanted, wanted.values()), strict=True))
 
 
 def launch(
