@@ -213,7 +213,7 @@ def make_app(server: Server) -> ASGIApp:
             tokens = await server.encode(body.prompt, body.add_special_tokens)
         else:
             chat = validate(ChatRequest, {"messages": body.messages})
-            tokens = await server.chat_tokens(chat.conversation(), body.add_generation_prompt)
+            tokens = await server.chat_tokens(chat.conversation, body.add_generation_prompt)
         found: dict[str, Any] = {
             "count": len(tokens), "max_model_len": server.hello["max_seq_len"], "tokens": tokens
         }  # fmt: skip
@@ -261,7 +261,7 @@ def make_app(server: Server) -> ASGIApp:
 
     async def describe(request: Request) -> Response:
         hello = server.client.hello or {}
-        return Answer(openapi(hello.get("vocab_size"), server.settings.api_key is not None))
+        return Answer(openapi(hello.get("vocab_size"), hello.get("max_seq_len"), server.settings.api_key is not None))
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

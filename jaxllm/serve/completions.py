@@ -7,13 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
-from jaxllm.serve.answers import CompletionLogprobs, Envelope, chat_logprobs, merged, sse, usage
+from jaxllm.serve.answers import CompletionLogprobs, Envelope, chat_logprobs, merged, sse, token_text, usage
 from jaxllm.serve.errors import bad_request
 from jaxllm.serve.forms import forced_schema
 from jaxllm.serve.generation import Delta, Generation
 from jaxllm.serve.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Generate
 from jaxllm.serve.server import Server
-from jaxllm.serve.speech import Caller, ChosenCalls, ForcedCalls, NamedCall, ReasoningText, Speech, Spoken
+from jaxllm.serve.speech import (
+    Caller,
+    ChosenCalls,
+    ForcedCalls,
+    NamedCall,
+    ReasoningText,
+    ReasoningTokens,
+    Speech,
+    Spoken,
+)
 from jaxllm.serve.tools import ToolText
 
 
@@ -138,8 +147,7 @@ class ChatJob(Job):
         if prompt is None:
             generation_prompt = body.add_generation_prompt is not False
             tools = body.tools if body.tool_names else None
-            kwargs = body.chat_template_kwargs
-            prompt = await server.chat_tokens(body.conversation(), generation_prompt, kwargs, tools)
+            prompt = await server.chat_tokens(body.conversation, generation_prompt, body.template_kwargs, tools)
         if body.truncate_prompt_tokens is None:
             server.check_length(prompt, body.token_limit, "messages")
         if body.token_limit is not None:
@@ -154,23 +162,25 @@ class ChatJob(Job):
 
     def _new_speech(self, prompt: list[int]) -> Speech:
         body, server = self.chat, self.server
-        reasoning, caller = None, None
+        reasoning, caller, counter = None, None, None
         if server.reasoning_parser is not None:
             end = server.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
             reasoning = ReasoningText(server.reasoning_parser, end)
             self._reasons = not reasoning.is_over
+            counter = ReasoningTokens(lambda token: token_text(server.tokenizer, token)[0]) if self._reasons else None
         if body.forces_calls:
             caller = self._forced()
         elif body.tool_names and server.tool_parser is not None:
             caller = ChosenCalls(ToolText(server.tool_parser, body.tool_names))
-        return Speech(reasoning, caller)
+        return Speech(reasoning, caller, counter)
 
     def _forced(self) -> Caller:
         choice = self.chat.tool_choice
         return NamedCall(choice["function"]["name"]) if isinstance(choice, dict) else ForcedCalls()
 
     def usage(self) -> dict[str, Any]:
-        return usage(self.generations)
+        reasoning = sum(one.reasoning_tokens for one in self._speech)
+        return {**usage(self.generations), "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def _logprobs(self, tokens: list[int], rows: list[list[Any]] | None) -> dict[str, Any] | None:
         if not self.chat.logprobs:
@@ -190,7 +200,7 @@ class ChatJob(Job):
 
     def feed(self, delta: Delta) -> Spoken:
         """What a delta says."""
-        spoken = self._speech[delta.index].feed(delta.text, delta.finish_reason)
+        spoken = self._speech[delta.index].feed(delta.text, delta.finish_reason, delta.tokens)
         if self.chat.include_reasoning is False:
             spoken.reasoning = ""
         return spoken
@@ -221,7 +231,7 @@ class ChatJob(Job):
     async def whole(self) -> dict[str, Any]:
         choices = []
         for index, found in enumerate((await self._collect())[0]):
-            spoken = self._speech[index].feed(found.text, found.finish_reason)
+            spoken = self._speech[index].feed(found.text, found.finish_reason, found.tokens)
             message: dict[str, Any] = {"role": "assistant", "content": spoken.text, "refusal": None}
             if spoken.reasoning and self.chat.include_reasoning is not False:
                 message["reasoning_content"] = spoken.reasoning
@@ -270,8 +280,6 @@ class CompletionJob(Job):
         prompts = []
         for given in body.prompts():
             if isinstance(given, str):
-                if not given:
-                    raise bad_request("the prompt is empty; give at least one character", "prompt")
                 prompt = await server.encode(given, body.add_special_tokens is not False)
             else:
                 prompt = given

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from jaxllm.serve.errors import bad_request
 from jaxllm.structured import StructuredOutputs, StructuredOutputsError
 
-_FORMATS = ("text", "json_object", "json_schema", "regex", "grammar", "ebnf")
+FORMATS = ("text", "json_object", "json_schema", "regex", "grammar", "ebnf")
 MAX_FORCED_CALLS = 16
 
 
@@ -29,7 +29,7 @@ def form_of(body: HasForm) -> StructuredOutputs | None:
         fields = _of_response_format(body.response_format)
         if fields is not None:
             found["response_format"] = fields
-    if body.structured_outputs:
+    if body.structured_outputs is not None:
         found["structured_outputs"] = {
             name: value for name, value in body.structured_outputs.items() if value not in (None, False)
         }
@@ -50,8 +50,8 @@ def form_of(body: HasForm) -> StructuredOutputs | None:
 
 def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
     kind = given.get("type", "text")
-    if kind not in _FORMATS:
-        raise bad_request(f"response_format.type = {kind!r} must be one of {', '.join(_FORMATS)}", "response_format")
+    if kind not in FORMATS:
+        raise bad_request(f"response_format.type = {kind!r} must be one of {', '.join(FORMATS)}", "response_format")
     if kind == "text":
         return None
     if kind == "json_object":

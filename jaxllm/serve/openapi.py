@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from jaxllm import __version__
 from jaxllm.serve.gate import OPEN_ROUTES
+from jaxllm.serve.openapi_bodies import STRING, array, completed, struct
 from jaxllm.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from jaxllm.serve.responses import ResponsesRequest
 
@@ -27,90 +28,41 @@ _READS: dict[str, tuple[str, str]] = {
     "/version": ("The version", "Version"),
     "/iteration_stats": ("The last steps of the engine", "Iterations"),
 }
-_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
+_INTEGER = {"type": "integer"}
 _NULLABLE = {"type": ["string", "null"]}
 
 
-def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
 _CHOICE = {"index": _INTEGER, "finish_reason": _NULLABLE, "logprobs": {"type": ["object", "null"]}}
-_USAGE = _object({"prompt_tokens": _INTEGER, "completion_tokens": _INTEGER, "total_tokens": _INTEGER})
-_COMMON = {"id": _STRING, "created": _INTEGER, "model": _STRING}
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _NULLABLE})
-_MODEL = _object({"id": _STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": _STRING})
+_USAGE = struct({"prompt_tokens": _INTEGER, "completion_tokens": _INTEGER, "total_tokens": _INTEGER})
+_COMMON = {"id": STRING, "created": _INTEGER, "model": STRING}
+_MESSAGE = struct({"role": {"const": "assistant"}, "content": _NULLABLE})
+_MODEL = struct({"id": STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": STRING})
 _ANSWERS: dict[str, dict[str, Any]] = {
-    "ChatCompletion": _object({
+    "ChatCompletion": struct({
         **_COMMON, "object": {"const": "chat.completion"}, "usage": _USAGE,
-        "choices": _list(_object({**_CHOICE, "message": _MESSAGE})),
+        "choices": array(struct({**_CHOICE, "message": _MESSAGE})),
     }),
-    "Completion": _object({
+    "Completion": struct({
         **_COMMON, "object": {"const": "text_completion"}, "usage": _USAGE,
-        "choices": _list(_object({**_CHOICE, "text": _STRING})),
+        "choices": array(struct({**_CHOICE, "text": STRING})),
     }),
-    "Response": _object({
-        "id": _STRING, "object": {"const": "response"}, "created_at": _INTEGER, "status": _STRING, "model": _STRING,
-        "output": _list(_object({"type": _STRING, "id": _STRING})),
+    "Response": struct({
+        "id": STRING, "object": {"const": "response"}, "created_at": _INTEGER, "status": STRING, "model": STRING,
+        "output": array(struct({"type": STRING, "id": STRING})),
     }),
-    "Tokens": _object({"count": _INTEGER, "max_model_len": _INTEGER, "tokens": _list(_INTEGER)}),
-    "Text": _object({"prompt": _STRING}),
-    "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
+    "Tokens": struct({"count": _INTEGER, "max_model_len": _INTEGER, "tokens": array(_INTEGER)}),
+    "Text": struct({"prompt": STRING}),
+    "Models": struct({"object": {"const": "list"}, "data": array(_MODEL)}),
     "Model": _MODEL,
-    "Health": _object({"status": _STRING}, reason=_STRING),
-    "Version": _object({"version": _STRING}),
-    "Iterations": _list(_object({"iter": _INTEGER, "iterLatencyMS": {"type": "number"}})),
-    "Error": _object({"error": _object({"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _NULLABLE})}),
+    "Health": struct({"status": STRING}, reason=STRING),
+    "Version": struct({"version": STRING}),
+    "Iterations": array(struct({"iter": _INTEGER, "iterLatencyMS": {"type": "number"}})),
+    "Error": struct({"error": struct({"message": STRING, "type": STRING, "param": _NULLABLE, "code": _NULLABLE})}),
 }  # fmt: skip
 
 
 def _json(name: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-
-
-def _completed(schema: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
-    """A body's schema with what its model checks in code: what must be there, and token ids of the vocabulary."""
-    fields = schema["properties"]
-    if schema["title"] == "CompletionRequest":
-        schema["anyOf"] = _either("prompt")
-        fields["prompt"]["anyOf"] = [
-            {**kind, **({"minLength": 1} if kind["type"] == "string" else {"minItems": 1})}
-            for kind in fields["prompt"]["anyOf"]
-            if kind["type"] != "null"
-        ]
-    elif schema["title"] == "ChatRequest":
-        schema["anyOf"] = _either("messages")
-        roles = {"enum": ["system", "developer", "user", "assistant", "tool"]}
-        fields["messages"] |= {"minItems": 1, "items": _object({"role": roles, "content": _STRING})}
-    elif schema["title"] == "TokenizeRequest":
-        schema["oneOf"] = [
-            {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
-            for one, other in (("prompt", "messages"), ("messages", "prompt"))
-        ]
-    if vocab_size is not None:
-        _lower_token_limits(schema, vocab_size)
-    return schema
-
-
-def _either(name: str) -> list[dict[str, Any]]:
-    """That field, or token ids in its place."""
-    ids = {"required": ["prompt_token_ids"], "properties": {"prompt_token_ids": {"type": "array"}}}
-    return [{"required": [name]}, ids]
-
-
-def _lower_token_limits(schema: Any, vocab_size: int) -> None:
-    if isinstance(schema, list):
-        for item in schema:
-            _lower_token_limits(item, vocab_size)
-    elif isinstance(schema, dict):
-        if schema.get("type") == "array" and "exclusiveMaximum" in schema.get("items", {}):
-            schema["items"]["exclusiveMaximum"] = vocab_size
-        for item in schema.values():
-            _lower_token_limits(item, vocab_size)
 
 
 def _operation(path: str, summary: str, answer: str, errors: tuple[int, ...], guarded: bool = False) -> dict[str, Any]:
@@ -123,13 +75,13 @@ def _operation(path: str, summary: str, answer: str, errors: tuple[int, ...], gu
     return {"summary": summary, "responses": dict(sorted(responses.items())), "security": security}
 
 
-def openapi(vocab_size: int | None, guarded: bool) -> dict[str, Any]:
-    """The document. `vocab_size` is None while the engine starts; `guarded`: a key is asked for."""
+def openapi(vocab_size: int | None, max_seq_len: int | None, guarded: bool) -> dict[str, Any]:
+    """The document. The sizes are None while the engine starts; `guarded`: a key is asked for."""
     schemas, paths = dict(_ANSWERS), {}
     for path, (model, summary, answer) in _BODIES.items():
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = _completed(schema, vocab_size)
+        schemas[model.__name__] = completed(schema, vocab_size, max_seq_len)
         operation = _operation(path, summary, answer, (400, 404, 408, 413, 500, 503, 504), guarded)
         operation["requestBody"] = {"required": True, "content": _json(model.__name__)}
         if path.startswith("/v1/"):
@@ -139,15 +91,15 @@ def openapi(vocab_size: int | None, guarded: bool) -> dict[str, Any]:
         operation = _operation(path, summary, answer, (503,) if answer == "Health" else (400, 404), guarded)
         if path.endswith("}"):
             name = path.rpartition("{")[2][:-1]
-            operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": _STRING}]
+            operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING}]
         if path == "/iteration_stats":
             since = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
             operation["parameters"] = [{"name": "since", "in": "query", "required": False, "schema": since}]
         paths[path] = {"get": operation}
     cancel = _operation("/v1/responses", "Stop an answer in the background", "Response", (400, 404), guarded)
-    where = {"name": "response_id", "in": "path", "required": True, "schema": _STRING}
+    where = {"name": "response_id", "in": "path", "required": True, "schema": STRING}
     paths["/v1/responses/{response_id}/cancel"] = {"post": {**cancel, "parameters": [where]}}
-    text = {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": _STRING}}}}
+    text = {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": STRING}}}}
     paths["/metrics"] = {"get": {"summary": "Figures for Prometheus", "responses": text, "security": []}}
     return {
         "openapi": "3.1.0",

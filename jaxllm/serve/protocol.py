@@ -7,9 +7,9 @@ generated and are not there yet are refused by name.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from jaxllm.sampling_params import MAX_LOGPROBS
 from jaxllm.serve.errors import ApiError, bad_request
@@ -36,12 +36,23 @@ _REFUSED: dict[str, str] = {
     "function_call": "is not supported; it was replaced by tool_choice",
     "chat_template": "is not accepted from clients: a template is a program",
     "lora_request": _MISSING,
+    "lora_path": _MISSING,
+    "continue_final_message": _MISSING,
+    "documents": _MISSING,
+    "thinking_token_budget": _MISSING,
+    "stop_regex": "is not supported; use stop",
+    "regex": "is not taken; use guided_regex or response_format",
+    "ebnf": "is not taken; use guided_grammar or response_format",
+    "json_schema": "is not taken; use response_format",
+    "logits_processors": "is not accepted from clients: a processor is a program",
+    "custom_logit_processor": "is not accepted from clients: a processor is a program",
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # 0 is one of them, as False is
 
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Model = TypeVar("Model", bound=BaseModel)
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -98,6 +109,8 @@ class Generate(BaseModel):
             for name, why in _REFUSED.items():
                 if name in body and body[name] not in _NOTHING and not (name == "best_of" and body[name] == 1):
                     raise ValueError(f"{name} {why}")
+            if body.get("modalities") not in (*_NOTHING, ["text"]):
+                raise ValueError(f"modalities = {body['modalities']!r} must be ['text']: this model only writes")
         return body
 
     @model_validator(mode="after")
@@ -155,12 +168,16 @@ class CompletionRequest(Generate):
         prompt: Any = self.prompt if self.prompt_token_ids is None else self.prompt_token_ids
         if prompt is None or prompt == []:
             raise bad_request("prompt is missing; give a string, token ids, or a list of them", "prompt")
-        many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        many: list[str | list[int]] = (
+            list(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        )
+        if not all(many):
+            raise bad_request("the prompt is empty; give at least one character or token", "prompt")
         if len(many) > MAX_PROMPTS:
             raise bad_request(f"{len(many)} prompts in a request; at most {MAX_PROMPTS} are taken", "prompt")
         if len(many) * (self.n or 1) > MAX_SEQUENCES:
             raise bad_request(f"prompts * n = {len(many) * (self.n or 1)} is more than {MAX_SEQUENCES}", "n")
-        return list(many)
+        return many
 
 
 class ChatRequest(Generate):
@@ -174,12 +191,16 @@ class ChatRequest(Generate):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    _conversation: list[dict[str, Any]] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _chat(self) -> ChatRequest:
+        if self.messages or self.prompt_token_ids is None:
+            self._conversation = self._plain_messages()
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         names = check_tools(self.tools or [])
@@ -208,11 +229,24 @@ class ChatRequest(Generate):
         """The functions that may be called."""
         return [] if self.tool_choice == "none" else check_tools(self.tools or [])
 
+    @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages with plain text as content. Raises ApiError for anything else than text."""
+        """The messages with plain text as content."""
+        return self._conversation
+
+    def _plain_messages(self) -> list[dict[str, Any]]:
         if not self.messages:
             raise bad_request("messages is empty; give at least one", "messages")
         return [_plain(message, f"messages.{index}") for index, message in enumerate(self.messages)]
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is told beside the conversation; templates know no effort "none" but a switch."""
+        effort = self.reasoning_effort
+        told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if effort == "none":
+            told["enable_thinking"] = False
+        return {**told, **(self.chat_template_kwargs or {})}
 
     @property
     def token_limit(self) -> int | None:
@@ -241,19 +275,21 @@ class DetokenizeRequest(BaseModel):
     tokens: list[TokenId]
 
 
-_ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
+ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
 
 
 def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
-        raise bad_request(f"{where}.role = {role!r} must be one of {', '.join(_ROLES)}", f"{where}.role")
+    if role not in ROLES:
+        raise bad_request(f"{where}.role = {role!r} must be one of {', '.join(ROLES)}", f"{where}.role")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") not in ("text", "input_text", "output_text", "refusal"):
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise bad_request(f"{where}.content: a part of type {kind!r} is not text", f"{where}.content")
-        content = "".join(str(part.get("text") or part.get("refusal") or "") for part in content)
+            if not isinstance(part.get("refusal" if part["type"] == "refusal" else "text"), str):
+                raise bad_request(f"{where}.content: a part of type {part['type']!r} has no text", f"{where}.content")
+        content = "".join(part["refusal" if part["type"] == "refusal" else "text"] for part in content)
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
@@ -273,7 +309,7 @@ def _utf8(name: str, text: str | None) -> None:
 def parse_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request. Raises ApiError."""
     try:
-        found = json.loads(body, parse_constant=_no_constant)
+        found = json.loads(body, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise bad_request(f"the body is not valid JSON: {what}", code="invalid_json") from None
@@ -284,6 +320,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _number(text: str) -> float:
+    """JSON has one kind of number: 110.0 is the integer 110."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def validate(model: type[Model], body: dict[str, Any]) -> Model:

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,12 +14,18 @@ from jaxllm.serve.answers import merged, to_json
 from jaxllm.serve.completions import ChatJob
 from jaxllm.serve.errors import ApiError, as_api_error, bad_request, internal_error
 from jaxllm.serve.generation import Generation
-from jaxllm.serve.protocol import ChatRequest, validate
+from jaxllm.serve.protocol import ChatRequest, ReasoningEffort, validate
 from jaxllm.serve.server import Server
 from jaxllm.serve.speech import Spoken
 
 _ENDED = ("completed", "incomplete", "failed", "cancelled")
 _CANCEL_POLL_SECONDS = 0.2
+
+
+class Reasoning(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    effort: ReasoningEffort | None = None
 
 
 class ResponsesRequest(BaseModel):
@@ -28,7 +34,7 @@ class ResponsesRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
@@ -45,7 +51,7 @@ class ResponsesRequest(BaseModel):
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
     user: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
     # Not OpenAI's.
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
@@ -67,9 +73,13 @@ class ResponsesRequest(BaseModel):
             choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
         if choice is not None and not (choice == "auto" and not self.tools):
             chat["tool_choice"] = choice
+        if self.reasoning is not None:
+            chat["reasoning_effort"] = self.reasoning.effort
         form = (self.text or {}).get("format")
         if isinstance(form, dict):
             is_schema = form.get("type") == "json_schema"
+            if is_schema and not isinstance(form.get("name"), str):
+                raise bad_request("text.format.name must be a text", "text.format.name")
             chat["response_format"] = {"type": "json_schema", "json_schema": form} if is_schema else form
         for name in ("temperature", "top_p", "parallel_tool_calls", "user", "seed", "top_k", "min_p", "cache_salt"):
             chat[name] = getattr(self, name)
@@ -81,23 +91,28 @@ class ResponsesRequest(BaseModel):
         """The input as messages of a chat. Raises ApiError for what is no text and no call."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        found: list[dict[str, Any]] = []
-        for index, item in enumerate(self.input):
-            kind = item.get("type", "message")
-            if kind == "message":
-                found.append({"role": item.get("role"), "content": item.get("content")})
-            elif kind == "function_call":
-                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-                call = {"id": item.get("call_id"), "type": "function", "function": function}
-                if found and found[-1].get("tool_calls"):
-                    found[-1]["tool_calls"].append(call)
-                else:
-                    found.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            elif kind == "function_call_output":
-                found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
-            elif kind != "reasoning":  # what was thought before is not said again
-                raise bad_request(f"input.{index}.type = {kind!r} is not supported", "input")
-        return found
+        return _messages(self.input)
+
+
+def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items of an input or an output as messages of a chat. Raises ApiError for what is no text and no call."""
+    found: list[dict[str, Any]] = []
+    for index, item in enumerate(items):
+        kind = item.get("type", "message")
+        if kind == "message":
+            found.append({"role": item.get("role"), "content": item.get("content")})
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            if found and found[-1].get("tool_calls"):
+                found[-1]["tool_calls"].append(call)
+            else:
+                found.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif kind == "function_call_output":
+            found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+        elif kind != "reasoning":  # what was thought before is not said again
+            raise bad_request(f"input.{index}.type = {kind!r} is not supported", "input")
+    return found
 
 
 def _chat_tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
@@ -140,7 +155,8 @@ class ResponseJob:
             "metadata": body.metadata or {}, "model": self.server.model, "output": self._output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None}, "service_tier": "default",
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "service_tier": "default",
             "store": body.store is not False, "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto", "tools": [_shown_tool(tool) for tool in body.tools or []],
@@ -319,7 +335,7 @@ class ResponseJob:
                     "cache_write_tokens": 0,
                 },
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": usage["completion_tokens_details"],
                 "total_tokens": usage["total_tokens"],
             },
         }
@@ -330,8 +346,7 @@ class ResponseJob:
         if self.body.store is False:
             return
         said = [item for item in self._output if item["type"] != "reasoning"]
-        told = ResponsesRequest(input=said).messages()
-        messages = [*self._before, *self.body.messages(), *told]
+        messages = [*self._before, *self.body.messages(), *_messages(said)]
         self.server.store.put(self.response["id"], {"response": self.response, "messages": messages})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class ReasoningText:
         if self.is_over:
             self._inside = False
         self._begun = self._skips = False
+        self.is_there = bool(self._inside)  # whether the answer has any
         self._held = ""
 
     def feed(self, text: str, ended: bool) -> tuple[str, str]:
@@ -74,6 +76,7 @@ class ReasoningText:
         self._begun = True
         if start.startswith(THINK):
             self._inside, self._held, self._skips = True, start.removeprefix(THINK), True
+            self.is_there = True
         self._inside = bool(self._inside)
         return True
 
@@ -87,6 +90,29 @@ class ReasoningText:
 def _overlap(text: str, mark: str) -> int:
     """Characters at the end of a text that may be the beginning of a mark."""
     return next((count for count in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-count:])), 0)
+
+
+class ReasoningTokens:
+    """Counts the tokens of a sequence up to the end of its reasoning, the mark included.
+
+    text_of: a token's text.
+    """
+
+    def __init__(self, text_of: Callable[[int], str]) -> None:
+        self.count = 0
+        self._text_of = text_of
+        self._tail = ""
+        self._is_over = False
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Takes the next tokens of the sequence."""
+        for token in () if self._is_over else tokens:
+            self.count += 1
+            self._tail += self._text_of(token)
+            if END_THINK in self._tail:
+                self._is_over = True
+                break
+            self._tail = self._tail[1 - len(END_THINK) :]
 
 
 class Caller(ABC):
@@ -150,14 +176,25 @@ class ForcedCalls(Caller):
 
 
 class Speech:
-    """One sequence of a chat."""
+    """One sequence of a chat. `counter` belongs to the reasoning."""
 
-    def __init__(self, reasoning: ReasoningText | None, caller: Caller | None) -> None:
-        self._reasoning, self._caller = reasoning, caller
+    def __init__(
+        self, reasoning: ReasoningText | None, caller: Caller | None, counter: ReasoningTokens | None = None
+    ) -> None:
+        self._reasoning, self._caller, self._counter = reasoning, caller, counter
 
-    def feed(self, text: str, reason: str | None) -> Spoken:
-        """What new text says; `reason` is given with the last."""
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens so far that were reasoning; those of an answer that only might begin with some are not."""
+        if self._reasoning is None or self._counter is None or not self._reasoning.is_there:
+            return 0
+        return self._counter.count
+
+    def feed(self, text: str, reason: str | None, tokens: Sequence[int] = ()) -> Spoken:
+        """What new text, made of these tokens, says; `reason` is given with the last."""
         thought = ""
+        if self._counter is not None:
+            self._counter.add(tokens)
         if self._reasoning is not None:
             thought, text = self._reasoning.feed(text, reason is not None)
         spoken = Spoken(text=text, reason=reason) if self._caller is None else self._caller.feed(text, reason)

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_MAX_TOOLS = 128
+NAME_PATTERN = r"[A-Za-z0-9_.-]{1,64}"
+_NAME = re.compile(NAME_PATTERN)
+MAX_TOOLS = 128
 _DECODER = json.JSONDecoder()
 
 
@@ -172,8 +173,8 @@ class ToolText:
 
 def check_tools(tools: list[dict[str, Any]]) -> list[str]:
     """The names of the functions that a request offers. Raises ValueError that says what is wrong."""
-    if len(tools) > _MAX_TOOLS:
-        raise ValueError(f"{len(tools)} tools; at most {_MAX_TOOLS} are taken")
+    if len(tools) > MAX_TOOLS:
+        raise ValueError(f"{len(tools)} tools; at most {MAX_TOOLS} are taken")
     names = []
     for index, tool in enumerate(tools):
         function = tool.get("function")
@@ -185,6 +186,8 @@ def check_tools(tools: list[dict[str, Any]]) -> list[str]:
         parameters = function.get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
             raise ValueError(f"tools.{index}.function.parameters must be a JSON Schema")
+        if not isinstance(function.get("description", ""), str | None):
+            raise ValueError(f"tools.{index}.function.description must be a text")
         names.append(name)
     return names
 
@@ -192,14 +195,18 @@ def check_tools(tools: list[dict[str, Any]]) -> list[str]:
 def with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """A message of the history for a template: templates want the arguments of its calls as objects, not as text."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
+    if calls is None:
         return message
+    if not isinstance(calls, list):
+        raise ValueError("it must be a list of calls")
     parsed = []
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError("tool_calls must hold objects with a function and its name")
         arguments = function.get("arguments", "{}")
+        if not isinstance(arguments, str | dict):
+            raise ValueError(f"the arguments of {function['name']} must be JSON text or an object")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")

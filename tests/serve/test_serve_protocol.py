@@ -18,7 +18,7 @@ def refused(model: Any, body: dict[str, Any]) -> dict[str, Any]:
     with pytest.raises(ApiError) as caught:
         found = validate(model, body)
         found.engine_params()
-        found.prompts() if model is CompletionRequest else found.conversation()
+        found.prompts() if model is CompletionRequest else found.conversation
     assert caught.value.status == 400 and caught.value.body["error"]["type"] == "invalid_request_error"
     return caught.value.body["error"]
 
@@ -63,6 +63,9 @@ def refused(model: Any, body: dict[str, Any]) -> dict[str, Any]:
         ("suffix", "x"),
         ("best_of", 2),
         ("lora_request", "x"),
+        ("continue_final_message", True),
+        ("regex", "a"),
+        ("modalities", ["text", "audio"]),
     ],
 )
 def test_refused_by_both(field: str, value: Any) -> None:
@@ -109,6 +112,11 @@ def test_refused_completions(body: dict[str, Any], word: str) -> None:
         ({"tool_choice": "maybe"}, "maybe"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "JSON"),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "list of calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": 5}}]}]}, "object"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "no text"),
+        ({"messages": [{"role": "nobody", "content": "x"}], "prompt_token_ids": [1]}, "messages.0.role"),
+        ({"structured_outputs": {}}, "none of them"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ],
 )
@@ -132,10 +140,21 @@ def test_defaults_are_openais() -> None:
     assert validate(ChatRequest, {**CHAT, "top_k": -1}).engine_params()["temperature"] == 1.0
 
 
+def test_what_templates_are_told() -> None:
+    def told(**more: Any) -> dict[str, Any]:
+        return validate(ChatRequest, {**CHAT, **more}).template_kwargs
+
+    assert told() == {} and told(reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert told(reasoning_effort="none") == {"reasoning_effort": "none", "enable_thinking": False}
+    mine = {"enable_thinking": True, "x": 1}
+    assert told(reasoning_effort="none", chat_template_kwargs=mine) == {"reasoning_effort": "none", **mine}
+    assert "reasoning_effort" in refused(ChatRequest, {**CHAT, "reasoning_effort": "huge"})["message"]
+
+
 def test_content_parts_and_developers() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"messages": [{"role": "developer", "content": parts}, {"role": "assistant", "content": None}]}
-    found = validate(ChatRequest, body).conversation()
+    found = validate(ChatRequest, body).conversation
     assert [(one["role"], one["content"]) for one in found] == [("system", "ab"), ("assistant", "")]
 
 
@@ -153,8 +172,16 @@ def test_json() -> None:
     assert parse_json(b'{"a": [1.5, "\\ud800"]}') == {"a": [1.5, "\ud800"]}
 
 
+def test_json_has_one_kind_of_number() -> None:
+    found = validate(ChatRequest, parse_json(json.dumps({**CHAT, "n": 2.0, "temperature": 1.0, "top_k": 5e1}).encode()))
+    assert (found.n, found.temperature, found.top_k) == (2, 1.0, 50)
+    for number in ("1.5", "1e400", "1e30"):
+        with pytest.raises(ApiError):
+            validate(CompletionRequest, parse_json(b'{"prompt": "x", "n": %s}' % number.encode()))
+
+
 def test_calls_of_the_history_are_objects_for_the_template() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": '{"b": [1]}'}}
     body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
-    (message,) = validate(ChatRequest, body).conversation()
+    (message,) = validate(ChatRequest, body).conversation
     assert message["tool_calls"][0]["function"] == {"name": "a", "arguments": {"b": [1]}} and message["content"] == ""

@@ -11,7 +11,7 @@ import pytest
 from jaxllm.serve.errors import ApiError
 from jaxllm.serve.forms import forced_schema, form_of
 from jaxllm.serve.protocol import ChatRequest, CompletionRequest, validate
-from jaxllm.serve.speech import Caller, ForcedCalls, NamedCall, ReasoningText, Speech, choose_reasoning
+from jaxllm.serve.speech import Caller, ForcedCalls, NamedCall, ReasoningText, ReasoningTokens, Speech, choose_reasoning
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -58,6 +58,27 @@ def test_reasoning_is_not_held_back() -> None:
     assert [reader.feed(piece, False) for piece in ("ab", " <", "c</", "think>d", "e")] == [
         ("ab", ""), (" ", ""), ("<c", ""), ("", "d"), ("", "e")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("parser", "prompt", "tokens", "count"),
+    [
+        ("qwen3", "assistant\n", ["<think>", "Hm", ".", "</think>", "Yes"], 4),
+        ("qwen3", "assistant\n<think>", ["Hm", "</", "think", ">", "Yes", "</think>"], 4),
+        ("qwen3", "assistant\n<think>", ["Hm", "</", "thin"], 3),
+        ("qwen3", "assistant\n", ["Yes", " <think>", "no", "</think>"], 0),
+        ("qwen3", "<think>\n</think>\n", ["Yes"], 0),
+        ("deepseek_r1", "", ["Hm", "x</think>y", "Yes"], 2),
+    ],
+)
+def test_reasoning_tokens(parser: str, prompt: str, tokens: list[str], count: int, together: int) -> None:
+    reasoning = ReasoningText(parser, prompt)
+    speech = Speech(reasoning, None, None if reasoning.is_over else ReasoningTokens(tokens.__getitem__))
+    for start in range(0, len(tokens), together):
+        ids = range(start, min(len(tokens), start + together))
+        speech.feed("".join(tokens[i] for i in ids), "stop" if start + together >= len(tokens) else None, ids)
+    assert speech.reasoning_tokens == count
 
 
 def test_who_reasons() -> None:

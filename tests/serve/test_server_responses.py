@@ -102,7 +102,8 @@ def test_tools_and_forms(client: openai.OpenAI) -> None:
     ]
     assert client.responses.create(**{**ASK, "input": history}).output_text
     for bad in ({"input": [{"type": "input_image"}]}, {"tools": [{"type": "web_search"}]}, {"input": []},
-                {"background": True, "stream": True}, {"max_output_tokens": 0}):  # fmt: skip
+                {"background": True, "stream": True}, {"max_output_tokens": 0},
+                {"text": {"format": {"type": "json_schema", "schema": {}}}}):  # fmt: skip
         with pytest.raises(openai.BadRequestError):
             client.responses.create(**{**ASK, **bad})
 
