@@ -75,15 +75,20 @@ def main() -> int:
 
 
 async def _run(http, server, listener, boot) -> None:  # type: ignore[no-untyped-def]
+    from jaxllm.serve.connections import Sweeper
+
     draining = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, draining.set)
     http.capture_signals = _no_signals  # ours drains first
-    drain = asyncio.create_task(_drain(http, server, draining))
+    settings = server.settings
+    sweeper = Sweeper(http.server_state.connections, settings.header_timeout, settings.send_timeout)
+    tasks = [asyncio.create_task(_drain(http, server, draining)), asyncio.create_task(sweeper.run())]
     boot.report({"ready": True})
     try:
         await http.serve(sockets=[listener])
     finally:
-        drain.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ class ServeConfig(Strict):
         max_queue_size: sequences that may wait for the engine; more are refused with 503.
         response_store_bytes, response_store_seconds: what /v1/responses may keep in all, and how long.
         max_body_bytes, max_header_bytes: of a request.
+        header_timeout: seconds that the head of a request may take from its first byte, or the connection's start.
         body_timeout: seconds in which the body of a request has to arrive.
+        send_timeout: seconds after which a client that takes nothing of its answer is cut off.
         request_timeout: seconds after which a request is cancelled; None = never.
         drain_timeout: seconds that running requests get after SIGTERM.
         health_timeout: seconds of silence of the step loop after which /health answers 503.
@@ -48,7 +50,9 @@ class ServeConfig(Strict):
     response_store_seconds: float = Field(default=3600.0, gt=0)
     max_body_bytes: int = Field(default=32 << 20, ge=1024)
     max_header_bytes: int = Field(default=32 << 10, ge=1024)
+    header_timeout: float = Field(default=30.0, gt=0)
     body_timeout: float = Field(default=30.0, gt=0)
+    send_timeout: float = Field(default=120.0, gt=0)
     request_timeout: float | None = Field(default=None, gt=0)
     drain_timeout: float = Field(default=30.0, ge=0)
     health_timeout: float = Field(default=8.0, gt=0)

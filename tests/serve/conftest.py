@@ -20,7 +20,8 @@ def server_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def live(server_directory: Path) -> Iterator[Live]:
     """A server with two frontends, a key, a short queue and small limits."""
     options = ["--api_key", KEY, "--num_serve_frontends", "2", "--log_format", "json", "--max_queue_size", "30"]
-    with serving(server_directory, *options, "--max_body_bytes", "100000", "--body_timeout", "3") as server:
+    options += ["--max_body_bytes", "100000", "--body_timeout", "3", "--header_timeout", "2"]
+    with serving(server_directory, *options) as server:
         server.http.headers["authorization"] = f"Bearer {KEY}"
         yield server
         assert server.end() == 0
