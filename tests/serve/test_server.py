@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,9 +191,13 @@ def test_only_the_engine_has_jax(live: Live) -> None:
 def test_iteration_stats_have_any_number_of_readers(live: Live) -> None:
     text_of(live)
     live.until_metric("jaxllm_num_requests_running", 0)
-    first, second = live.get("/iteration_stats").json(), live.get("/iteration_stats").json()
+    end = time.monotonic() + 10
+    while True:  # each frontend hears of the last steps in its own time
+        first, second = live.get("/iteration_stats").json(), live.get("/iteration_stats").json()
+        if first == second or time.monotonic() > end:
+            break
     numbers = [one["iter"] for one in first]
-    assert numbers == sorted(set(numbers)) and numbers == [one["iter"] for one in second][: len(numbers)]
+    assert numbers == sorted(set(numbers)) == [one["iter"] for one in second]
     assert all(one["iterLatencyMS"] > 0 for one in first)
     assert any(one["inflightBatchingStats"]["numContextRequests"] for one in first)
     assert first[0]["kvCacheStats"]["maxNumBlocks"] == 128
