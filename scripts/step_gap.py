@@ -52,10 +52,12 @@ class Way:
     """How steps are launched. flights: steps on their way at most; None: no bound.
 
     given: what the program takes. same: one array of the host, fresh: a copy of it for each step, ahead: an array that
-    was put on the device one step before, resident: one that has been there all along. read: the tokens are copied to
+    was put on the device one step before, resident: one that has been there all along, placed: a copy that another
+    program writes to where the step before had its input. read: the tokens are copied to
     the host. busy: milliseconds of Python between reading and the next launch. hold: the logits of a step live until
     the next one is launched, as in the bare loop. places: token arrays whose memory the steps write in turn, and as
-    many logits as one; 0: memory that is allocated for each step.
+    many logits as one; 0: memory that is allocated for each step. copied: the tokens that are read are a copy of
+    `last_token`, which a third program makes.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Way:
     busy: float = 0.0
     hold: bool = False
     places: int = 0
+    copied: bool = False
 
 
 WAYS = (
@@ -82,6 +85,8 @@ WAYS = (
     Way("three on their way", "fresh", 3, True, 1.0),
     Way("results in place", "fresh", 2, True, 1.0, places=3),
     Way("all but tokens in place", "resident", 2, True, 1.0, places=3),
+    Way("placed, all but tokens in place", "placed", 2, True, 1.0, places=3),
+    Way("placed, tokens copied", "placed", 2, True, 1.0, places=1, copied=True),
     Way("all in place, bare", "resident", places=1),
 )
 
@@ -120,6 +125,8 @@ def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int, in_pl
     flights: deque[jax.Array] = deque()
     ahead = jax.device_put(data.copy(), place)
     jax.block_until_ready((resident, ahead))
+    write = jax.jit(lambda old, new: new, donate_argnums=0, keep_unused=True).lower(resident, resident).compile()
+    copy = jax.jit(lambda last_token: last_token[:-1]).lower(runner._last_token).compile()
 
     def finish() -> None:
         token_R, began = flights.popleft(), time.perf_counter()
@@ -136,11 +143,14 @@ def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int, in_pl
         "fresh": data.copy,
         "ahead": lambda: ahead,
         "resident": lambda: resident,
+        "placed": data.copy,
     }
     began = time.perf_counter()
     for _ in range(steps):
         given = give[way.given]()
         before = time.perf_counter()
+        if way.given == "placed":
+            given = resident = write(resident, given)
         places = (tokens.popleft(), logits) if way.places else ()
         token_R, logits, _, runner._last_token, stage.kv = program(
             stage.weights, stage.kv, runner._last_token, given, *places
@@ -150,6 +160,8 @@ def measure(llm: LLM, data: np.ndarray, bucket: Any, way: Way, steps: int, in_pl
             tokens.append(token_R)
         elif not way.hold:
             del logits
+        if way.copied:
+            token_R = copy(runner._last_token)
         if way.read:
             token_R.copy_to_host_async()
         calls.append(time.perf_counter() - before)
@@ -175,7 +187,7 @@ def engine_step(llm: LLM, batch: int, vocab: int) -> dict[str, float]:
     """The engine's milliseconds per token, and by phase on the wall of its thread: one batch of 128 in, 256 out."""
     engine = llm._engine
     load = random_load(batch, Lengths(128, 128), Lengths(256, 256), vocab, 0, 0)
-    MEASURES["decode"](llm, random_load(batch, Lengths(128, 128), Lengths(4, 4), vocab, 0, 1))
+    MEASURES["decode"](llm, random_load(batch, Lengths(128, 128), Lengths(32, 32), vocab, 0, 1))
     engine.reset_stats()
     found = {"step": MEASURES["decode"](llm, load)}
     stats = engine.stats()
