@@ -18,8 +18,9 @@ from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.mesh import make_mesh
 
-D = 4096
 CALLS = 64
+WAYS = (1, 2)
+"""Shots of a sum."""
 TIMEOUT_MS = 2000
 Sum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -46,32 +47,40 @@ def program(mesh: Mesh, group: api.Group, body: Callable[..., Any]) -> Callable[
     return jax.jit(mapped)
 
 
-def parts(mesh: Mesh, tokens: int, dtype: Any) -> jax.Array:
+def parts(mesh: Mesh, tokens: int, width: int, dtype: Any) -> jax.Array:
     """Small integers, others on each rank: [ranks, T, D]."""
     ranks = mesh.shape["tp"]
-    values = np.random.default_rng(tokens).integers(-8, 8, (ranks, tokens, D))
+    values = np.random.default_rng(tokens).integers(-8, 8, (ranks, tokens, width))
     return jax.device_put(jnp.asarray(values, dtype), NamedSharding(mesh, PartitionSpec("tp")))
 
 
-def right(dtype: Any) -> dict[str, Any]:
-    """200 sums in a row of a program, of several sizes, and 50 programs in a row: equal to the exact sums."""
+def right(dtype: Any, shots: int) -> dict[str, Any]:
+    """200 sums in a row of a program, of several sizes, and 50 programs in a row: the exact sums; and norms."""
     mesh, group = open_group()
     ranks, wrong = group.ranks, 0
+    add_up = partial(api.all_reduce, ranks=ranks, shots=shots, timeout_ms=TIMEOUT_MS)
     try:
-        for tokens in (1, 3, 64):
+        for tokens in (1, 3, 32):
 
             def chain(words: jax.Array, x: jax.Array) -> jax.Array:
                 def step(_: jax.Array, y: jax.Array) -> jax.Array:
                     # The mean of the ranks' values of y - all the same - and x: an integer that stays small.
-                    s = api.all_reduce(x + y, None, words, ranks, timeout_ms=TIMEOUT_MS)[0]
-                    return s - ranks * y
+                    return add_up(x + y, None, words)[0] - ranks * y
 
                 return lax.fori_loop(0, 200, step, jnp.zeros_like(x))
 
             def once(words: jax.Array, x: jax.Array) -> jax.Array:
-                return api.all_reduce(x, x[::-1], words, ranks, timeout_ms=TIMEOUT_MS)[0]
+                return add_up(x, x[::-1], words)[0]
 
-            x = parts(mesh, tokens, dtype)
+            def norms(words: jax.Array, x: jax.Array) -> jax.Array:
+                """By how much they are wrong, beside the sum."""
+                norm = (jnp.linspace(0.5, 2, x.shape[1]), 1e-5)
+                found, normed = add_up(x, x[::-1], words, norm=norm)
+                assert normed is not None
+                error = normed.astype(jnp.float32) - rms_norm(found.astype(jnp.float32), norm)
+                return jnp.where(jnp.abs(error) < 0.03, 0, 1).astype(x.dtype)
+
+            x = parts(mesh, tokens, 4096, dtype)
             total = np.asarray(x, np.float32).sum(0)
             run = program(mesh, group, chain)
             wrong += int((np.asarray(run(group.array, x), np.float32) != total).sum())
@@ -79,16 +88,18 @@ def right(dtype: Any) -> dict[str, Any]:
             outs = [run(group.array, x) for _ in range(50)]
             wanted = total + np.asarray(x, np.float32)[:, ::-1]
             wrong += sum(int((np.asarray(out, np.float32) != wanted).sum()) for out in outs)
+            if dtype == jnp.bfloat16:
+                wrong += int(np.asarray(program(mesh, group, norms)(group.array, x), np.float32).sum())
             group.raise_if_failed()
     finally:
         group.close()
     return {"ranks": ranks, "wrong_elements": wrong, "wrong": wrong > 0}
 
 
-def times(tokens: int, *, alone: bool = False, norm: bool = False) -> dict[str, Any]:
+def times(tokens: int, width: int, *, alone: bool = False, norm: bool = False) -> dict[str, Any]:
     """Microseconds of a sum of [T, D] bfloat16 with a residual; alone: in a program without collectives of XLA."""
     mesh, group = open_group()
-    by = (jnp.full(D, 0.5, jnp.float32), 1e-5) if norm else None
+    by = (jnp.full(width, 0.5, jnp.float32), 1e-5) if norm else None
 
     def chain(add_up: Sum, words: jax.Array, x: jax.Array) -> jax.Array:
         y = x
@@ -96,22 +107,26 @@ def times(tokens: int, *, alone: bool = False, norm: bool = False) -> dict[str, 
             y = add_up(y, x, words)
         return y if alone else y + lax.psum(y[:1, :8].sum(), "tp").astype(y.dtype)
 
-    def own(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
-        out, normed = api.all_reduce(y, x, words, group.ranks, by, timeout_ms=TIMEOUT_MS)
+    def own(shots: int, y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
+        out, normed = api.all_reduce(y, x, words, group.ranks, by, shots=shots, timeout_ms=TIMEOUT_MS)
         return out if normed is None else normed
 
     def xla(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
         out = x + lax.psum(y, "tp")
         return out if by is None else rms_norm(out, by)
 
+    ways: dict[str, Sum] = {"us": partial(own, 1)}
+    ways |= {"two_shots_us": partial(own, 2)} if group.ranks > 2 and tokens > 1 else {}
+    ways |= {} if alone else {"psum_us": xla}
     try:
-        x = parts(mesh, tokens, jnp.bfloat16) * jnp.bfloat16(1e-20)
-        out = {}
-        for name, add_up in (("us", own), ("psum_us", xla)):
-            if alone and add_up is xla:
-                continue
-            run = program(mesh, group, partial(chain, add_up))
-            out[name] = 1e6 * time_call(run, group.array, x, calls=CALLS)
+        x = parts(mesh, tokens, width, jnp.bfloat16) * jnp.bfloat16(1e-20)
+        out: dict[str, Any] = {}
+        for name, add_up in ways.items():
+            try:
+                run = program(mesh, group, partial(chain, add_up))
+                out[name] = 1e6 * time_call(run, group.array, x, calls=CALLS)
+            except NotImplementedError:
+                out[name] = "too large"
         group.raise_if_failed()
     finally:
         group.close()
@@ -120,12 +135,17 @@ def times(tokens: int, *, alone: bool = False, norm: bool = False) -> dict[str, 
 
 def rows() -> Iterator[Row]:
     """None on one GPU."""
-    if len(jax.devices()) < 2:
+    ranks = len(jax.devices())
+    if ranks < 2:
         return
-    yield Row("all-reduce bf16 right", partial(right, jnp.bfloat16))
-    yield Row("all-reduce f32 right", partial(right, jnp.float32))
+    for shots in WAYS if ranks > 2 else (1,):
+        yield Row(f"all-reduce bf16 right, {shots} shots", partial(right, jnp.bfloat16, shots))
+        yield Row(f"all-reduce f32 right, {shots} shots", partial(right, jnp.float32, shots))
+    for width in (4096, 8192) if ranks > 2 else (4096,):
+        for tokens in (1, 16, 64, 256):
+            # As the engine's steps have them: nothing but these sums in a program.
+            name = f"all-reduce and norm T={tokens} D={width}, no NCCL"
+            yield Row(name, partial(times, tokens, width, norm=True, alone=True))
     for tokens in (1, 16, 64, 256):
-        yield Row(f"all-reduce T={tokens}", partial(times, tokens))
-    for tokens in (1, 64):
-        yield Row(f"all-reduce and norm T={tokens}", partial(times, tokens, norm=True))
-    yield Row("all-reduce T=1 and no NCCL", partial(times, 1, alone=True))
+        yield Row(f"all-reduce T={tokens}", partial(times, tokens, 4096 if ranks == 2 else 8192))
+    yield Row("all-reduce T=1 and no NCCL", partial(times, 1, 4096, alone=True))

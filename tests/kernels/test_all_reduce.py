@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -32,7 +33,7 @@ class Ranks:
 
     def __init__(self, count: int):
         self.count = count
-        size = 128 + PHASES * count * SLOTS * 2 * SLOT * 16
+        size = 128 + PHASES * 2 * count * SLOTS * 2 * SLOT * 16
         self.memory = [np.zeros(size + 16, np.uint8) for _ in range(count)]
         self.word = np.zeros(1, np.uint32)
         at = [-(-m.ctypes.data // 16) * 16 for m in self.memory]
@@ -42,23 +43,34 @@ class Ranks:
         ]
         self.kernels: dict[tuple, Kernels] = {}
 
-    def macros(self, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int) -> dict:
+    def macros(self, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int, shots: int = 1) -> dict:
         macros = cuda.macros_of(
-            jnp.asarray(x), self.count, residual=residual, eps=eps, slot=SLOT, timeout_ms=timeout_ms
+            jnp.asarray(x), self.count, residual=residual, eps=eps, shots=shots, slot=SLOT, timeout_ms=timeout_ms
         )
         return macros | {"SLOTS": SLOTS, "CLUSTER": cuda.grid_of(macros)[0]}
 
-    def kernel(self, rank: int, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int) -> Kernels:
-        key = rank, x.shape, x.dtype, residual, eps
+    def kernel(
+        self, rank: int, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int, shots: int = 1
+    ) -> Kernels:
+        key = rank, x.shape, x.dtype, residual, eps, shots
         if key not in self.kernels:
-            macros = self.macros(x, residual, eps, timeout_ms)
+            macros = self.macros(x, residual, eps, timeout_ms, shots)
             self.kernels[key] = Kernels(rtc.SOURCES / "all_reduce.cu", macros, own=True)
         return self.kernels[key]
 
-    def run(self, rank: int, x: np.ndarray, residual: np.ndarray | None, norm: Norm, seed: int, timeout_ms: int):
+    def run(
+        self,
+        rank: int,
+        x: np.ndarray,
+        residual: np.ndarray | None,
+        norm: Norm,
+        seed: int,
+        timeout_ms: int,
+        shots: int = 1,
+    ) -> list[np.ndarray]:
         weight, eps = norm or (x, None)
-        kernel = self.kernel(rank, x, residual is not None, eps, timeout_ms)
-        macros = self.macros(x, residual is not None, eps, timeout_ms)
+        kernel = self.kernel(rank, x, residual is not None, eps, timeout_ms, shots)
+        macros = self.macros(x, residual is not None, eps, timeout_ms, shots)
         arguments = [x, x if residual is None else residual, self.groups[rank], weight]
         results = [(x.shape, x.dtype), (x.shape if norm else (16,), x.dtype)]
         return kernel.run(
@@ -67,40 +79,50 @@ class Ranks:
             results,
             grid=cuda.grid_of(macros),
             threads=macros["THREADS"],
-            shared=macros["THREADS"] // 8,
+            shared=cuda.shared_of(macros),
             seed=seed,
         )
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_kernel_equals_reference(count: int) -> None:
+# One block that is not full; four, the last one not full; two rows of two slots, the second not full. In two shots, for
+# four ranks: shares of two of them; of three, the last one not full; six rows, of which the second block has two.
+KINDS = [(jnp.bfloat16, (16,), True, False), (np.float32, (3, 164), False, False), (jnp.bfloat16, (2, 400), True, True)]
+SHARES = [
+    (jnp.bfloat16, (8 * SLOT * 2,), True, False),
+    (np.float32, (2 * SLOT * 4 + 12,), False, False),
+    (jnp.bfloat16, (6, 400), True, True),
+]
+
+
+@pytest.mark.parametrize(("count", "shots"), [(2, 1), (4, 2), pytest.param(5, 2, marks=pytest.mark.slow)])
+def test_kernel_equals_reference(count: int, shots: int) -> None:
     """Sums of several sizes in a row, the ranks as far apart as they get; all have the same bits."""
     ranks, rng = Ranks(count), np.random.default_rng(count)
-    # One block that is not full; four, the last one not full; two rows of two slots, the second not full.
-    kinds = [(jnp.bfloat16, (8 * count,), True, False), (np.float32, (3, 164), False, False)]
-    kinds.append((jnp.bfloat16, (2, 8 * 50), True, True))
     work = []
     for number in range(15):
+        # Sums in two shots take turns with sums in one.
+        way = shots if number % 3 else 1
+        kinds = KINDS if way == 1 else SHARES
         dtype, shape, residual, normed = kinds[number % 3 if number < 6 else rng.integers(3)]
         parts = rng.standard_normal((count, *shape)).astype(dtype)
         norm = (rng.uniform(0.5, 2, shape[-1]).astype(np.float32), 1e-5) if normed else None
-        work.append((parts, rng.standard_normal(shape).astype(dtype) if residual else None, norm))
+        work.append((parts, rng.standard_normal(shape).astype(dtype) if residual else None, norm, way))
     for rank in range(count):  # built by one thread
-        for parts, residual, norm in work:
-            ranks.kernel(rank, parts[rank], residual is not None, norm and norm[1], 20_000)
+        for parts, residual, norm, way in work:
+            ranks.kernel(rank, parts[rank], residual is not None, norm and norm[1], 20_000, way)
 
     def one(rank: int) -> list[list[np.ndarray]]:
         chance = random.Random(rank)
         out = []
-        for number, (parts, residual, norm) in enumerate(work):
+        for number, (parts, residual, norm, way) in enumerate(work):
             time.sleep(chance.choice((0, 0, 0.005)))
-            out.append(ranks.run(rank, parts[rank], residual, norm, 7 * number + rank, 20_000))
+            out.append(ranks.run(rank, parts[rank], residual, norm, 7 * number + rank, 20_000, way))
         return out
 
     with ThreadPoolExecutor(count) as pool:
         found = list(pool.map(one, range(count)))
     assert not ranks.word[0]
-    for number, (parts, residual, norm) in enumerate(work):
+    for number, (parts, residual, norm, _) in enumerate(work):
         wanted = reference.all_reduce(jnp.asarray(parts), None if residual is None else jnp.asarray(residual))
         for rank in range(count):
             np.testing.assert_array_equal(found[rank][number][0], np.asarray(wanted), f"sum {number} on rank {rank}")
@@ -108,6 +130,25 @@ def test_kernel_equals_reference(count: int) -> None:
                 np.testing.assert_array_equal(found[rank][number][1], found[0][number][1])
                 normed = np.asarray(rms_norm(wanted, norm), np.float32)
                 np.testing.assert_allclose(found[rank][number][1].astype(np.float32), normed, rtol=1e-2, atol=1e-3)
+
+
+def test_a_place_keeps_a_packet_until_it_is_read() -> None:
+    """A rank that has what another sent ends the sum, and may send for the next one before the other has read anything.
+    Here the other one reads nothing before that."""
+    ranks, units = Ranks(2), 3
+    x = np.arange(4 * units, dtype=np.float32)
+    ahead, behind = (ranks.kernel(rank, x, False, None, 10_000).library for rank in range(2))
+    ctypes.c_void_p.in_dll(behind, "peer_other").value = ctypes.addressof(ctypes.c_uint64.in_dll(ahead, "peer_sent"))
+    ctypes.c_uint64.in_dll(behind, "peer_until").value = 2 * 2 * units  # the packets of two sums
+
+    def one(rank: int) -> list[np.ndarray]:
+        return [ranks.run(rank, x * (n + rank), None, None, n, 10_000)[0] for n in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(one, range(2)):
+            for n in range(3):
+                np.testing.assert_array_equal(found[n], x * (2 * n + 1))
+    assert not ranks.word[0]
 
 
 def test_numbers_begin_anew() -> None:

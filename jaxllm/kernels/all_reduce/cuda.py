@@ -17,15 +17,25 @@ SLOT = 128
 UNIT = 16
 """Bytes that a thread sends at once, as two packets of 16 bytes."""
 MOST_BYTES = 4 << 20
-"""Of a sum, times the ranks: from there on NCCL, which sends every byte about twice and not to everybody, is faster."""
+"""Of a sum in two shots, and of one in one shot, times the ranks: from there on NCCL, which sends half as many bytes (a
+packet is half its number), is faster."""
+TWO_SHOTS: dict[int, int] = {}
+"""By ranks, the bytes from which sums go in two shots. Those of two ranks never: they would send as much.
+
+In one shot a GPU sends 2 * (ranks - 1) times the bytes of a sum, in two 4 * (ranks - 1) / ranks, and waits twice."""
 MOST_THREADS = 1024
 TIMEOUT_MS = 10_000
 """Time that a GPU waits for another. They differ most when a program runs first and loads its kernels."""
 
 
-def limit(ranks: int) -> int:
+def limit(ranks: int, shots: int = 1) -> int:
     """Most bytes of a sum over so many ranks."""
-    return slots(ranks) * UNIT * SLOT
+    return slots(ranks) * UNIT * SLOT * (ranks if shots == 2 else 1)
+
+
+def shots_of(size: int, ranks: int) -> int:
+    """The better way for a sum of so many bytes."""
+    return 2 if size >= TWO_SHOTS.get(ranks, MOST_BYTES + 1) else 1
 
 
 def slots(ranks: int) -> int:
@@ -34,8 +44,8 @@ def slots(ranks: int) -> int:
 
 
 def memory_bytes(ranks: int) -> int:
-    """Of the memory of each GPU: counters, and two phases of places for the packets of each rank."""
-    return -(-slots(ranks) * 4 // 128) * 128 + 2 * ranks * 2 * limit(ranks)
+    """Of the memory of each GPU: counters, and two phases of places for the packets of each shot and rank."""
+    return -(-slots(ranks) * 4 // 128) * 128 + 2 * 2 * ranks * 2 * limit(ranks)
 
 
 def group_words(ranks: int) -> int:
@@ -49,22 +59,27 @@ def macros_of(
     *,
     residual: bool,
     eps: float | None = None,
+    shots: int | None = None,
     slot: int = SLOT,
     timeout_ms: int = TIMEOUT_MS,
 ) -> dict[str, object]:
-    """eps: of a norm of the result; None for none. Raises NotImplementedError for what the kernel cannot do."""
+    """eps: of a norm of the result; None for none. shots: 1 or 2; None for the better way.
+
+    Raises NotImplementedError for what the kernel cannot do.
+    """
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"sums of {x.dtype}")
     size = math.prod(x.shape) * x.dtype.itemsize
-    if size % UNIT or not 0 < size <= limit(ranks):
-        raise NotImplementedError(f"sums of {size} bytes, not multiples of {UNIT} up to {limit(ranks)}")
+    shots = shots_of(size, ranks) if shots is None else shots
+    if size % UNIT or not 0 < size <= limit(ranks, shots):
+        raise NotImplementedError(f"sums of {size} bytes, not multiples of {UNIT} up to {limit(ranks, shots)}")
     row = slot
     if eps is not None:
         row, rest = divmod(x.shape[-1] * x.dtype.itemsize, UNIT)
         if rest or row > MOST_THREADS or x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"the norm of rows of {x.shape[-1]} {x.dtype}")
     threads = -(-row // slot) * slot
-    macros = {"RANKS": ranks, "UNITS": size // UNIT, "ROW": row, "THREADS": threads, "SLOT": slot}
+    macros = {"RANKS": ranks, "SHOTS": shots, "UNITS": size // UNIT, "ROW": row, "THREADS": threads, "SLOT": slot}
     macros |= {"SLOTS": slots(ranks), "FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
     if grid_of(macros)[0] * threads // slot > slots(ranks):
         raise NotImplementedError(f"{x.shape[0]} rows of {threads} threads")
@@ -72,8 +87,18 @@ def macros_of(
 
 
 def grid_of(macros: dict[str, Any]) -> tuple[int]:
-    """A block takes ROW units."""
-    return (-(-macros["UNITS"] // macros["ROW"]),)
+    """A block takes ROW units, with two shots of each rank's share."""
+    return (-(-macros["UNITS"] // (macros["ROW"] * _parts(macros))),)
+
+
+def shared_of(macros: dict[str, Any]) -> int:
+    """Bytes of shared memory: with a norm a float for each warp and row."""
+    return macros["THREADS"] // 8 * _parts(macros) if macros["NORM"] else 0
+
+
+def _parts(macros: dict[str, Any]) -> int:
+    parts: int = macros["RANKS"] if macros["SHOTS"] == 2 else 1
+    return parts
 
 
 def run(
@@ -83,6 +108,7 @@ def run(
     ranks: int,
     norm: Norm | None = None,
     *,
+    shots: int | None = None,
     timeout_ms: int = TIMEOUT_MS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One launch; see `api.all_reduce`. Raises NotImplementedError where XLA must do the work."""
@@ -90,7 +116,9 @@ def run(
         raise NotImplementedError(f"a sum in {x.dtype}{x.shape} and a residual in {residual.dtype}{residual.shape}")
     call.require(KERNEL)
     weight, eps = (None, None) if norm is None else norm
-    macros: dict[str, Any] = macros_of(x, ranks, residual=residual is not None, eps=eps, timeout_ms=timeout_ms)
+    macros: dict[str, Any] = macros_of(
+        x, ranks, residual=residual is not None, eps=eps, shots=shots, timeout_ms=timeout_ms
+    )
     second = jax.ShapeDtypeStruct(x.shape if norm is not None else (UNIT,), x.dtype)
     out, normed = call.launch(
         KERNEL,
@@ -99,6 +127,6 @@ def run(
         [jax.ShapeDtypeStruct(x.shape, x.dtype), second],
         grid=grid_of(macros),
         threads=macros["THREADS"],
-        shared=macros["THREADS"] // 8 if norm is not None else 0,
+        shared=shared_of(macros),
     )
     return out, None if norm is None else normed

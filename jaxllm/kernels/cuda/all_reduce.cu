@@ -1,25 +1,29 @@
-// The sum of what every GPU of a group has, on every GPU, plus a residual: each sends its part to all others and adds up
-// what it got. One trip over NVLink, for sums that are too small for bandwidth to matter ("one-shot", as TensorRT-LLM and
-// vLLM call it). The parts are added in the order of the ranks in float32 and rounded once: all GPUs have the same bits.
+// The sum of what every GPU of a group has, on every GPU, plus a residual, for sums that are too small for bandwidth to
+// matter much. The parts are added in the order of the ranks in float32 and rounded once: all GPUs have the same bits.
 //
-// A thread takes a unit of 16 bytes, which is two packets (peer.cuh); SLOT threads of a block are a slot. The memory of a
-// GPU begins with one counter for each slot; then come the places of packets, two sets (phases) of one for each sender,
-// slot and thread. The counter says how many sums a slot has taken part in. It is the number in the slot's packets, and
-// its parity their phase. The kernel counts by itself, so that a CUDA graph can be launched again and again.
+//   SHOTS 1  each GPU sends its part to all others and adds up what it got: one trip over NVLink ("one-shot", as
+//            TensorRT-LLM and vLLM call it)
+//   SHOTS 2  each GPU adds up a share of the sum, and sends the others its result: two trips, with 2 / RANKS of the bytes
+//
+// A thread takes a unit of 16 bytes, which is two packets (peer.cuh); with two shots one of each GPU's share. SLOT threads
+// of a block are a slot. The memory of a GPU begins with one counter for each slot; then come the places of packets, two
+// sets (phases) of one for each shot, sender, slot and thread. The counter says how many sums a slot has taken part in.
+// It is the number in the slot's packets, and its parity their phase. The kernel counts by itself, so that a CUDA graph
+// can be launched again and again.
 //
 // Why two phases are enough. All GPUs launch the same sums in the same order, one after the other, so that their counters
-// agree. When a GPU sends in sum n of a slot, it has ended sum n - 1, in which it got packets of that slot from every
-// other GPU; each of these had therefore begun sum n - 1, and so ended sum n - 2, the last one that read the places which
-// are written now. And a place of the phase never holds the number n before: it has that of an older sum, or 0.
+// agree. When a GPU sends in sum n of a slot, it has ended sum n - 1, for which every GPU's part of that slot was needed;
+// each of the others had therefore begun sum n - 1, and so ended sum n - 2, the last one that read the places which are
+// written now. And a place of the phase never holds the number n before: it has that of an older sum, or 0.
 //
 // No GPU waits for ever: after TIMEOUT_MS the result is NaN and the group's word in host memory tells the engine; who
 // finds it there while waiting gives up as well.
 //
-// With NORM a block takes a row, and also writes what a norm makes of the row, as rounded.
+// With NORM a block takes a row, or one of each GPU's share, and also writes what a norm makes of it, as rounded.
 //
-// Macros: RANKS; UNITS of this sum; ROW: those of a block; THREADS of a block, a multiple of SLOT; SLOT; SLOTS that the
-// memory has places for; FLOAT (float32, else bfloat16); RESIDUAL (there is one); NORM, EPS; TIMEOUT_MS. Grid: enough
-// blocks for the units.
+// Macros: RANKS; SHOTS; UNITS of this sum; ROW: those of a block, or of a block and a GPU's share; THREADS of a block, a
+// multiple of SLOT; SLOT; SLOTS that the memory has places for; FLOAT (float32, else bfloat16); RESIDUAL (there is one);
+// NORM, EPS; TIMEOUT_MS. Grid: enough blocks for the units.
 #include "peer.cuh"
 
 constexpr int PACKET = 16;
@@ -27,10 +31,57 @@ constexpr size_t COUNTER_BYTES = (SLOTS * 4 + 127) / 128 * 128;
 
 DEVICE u32 own_slot() { return blockIdx.x * (THREADS / SLOT) + threadIdx.x / SLOT; }
 
-// Where the packets of a block's threads lie: `half` of each thread's unit.
-DEVICE u8* place_of(u8* memory, u32 phase, int sender, int half) {
-  const size_t row = (((size_t)phase * RANKS + sender) * SLOTS + own_slot()) * 2 + half;
+constexpr int PARTS = SHOTS == 2 ? RANKS : 1;    // units of a thread
+constexpr int TOGETHER = RANKS < 4 ? RANKS : 4;  // senders that a thread waits for at a time: more take registers
+constexpr int WARPS = THREADS / 32;
+
+// What a thread needs to know of a sum.
+struct Sum {
+  u8* memory;
+  u32* failed;
+  u32 number, phase;
+  int rank;
+};
+
+// Where a thread's packets of one sender lie: `half` of its unit.
+DEVICE u8* place_of(u8* memory, u32 phase, int shot, int sender, int half) {
+  const size_t row = ((((size_t)phase * 2 + shot) * RANKS + sender) * SLOTS + own_slot()) * 2 + half;
   return memory + COUNTER_BYTES + (row * SLOT + threadIdx.x % SLOT) * PACKET;
+}
+
+DEVICE void send(const Sum& sum, u8* to, int shot, const uint4& data) {
+  const u64 mark = (u64)sum.number << 32;
+  packet_send(place_of(to, sum.phase, shot, sum.rank, 0), mark | data.x, mark | data.y);
+  packet_send(place_of(to, sum.phase, shot, sum.rank, 1), mark | data.z, mark | data.w);
+}
+
+// Waits for the units of those of the ranks first, first + 1, ... whose bits are set in `from`; true if in vain.
+DEVICE bool receive(const Sum& sum, int shot, int first, u32 from, uint4 (&units)[TOGETHER]) {
+  u64 got[TOGETHER][4], began = 0;
+  for (u32 round = 1;; ++round) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i) {
+      if (!(from >> (first + i) & 1)) continue;
+      packet_receive(place_of(sum.memory, sum.phase, shot, first + i, 0), got[i][0], got[i][1]);
+      packet_receive(place_of(sum.memory, sum.phase, shot, first + i, 1), got[i][2], got[i][3]);
+    }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i) {
+      if (!(from >> (first + i) & 1)) continue;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) all = all && (u32)(got[i][word] >> 32) == sum.number;
+      units[i] = make_uint4((u32)got[i][0], (u32)got[i][1], (u32)got[i][2], (u32)got[i][3]);
+    }
+    if (all) return false;
+    if (round % 1024 == 0) {  // the word is far away
+      const u64 now = clock_nanoseconds();
+      if (!began) began = now;
+      if (now - began > TIMEOUT_MS * 1000000ull) store_shared_word(sum.failed, sum.rank + 1);
+      if (load_shared_word(sum.failed)) return true;
+    }
+    poll_again();
+  }
 }
 
 DEVICE void add(float (&sum)[4], u32 a, u32 b) {
@@ -50,18 +101,50 @@ DEVICE void rounded(const float (&sum)[4], u32& a, u32& b) {
   b = FLOAT ? __float_as_uint(sum[1]) : pack_bf16(sum[2], sum[3]);
 }
 
-// The square root of 1 / (mean square of a row + EPS), of the sums of squares of the block's threads.
-DEVICE float norm_factor(float squares) {
+// The sum of all ranks' parts of a unit, of which this one's is `own`, and the residual `start`; NaNs if one was lost.
+DEVICE uint4 add_up(const Sum& sum, const uint4& own, const uint4& start) {
+  float low[4] = {}, high[4] = {};
+  bool lost = false;
+#pragma unroll
+  for (int first = 0; first < RANKS; first += TOGETHER) {
+    uint4 units[TOGETHER];
+    lost = receive(sum, 0, first, ((1u << RANKS) - 1) & ~(1u << sum.rank), units) || lost;
+#pragma unroll
+    for (int i = 0; i < TOGETHER && first + i < RANKS; ++i) {
+      const uint4 unit = first + i == sum.rank ? own : units[i];
+      add(low, unit.x, unit.y);
+      add(high, unit.z, unit.w);
+    }
+  }
+  if (RESIDUAL) {
+    add(low, start.x, start.y);
+    add(high, start.z, start.w);
+  }
+  uint4 out;
+  rounded(low, out.x, out.y);
+  rounded(high, out.z, out.w);
+  return lost ? make_uint4(~0u, ~0u, ~0u, ~0u) : out;
+}
+
+// The square roots of 1 / (mean square of a row + EPS), of the sums of squares of the block's threads.
+DEVICE void norm_factors(float (&squares)[PARTS]) {
   DYNAMIC_SHARED(bytes);
   float* const of_warp = (float*)bytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int by = 16; by; by /= 2) squares += __shfl_xor_sync(~0u, squares, by);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = squares;
+  for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+    for (int by = 16; by; by /= 2) squares[part] += __shfl_xor_sync(~0u, squares[part], by);
+    if (!lane) of_warp[part * WARPS + warp] = squares[part];
+  }
   __syncthreads();
-  float total = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < THREADS / 32; ++warp) total += of_warp[warp];
-  return rsqrtf(total / (ROW * 8) + (float)EPS);
+  for (int part = 0; part < PARTS; ++part) {
+    float total = lane < WARPS ? of_warp[part * WARPS + lane] : 0.f;
+#pragma unroll
+    for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
+    squares[part] = rsqrtf(total / (ROW * 8) + (float)EPS);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
@@ -72,93 +155,95 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
     uint4* out,             // [UNITS]
     uint4* normed           // [UNITS], or anything
 ) {
-  const int unit = blockIdx.x * ROW + threadIdx.x, rank = (int)group[RANKS];
-  const bool mine = threadIdx.x < ROW && unit < UNITS;
-  u32* const failed = (u32*)group[RANKS + 1];
-  u8* const memory = (u8*)group[0];
-  u32* const counter = (u32*)memory + own_slot();
-  u32 number = *counter + 1;
-  if (!number) number = 2;  // 0 is what places begin with, and 1 would be of the last number's phase
-  const u32 phase = number & 1;
-  const u64 mark = (u64)number << 32;
-  const uint4 own = mine ? part[unit] : make_uint4(0, 0, 0, 0);
-  uint4 start = make_uint4(0, 0, 0, 0), sum = start;
+  Sum sum;
+  sum.memory = (u8*)group[0];
+  sum.rank = (int)group[RANKS];
+  sum.failed = (u32*)group[RANKS + 1];
+  u32* const counter = (u32*)sum.memory + own_slot();
+  sum.number = *counter + 1;
+  if (!sum.number) sum.number = 2;  // 0 is what places begin with, and 1 would be of the last number's phase
+  sum.phase = sum.number & 1;
+  const int first = blockIdx.x * PARTS * ROW + threadIdx.x;  // unit of the first share, ROW before that of the next
+  const bool here = threadIdx.x < ROW;
+  const int shares = !here ? 0 : (UNITS - first + ROW - 1) / ROW;  // there are: the last block may have fewer
+  const int mine = SHOTS == 2 ? sum.rank : 0;
+  uint4 own = make_uint4(0, 0, 0, 0), start = own, done[PARTS];  // done: the units of the result
   float4 scale[2] = {};
-  u64 got[RANKS][4];
-  if (mine) {
+  if (SHOTS == 1 && shares > 0) {
+    own = part[first];
+#pragma unroll
+    for (int i = 1; i < RANKS; ++i) send(sum, (u8*)group[i], 0, own);
+  }
+  if (SHOTS == 2) {
+    uint4 theirs[RANKS];  // by how many ranks after this one
+#pragma unroll
+    for (int i = 0; i < RANKS; ++i) {
+      const int share = sum.rank + i < RANKS ? sum.rank + i : sum.rank + i - RANKS;
+      if (share < shares) theirs[i] = part[first + share * ROW];
+    }
 #pragma unroll
     for (int i = 1; i < RANKS; ++i) {
-      u8* const theirs = (u8*)group[i];
-      packet_send(place_of(theirs, phase, rank, 0), mark | own.x, mark | own.y);
-      packet_send(place_of(theirs, phase, rank, 1), mark | own.z, mark | own.w);
+      const int share = sum.rank + i < RANKS ? sum.rank + i : sum.rank + i - RANKS;
+      if (share < shares) send(sum, (u8*)group[i], 0, theirs[i]);
     }
-    if (RESIDUAL) start = residual[unit];
-    if (NORM)
-      for (int half = 0; half < 2; ++half) scale[half] = weight[2 * threadIdx.x + half];
+    own = theirs[0];
   }
-  if (mine) {
-    bool lost = false;
-    u64 began = 0;
-    for (u32 round = 1;; ++round) {
-      bool all = true;
+  if (RESIDUAL && mine < shares) start = residual[first + mine * ROW];
+  if (NORM && here)
+    for (int half = 0; half < 2; ++half) scale[half] = weight[2 * threadIdx.x + half];
+  if (mine < shares) {
+    done[0] = add_up(sum, own, start);
+    out[first + mine * ROW] = done[0];
+  }
+  if (SHOTS == 2) {
+    const uint4 result = done[0];
+    if (mine < shares) {
 #pragma unroll
-      for (int sender = 0; sender < RANKS; ++sender) {
-        if (sender == rank) continue;
-        packet_receive(place_of(memory, phase, sender, 0), got[sender][0], got[sender][1]);
-        packet_receive(place_of(memory, phase, sender, 1), got[sender][2], got[sender][3]);
-      }
-#pragma unroll
-      for (int sender = 0; sender < RANKS; ++sender) {
-        if (sender == rank) continue;
-#pragma unroll
-        for (int word = 0; word < 4; ++word) all = all && (u32)(got[sender][word] >> 32) == number;
-      }
-      if (all) break;
-      if (round % 1024 == 0) {  // the word is far away
-        const u64 now = clock_nanoseconds();
-        if (!began) began = now;
-        if (now - began > TIMEOUT_MS * 1000000ull) store_shared_word(failed, rank + 1);
-        if (load_shared_word(failed)) {
-          lost = true;
-          break;
-        }
-      }
-      poll_again();
+      for (int i = 1; i < RANKS; ++i) send(sum, (u8*)group[i], 1, result);
     }
-    float low[4] = {}, high[4] = {};
 #pragma unroll
-    for (int sender = 0; sender < RANKS; ++sender) {
-      const bool self = sender == rank;
-      add(low, self ? own.x : (u32)got[sender][0], self ? own.y : (u32)got[sender][1]);
-      add(high, self ? own.z : (u32)got[sender][2], self ? own.w : (u32)got[sender][3]);
+    for (int base = 0; base < RANKS; base += TOGETHER) {
+      uint4 units[TOGETHER];
+      const u32 others = shares <= 0 ? 0 : ((1u << (shares < RANKS ? shares : RANKS)) - 1) & ~(1u << sum.rank);
+      const bool lost = receive(sum, 1, base, others, units);
+#pragma unroll
+      for (int i = 0; i < TOGETHER && base + i < RANKS; ++i) {
+        const int share = base + i;
+        done[SHOTS == 2 ? share : 0] = share == sum.rank ? result : lost ? make_uint4(~0u, ~0u, ~0u, ~0u) : units[i];
+        if (others >> share & 1) out[first + share * ROW] = done[SHOTS == 2 ? share : 0];
+      }
     }
-    if (RESIDUAL) {
-      add(low, start.x, start.y);
-      add(high, start.z, start.w);
-    }
-    rounded(low, sum.x, sum.y);
-    rounded(high, sum.z, sum.w);
-    if (lost) sum = make_uint4(~0u, ~0u, ~0u, ~0u);  // NaNs
-    out[unit] = sum;
   }
   if (NORM) {
-    float low[4] = {}, high[4] = {};
-    add(low, sum.x, sum.y);
-    add(high, sum.z, sum.w);
-    float squares = 0.f;
+    float factors[PARTS];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) squares += low[i] * low[i] + high[i] * high[i];
-    const float factor = norm_factor(squares);
+    for (int share = 0; share < PARTS; ++share) {
+      float low[4] = {}, high[4] = {};
+      add(low, done[share].x, done[share].y);
+      add(high, done[share].z, done[share].w);
+      factors[share] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factors[share] += low[i] * low[i] + high[i] * high[i];
+      if (share >= shares) factors[share] = 0.f;
+    }
+    norm_factors(factors);
     const float by[8] = {scale[0].x, scale[0].y, scale[0].z, scale[0].w, scale[1].x, scale[1].y, scale[1].z, scale[1].w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      low[i] = low[i] * factor * by[i];
-      high[i] = high[i] * factor * by[4 + i];
+    for (int share = 0; share < PARTS; ++share) {
+      float low[4] = {}, high[4] = {};
+      add(low, done[share].x, done[share].y);
+      add(high, done[share].z, done[share].w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low[i] = low[i] * factors[share] * by[i];
+        high[i] = high[i] * factors[share] * by[4 + i];
+      }
+      uint4 scaled;
+      rounded(low, scaled.x, scaled.y);
+      rounded(high, scaled.z, scaled.w);
+      if (share < shares) normed[first + share * ROW] = scaled;
     }
-    rounded(low, sum.x, sum.y);
-    rounded(high, sum.z, sum.w);
-    if (mine) normed[unit] = sum;
   }
   __syncthreads();  // all have read the counter
-  if (threadIdx.x % SLOT == 0) *counter = number;
+  if (threadIdx.x % SLOT == 0) *counter = sum.number;
 }
