@@ -55,6 +55,11 @@ inline void cluster_store(u32 address, u32 rank, float value) {
   const u8* here = emulator::shared_pointer(address, 4, "cluster_store");
   std::memcpy(emulator::shared_of_blocks[rank] + (here - emulator::shared), &value, 4);
 }
+inline void cluster_store_4(u32 address, u32 rank, float4 v) {
+  if (address % 16) emulator::fail("cluster_store_4: unaligned address");
+  const float four[] = {v.x, v.y, v.z, v.w};
+  for (u32 i = 0; i < 4; ++i) cluster_store(address + i * 4, rank, four[i]);
+}
 inline float cluster_load(u32 address, u32 rank) {
   if (rank >= emulator::shared_of_blocks.size()) emulator::fail("cluster_load: no such block");
   const u8* here = emulator::shared_pointer(address, 4, "cluster_load");

@@ -1,0 +1,185 @@
+"""The kernel for products of few tokens in e4m3, run on the emulator, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxllm.formats import Format
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.linear import fp8_cuda
+from jaxllm.kernels.linear.fp8_cuda import Split
+from jaxllm.kernels.linear.quantized import quantize, quantize_tokens
+from tests.kernels.emulator.emulator import Kernels
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+F32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    features: int
+    inputs: int
+    split: Split
+    wide: bool = False
+    eps: float | None = None
+    activation: str | None = None
+    residual: bool = False
+    out: np.dtype = F32
+
+
+CASES = [
+    # rows of a tile, blocks of a cluster; warpgroups over the rows, and over the inputs; panels
+    Case(3, 72, 640, Split(32, 1, 1, 1, 2), out=BF16),  # rows and lines that are not there
+    Case(21, 128, 1408, Split(64, 2, 1, 2, 1)),
+    Case(3, 192, 2048, Split(64, 1, 1, 2, 1), wide=True, eps=1e-2, activation="silu", residual=True),
+]
+SLOW_CASES = [
+    Case(1, 96, 1024, Split(32, 1, 1, 2, 1)),
+    Case(8, 48, 2304, Split(48, 1, 1, 2, 2)),
+    Case(16, 224, 512, Split(224, 1, 2, 1, 1), out=BF16),
+    Case(33, 320, 384, Split(160, 1, 2, 1, 1)),
+    Case(64, 96, 1024, Split(96, 4, 2, 1, 1)),
+    Case(64, 192, 512, Split(128, 4, 2, 1, 1), activation="gelu_tanh", out=BF16),
+    Case(1, 64, 1536, Split(32, 1, 1, 2, 1), wide=True, residual=True, out=BF16),
+    Case(4, 128, 2048, Split(64, 2, 1, 2, 1), wide=True, eps=1e-5),
+]
+
+
+def operands(case: Case, seed: int) -> list[np.ndarray]:
+    """x, its scales, the weight, its scales, the norm and the residual; those that the case does not have hold NaNs."""
+    rng, (T, F, D) = np.random.default_rng(seed), (case.tokens, case.features, case.inputs)
+    x, weight = (np.clip(rng.standard_normal(shape) * 100, -448, 448) for shape in ((T, D), (F, D)))
+    scales = [rng.uniform(0.001, 0.002, (n, 1)).astype(np.float32) for n in (T, F)]
+    norm = rng.uniform(0.5, 1.5, D) if case.eps is not None else np.full(D, np.nan)
+    residual = rng.standard_normal((T, F // 2 if case.activation else F)) if case.residual else np.full(8, np.nan)
+    if case.wide:
+        x, scales[0] = x / 100, np.full(8, np.nan, np.float32)
+    first = [x.astype(BF16 if case.wide else E4M3), scales[0], weight.astype(E4M3), scales[1]]
+    return [*first, norm.astype(np.float32), residual.astype(BF16)]
+
+
+def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:
+    x, x_scale, weight, scale, norm, residual = (a.astype(np.float64) for a in arguments)
+    if case.eps is not None:
+        x = x / np.sqrt((x * x).mean(1, keepdims=True) + case.eps) * norm
+    if case.wide:
+        values, found = quantize_tokens(jnp.asarray(x.astype(BF16)))
+        x, x_scale = (np.asarray(a).astype(np.float64) for a in (values, found))
+    y = (x * x_scale) @ (weight * scale).T
+    if case.activation:
+        gate, up = np.split(y, 2, axis=1)
+        slope = {"silu": gate, "gelu_tanh": 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)}[case.activation]
+        y = gate / (1 + np.exp(-slope)) * up
+    return y + residual if case.residual else y
+
+
+def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """What `fp8_cuda.implementation` launches, on the emulator."""
+    ran: list[Kernels] = []
+
+    def compile_ptx(kernel, source, macros):
+        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
+        return ""
+
+    def launch(name, ptx, operands, results, *, grid, threads, shared):
+        out = [(result.shape, np.dtype(result.dtype)) for result in results]
+        return ran[0].run(name, operands, out, grid=grid, threads=threads, shared=shared, seed=seed)
+
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
+    monkeypatch.setattr(call, "launch", launch)
+    kernel = fp8_cuda.implementation(
+        jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype),
+        case.features,
+        eps=case.eps,
+        activation=case.activation,
+        residual=case.residual,
+        out_dtype=case.out,
+        split=case.split,
+    )
+    return kernel(*arguments)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str
+)
+def test_equals_float64(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = operands(case, seed)
+    out, wanted = run(case, arguments, seed, monkeypatch), expected(case, arguments)
+    assert out.dtype == case.out and out.shape == wanted.shape
+    tolerance = 1e-6 if case.out == F32 else 4e-3
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
+def test_a_token_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[1]
+    arguments = operands(case, 0)
+    before = run(case, arguments, 0, monkeypatch)
+    arguments[0][[0, 20]] = 3
+    after = run(case, arguments, 2, monkeypatch)
+    np.testing.assert_array_equal(before[1:20].view(np.uint32), after[1:20].view(np.uint32))
+    assert (before[0] != after[0]).any()
+
+
+@pytest.mark.parametrize(("tokens", "wide"), [(1, True), (4, True), (8, False), (16, False), (32, False), (64, False)])
+@pytest.mark.parametrize(
+    ("features", "inputs"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 28672)]
+)
+def test_the_split_fills_the_chip(tokens: int, wide: bool, features: int, inputs: int) -> None:
+    wide = wide and inputs < 16384  # more do not fit
+    split = fp8_cuda.splitting(tokens, features, inputs, wide=wide, gated=features == 28672)
+    assert split.fits(tokens, inputs, wide) and split.shared(tokens, inputs, wide) <= call.MAX_SHARED
+    blocks = split.grid(features)
+    assert blocks / (-(-blocks // call.SMS) * call.SMS) > 0.9
+    stages = split.stages(tokens, inputs, wide)
+    assert (stages - 1) * split.lines * 128 * split.rows >= 48 << 10
+
+
+def test_what_it_refuses() -> None:
+    for shape, dtype, features, options in (
+        ((65, 1024), E4M3, 64, {}),
+        ((1, 1000), E4M3, 64, {}),
+        ((1, 1024), E4M3, 60, {}),
+        ((1, 1024), E4M3, 64, {"eps": 1e-5}),
+        ((1, 1024), E4M3, 64, {"activation": "gelu"}),
+        ((5, 1024), BF16, 64, {}),
+        ((4, 8192), BF16, 8192, {"eps": 1e-5}),  # more than a thread has registers for
+        ((1, 1024), F32, 64, {}),
+    ):
+        with pytest.raises(NotImplementedError):
+            fp8_cuda.implementation(jax.ShapeDtypeStruct(shape, dtype), features, **options)
+    weight = quantize(jnp.ones((64, 128), jnp.bfloat16), Format("fp8"))
+    with pytest.raises(NotImplementedError, match="no GPU"):
+        fp8_cuda.matmul(jnp.zeros((1, 128), jnp.bfloat16), weight)
+
+
+def test_it_is_used_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(fp8_cuda, "FASTER", ((1, 8, 64, 128),))
+    weight = quantize(jnp.ones((64, 128), jnp.bfloat16), Format("fp8"))
+    fp8_cuda.choose(8, weight)
+    with pytest.raises(NotImplementedError, match="9 tokens"):
+        fp8_cuda.choose(9, weight)
+    with pytest.raises(NotImplementedError, match="one scale for each row"):
+        fp8_cuda.choose(1, quantize(jnp.ones((64, 128), jnp.bfloat16), Format("int8")))
+
+
+def test_a_program_for_a_cpu_has_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other side of the choice that is made when the program is compiled."""
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(call, "compile_or_refuse", lambda *_: "")
+    monkeypatch.setattr(fp8_cuda, "FASTER", ((1, 64, 64, 128),))
+    rng = np.random.default_rng(0)
+    x, wide = (jnp.asarray(rng.standard_normal((n, 128)), jnp.bfloat16) for n in (4, 64))
+    weight = quantize(wide, Format("fp8"))
+    found = jax.jit(lambda x, w: fp8_cuda.matmul(x.reshape(2, 2, 128), w))(x, weight)
+    wanted = fp8_cuda.quantized.matmul(x, weight).reshape(2, 2, 64)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
