@@ -142,7 +142,8 @@ RING, SKINNY, TILES = ["grouped_ring"] * 2, ["grouped_skinny"] * 2, ["grouped_ti
         (300, 128, jnp.bfloat16, ["grouped_list", *TILES]),
         (300, 96, jnp.bfloat16, []),  # no tile of 256 rows
         (2, 128, jnp.float32, []),
-        (2, 128, Format("fp8"), SKINNY),
+        (1, 128, Format("fp8"), RING),
+        (2, 192, Format("fp8"), SKINNY),  # rows of a line and a half
         (2, 96, Format("fp8"), []),  # rows of 96 bytes
         (30, 192, Format("fp8", group=64), ["grouped_list", *SKINNY]),
         (30, 192, Format("fp8", group=32), []),  # a scale for fewer inputs than a load has

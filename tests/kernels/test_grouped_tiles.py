@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.kernels.cuda import call
-from jaxllm.kernels.grouped_matmul import cuda, tiles_cuda
+from jaxllm.kernels.grouped_matmul import cuda, ring_cuda, tiles_cuda
 from jaxllm.kernels.linear.quantized import dequantize, quantize_tokens
 from tests.kernels.test_grouped_skinny import emulated, expected, operands, scaled
 
@@ -70,7 +70,7 @@ def test_what_the_kernel_cannot_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [cuda, tiles_cuda])
+@pytest.mark.parametrize("module", [cuda, ring_cuda, tiles_cuda])
 def test_checks(module, emulated, monkeypatch) -> None:
     """Those at start pass, and find a scale that is wrong."""
     monkeypatch.setattr(call, "SMS", 4)

@@ -73,7 +73,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
         checks |= {moe_token.KERNEL: moe_token.check}
     if experts and quantized:
-        for module in (experts_cuda, tiles_cuda):
+        for module in (experts_cuda, ring_cuda, tiles_cuda):
             checks[module.QUANTIZED] = module.check_quantized
     if not any(map(call.usable, checks)):
         return True

@@ -31,6 +31,7 @@
 //   AHEAD            bytes of `ahead`, the weight that is read next, that a block lets the second-level cache fetch, from
 //   AHEAD_BYTES      of its expert: otherwise memory has nothing to do between two kernels
 #include "cluster.cuh"
+#include "e4m3.cuh"
 #include "stream.cuh"
 
 constexpr int HALF = 8 / SPAN;  // rows, and columns, of half of a product
@@ -52,13 +53,6 @@ static_assert(INPUTS % GROUP == 0 && SCALED_BY % 64 == 0 && (LIST || PAIRS <= 64
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
   return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
-}
-
-// Two neighbouring e4m3 of a word as two bf16: sign, exponent and mantissa move to their places, and the exponents' bias
-// is put right by a factor of 2^120. `pair` 0: bytes 0 and 1, 1: bytes 2 and 3.
-DEVICE u32 widen(u32 word, int pair) {
-  const u32 apart = select_bytes(word, 0u, pair ? 0x3424 : 0x1404);
-  return fma_bf16x2((apart & 0x80008000u) | ((apart & 0x7F007F00u) >> 4), 0x7B807B80u, 0x80008000u);
 }
 
 // The row of the weight that lies at `row` of a tile. Gated: half a product of the gate, the same rows of up, and so on.
@@ -163,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_skinny(
         float sum[NS][4] = {};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          const u32 wide[4] = {widen(tops[k], 0), widen(bottoms[k], 0), widen(tops[k], 1), widen(bottoms[k], 1)};
+          const u32 wide[4] = {widen_e4m3(tops[k], 0), widen_e4m3(bottoms[k], 0), widen_e4m3(tops[k], 1),
+                               widen_e4m3(bottoms[k], 1)};
 #pragma unroll
           for (int n = 0; n < NS; n++) {
             const uint4 v = b[i][n][k / 2 % PIECES];
