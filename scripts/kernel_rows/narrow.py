@@ -15,6 +15,11 @@ from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, va
 
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
+from jaxllm.kernels.paged_attention import decode_cuda
+from jaxllm.kernels.rope_write import cuda as rope_cuda
+
+O = 32
+"""Tokens of a page."""
 
 TOKENS = (8, 16, 24, 32, 64)
 LLAMA_70B_TP4 = {
@@ -148,6 +153,54 @@ def layer(T: int) -> dict[str, Any]:
     return found | {"xla_us": time_call(jax.jit(partial(program, reference.linear)), x, given, calls=LAYERS) * 1e6}
 
 
+def around_attention(T: int, tokens: int) -> dict[str, Any]:
+    """A layer with attention over so many tokens of each row, whose writing of pages lets the second-level cache fetch
+    some megabytes of the output product's weight.
+    """
+    names = ("qkv", "o", "gate_up", "down")
+    given = [[weights(name)[i] for name in names] for i in range(LAYERS)]
+    norm = (jnp.ones(4096, F32), EPS)
+    width = -(-tokens // O)
+    pools = [jnp.full((T * width + 1, 2, 8, O, 128), 0.01 * (i + 1), BF16) for i in range(LAYERS)]
+    pages = 1 + jnp.arange(T * width, dtype=jnp.int32).reshape(T, width)
+    positions = jnp.full((T, 1), tokens - 1, jnp.int32)
+    angle = jnp.ones((T, 1, 64), F32)
+
+    def own(x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
+        norm, activation, residual = (options.get(name) for name in ("norm", "activation", "residual"))
+        x = x if norm is None else reference.rms_norm(x, norm)
+        run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None)
+        return run(x, weight, residual)
+
+    def program(fetched: int, x: jax.Array, given: list[list[jax.Array]], pools: list[jax.Array]) -> Any:
+        written = []
+        for (qkv, o, gate_up, down), pool in zip(given, pools, strict=True):
+            y = own(x, qkv, norm=norm).reshape(T, 48, 128)
+            place = (pages[:, -1], jnp.full(T, (tokens - 1) % O, jnp.int32))
+            made = (y, jnp.cos(angle), jnp.sin(angle), pool, *place, None, None)
+            q, pool = rope_cuda.choose(*made, eps=0.0, fetched=fetched)(*made, o)
+            attend = decode_cuda.prepare(q[:, None], pool, pages, scale=128**-0.5, softcap=None)
+            y = attend(q[:, None], pool, pages, positions)[0].reshape(T, 4096)
+            x = own(y, o, residual=x)
+            y = own(x, gate_up, norm=norm, activation="silu")
+            x = own(y, down, residual=x)
+            written.append(pool)
+        return x, written
+
+    x = values(0, T, 4096)
+    found: dict[str, Any] = {}
+    for megabytes in (0, 8, 16, 32):
+        call = jax.jit(partial(program, megabytes << 20), donate_argnums=2)
+        state = [[pool + 0 for pool in pools]]
+
+        def again(call: Any = call, state: list[Any] = state) -> jax.Array:
+            out, state[0] = call(x, given, state[0])
+            return out
+
+        found[f"{megabytes} MiB"] = time_call(again, calls=LAYERS) * 1e6
+    return found
+
+
 def rows() -> Iterator[Row]:
     yield Row("right 8b", partial(right, {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}))
     yield Row("right 70b tp4", partial(right, LLAMA_70B_TP4))
@@ -157,3 +210,5 @@ def rows() -> Iterator[Row]:
         for names in (("qkv", "o"), ("gate_up", "down")):
             yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
         yield Row(f"lm_head T={T}", partial(products, ("lm_head",), T))
+    for T in (1, 8):
+        yield Row(f"fetched ahead T={T}", partial(around_attention, T, 256))

@@ -40,16 +40,17 @@ def inputs(T, N, K, H, O, dtype, norm):
 def test_kernel_equals_reference(sizes, seed) -> None:
     arguments = inputs(*sizes)
     qkv, cos, sin, kv, page, slot, *norms = arguments
-    macros = cuda.macros_of(qkv, kv, norm=norms[0] is not None, eps=1e-5)
+    fetched = 530_000 if len(qkv) == 3 else 0  # only within `ahead`, or the emulator says so
+    macros = cuda.macros_of(qkv, kv, norm=norms[0] is not None, eps=1e-5, fetched=fetched)
     weights = [cos if w is None else w for w in norms]
-    operands = [np.asarray(a) for a in (qkv, cos, sin, page, slot, *weights, kv)]
+    operands = [np.asarray(a) for a in (qkv, cos, sin, page, slot, *weights, np.zeros(530_000, np.uint8), kv)]
     q, pool = Kernels(rtc.SOURCES / "rope_write.cu", macros).run(
         "rope_write",
         operands,
         [((qkv.shape[0], macros["HEADS"], qkv.shape[2]), BF16), (kv.shape, kv.dtype)],
-        grid=cuda.grid_of(qkv.shape),
+        grid=cuda.grid_of(qkv.shape, fetched),
         threads=32 * cuda.WARPS,
-        aliases={7: 1},
+        aliases={8: 1},
         seed=seed,
     )
     wanted_q, wanted_pool = reference.rope_write(*arguments, eps=1e-5)

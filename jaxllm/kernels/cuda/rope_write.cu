@@ -2,11 +2,15 @@
 // the writing of keys and values into their pages, in one pass. A warp takes a head of a token; its lanes hold pairs of
 // neighbouring dims of both halves of the head, which rotate against each other.
 //
-// Macros: HEADS of queries; K KV heads; H head dim; O tokens of a page; WARPS; FP8 (pages are e4m3); NORM, EPS.
-// Grid: T, and enough for N + 2K heads.
-#include "ptx.cuh"
+// With few tokens neither this nor attention keeps the memory busy: more blocks let the second-level cache fetch AHEAD
+// bytes of `ahead`, the weight that is read after attention.
+//
+// Macros: HEADS of queries; K KV heads; H head dim; O tokens of a page; WARPS; FP8 (pages are e4m3); NORM, EPS; AHEAD.
+// Grid: T, and enough for N + 2K heads, and for AHEAD_PIECE bytes of AHEAD for each thread.
+#include "cluster.cuh"
 
-constexpr int N = HEADS, HALF = H / 2, PAIRS = (HALF + 63) / 64;
+constexpr int N = HEADS, HALF = H / 2, PAIRS = (HALF + 63) / 64, BLOCKS = (N + 2 * K + WARPS - 1) / WARPS;
+constexpr u32 AHEAD_PIECE = 2048;
 
 DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
 DEVICE float high_of(u32 two) { return bf16_to_float((u16)(two >> 16)); }
@@ -17,11 +21,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rope_write(
     const float* sine,    // [T, H / 2]
     const int* page, const int* slot,  // [T]
     const float* q_norm, const float* k_norm,  // [H]
+    const u8* ahead,      // [AHEAD] and more
     const u8*,            // the pool, which is written in place
     u16* q,               // [T, N, H]
     u8* kv                // [P, 2, K, O, H]
 ) {
   const int token = blockIdx.x, head = blockIdx.y * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (AHEAD && blockIdx.y >= BLOCKS) {
+    const size_t at = (((blockIdx.y - BLOCKS) * (size_t)gridDim.x + token) * WARPS * 32 + threadIdx.x) * AHEAD_PIECE;
+    if (at < AHEAD) prefetch(ahead + at, AHEAD - at < AHEAD_PIECE ? AHEAD - at : AHEAD_PIECE);
+    return;
+  }
   if (head >= N + 2 * K) return;
   const u32* from = (const u32*)(qkv + ((size_t)token * (N + 2 * K) + head) * H);
   const bool is_value = head >= N + K;

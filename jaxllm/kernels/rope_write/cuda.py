@@ -15,13 +15,16 @@ from jaxllm.kernels.rope_write import reference
 
 KERNEL = "rope_write"
 WARPS = 4
+AHEAD_PIECE = 2048
 HEAD_DIMS = (64, 96, 128, 256)
 
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def macros_of(qkv_TCH: jax.Array, kv_PYKOH: jax.Array, *, norm: bool, eps: float) -> dict[str, object]:
-    """Raises NotImplementedError for what the kernel cannot do."""
+def macros_of(
+    qkv_TCH: jax.Array, kv_PYKOH: jax.Array, *, norm: bool, eps: float, fetched: int = 0
+) -> dict[str, object]:
+    """fetched: see `choose`. Raises NotImplementedError for what the kernel cannot do."""
     C, H = qkv_TCH.shape[1:]
     _, _, K, O, _ = kv_PYKOH.shape
     if qkv_TCH.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
@@ -30,12 +33,12 @@ def macros_of(qkv_TCH: jax.Array, kv_PYKOH: jax.Array, *, norm: bool, eps: float
         raise NotImplementedError(f"head dim {H}, not one of {HEAD_DIMS}")
     fp8 = int(kv_PYKOH.dtype == jnp.float8_e4m3fn)
     sizes = {"HEADS": C - 2 * K, "K": K, "H": H, "O": O, "WARPS": WARPS}
-    return {**sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps))}
+    return {**sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps)), "AHEAD": fetched}
 
 
-def grid_of(qkv_shape: Sequence[int]) -> tuple[int, int]:
-    """A warp takes a head of a token."""
-    return qkv_shape[0], -(-qkv_shape[1] // WARPS)
+def grid_of(qkv_shape: Sequence[int], fetched: int = 0) -> tuple[int, int]:
+    """A warp takes a head of a token, and a thread a piece of what is fetched."""
+    return qkv_shape[0], -(-qkv_shape[1] // WARPS) + -(-fetched // (AHEAD_PIECE * WARPS * 32 * qkv_shape[0]))
 
 
 def choose(
@@ -49,11 +52,15 @@ def choose(
     k_norm_H: jax.Array | None,
     *,
     eps: float,
+    fetched: int = 0,
 ) -> Kernel:
-    """The kernel for these arguments, compiled. Raises NotImplementedError where XLA must do the work."""
+    """The kernel for these arguments, compiled. Raises NotImplementedError where XLA must do the work.
+
+    fetched: bytes, a multiple of 16, of the weight `ahead` that the second-level cache fetches meanwhile.
+    """
     call.require(KERNEL)
-    macros = macros_of(qkv_TCH, kv_PYKOH, norm=q_norm_H is not None, eps=eps)
-    return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros))
+    macros = macros_of(qkv_TCH, kv_PYKOH, norm=q_norm_H is not None, eps=eps, fetched=fetched)
+    return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros), fetched=fetched)
 
 
 def run(
@@ -65,8 +72,10 @@ def run(
     slot_T: jax.Array,
     q_norm_H: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
+    ahead: jax.Array | None = None,
     *,
     ptx: str,
+    fetched: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """One launch; see `api.rope_write`."""
     T, C, H = qkv_TCH.shape
@@ -74,14 +83,14 @@ def run(
     q_TNH, kv_PYKOH = call.launch(
         KERNEL,
         ptx,
-        [qkv_TCH, cos, sin, page_T, slot_T, *norms, kv_PYKOH],
+        [qkv_TCH, cos, sin, page_T, slot_T, *norms, cos if ahead is None else ahead, kv_PYKOH],
         [
             jax.ShapeDtypeStruct((T, C - 2 * kv_PYKOH.shape[2], H), qkv_TCH.dtype),
             jax.ShapeDtypeStruct(kv_PYKOH.shape, kv_PYKOH.dtype),
         ],
-        grid=grid_of(qkv_TCH.shape),
+        grid=grid_of(qkv_TCH.shape, fetched),
         threads=32 * WARPS,
-        aliases={7: 1},
+        aliases={8: 1},
     )
     return q_TNH, kv_PYKOH
 
