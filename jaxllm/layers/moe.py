@@ -12,15 +12,11 @@ from jax import lax
 
 from jaxllm.kernels.grouped_matmul import api
 from jaxllm.kernels.linear.api import matmul
-from jaxllm.kernels.linear.quantized import QuantizedWeight
-from jaxllm.kernels.moe_token import cuda as one_token
 from jaxllm.kernels.router import cuda
-from jaxllm.layers.linear import RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.layers.stream import settle
-from jaxllm.parallel.collectives import Axes, ranks
+from jaxllm.parallel.collectives import Axes
 from jaxllm.parallel.expert import experts
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec
@@ -212,36 +208,6 @@ class MoE(nnx.Module):
                 max_tokens=dispatch.max_tokens,
             )
         return y_TD if residual is None else residual + y_TD, load_E
-
-    def after_heads(self, x_TD: jax.Array, found_TD: jax.Array, out: RowLinear, norm: RMSNorm) -> jax.Array:
-        """A layer from what attention's heads found to its end, by one kernel: x + out(found), and the layer on that.
-
-        For one token on one GPU. Raises NotImplementedError where `out` and `__call__` must do it.
-        """
-        router = self.router
-        biases = (self.gate_up_bias, self.down_bias, out.bias, router.logit_bias)
-        if x_TD.shape[0] != 1 or self.shared is not None or any(bias is not None for bias in biases):
-            raise NotImplementedError("more tokens than one, shared experts or biases")
-        axes = (*self.layout.axes("experts"), *self.layout.axes("expert_ffn"), *self.layout.axes("requests"), *out.axes)
-        if ranks(axes) > 1 or self.slots is not None or self.layout.counts_loads or router.groups > 1:
-            raise NotImplementedError("several ranks, experts in slots or groups of them")
-        output, gate_up, down = out.weight[...], self.gate_up[...], self.down[...]
-        if isinstance(output, QuantizedWeight) or isinstance(gate_up, QuantizedWeight):
-            raise NotImplementedError("quantised weights")
-        if isinstance(down, QuantizedWeight):
-            raise NotImplementedError("quantised weights")
-        choice = cuda.Choice(router.chosen, norm.eps, router.normalise, router.sigmoid, router.scale)
-        bias_E = None if router.bias is None else router.bias[...]
-        weights = (output, norm.weight[...], router.weight[...], bias_E, gate_up, down)
-        operands = one_token.Operands(x_TD, found_TD, *weights)
-        kernel = one_token.choose(operands, choice, activation=self.activation)
-
-        def plain(operands: one_token.Operands) -> jax.Array:
-            assert operands.attended is not None
-            y_TD = settle(out(operands.attended, residual=operands.x))[0]
-            return self(y_TD, norm, (), y_TD)[0]
-
-        return lax.platform_dependent(operands, cuda=kernel, default=plain)
 
 
 def in_slots(chosen_TX: jax.Array, table: jax.Array, num_experts: int) -> jax.Array:

@@ -24,6 +24,7 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.kernels.linear.product import QuantizedTokens
+from jaxllm.layers import one_token
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
 from jaxllm.layers.linear import ColumnLinear, RowLinear
@@ -150,6 +151,10 @@ class Block(nnx.Module):
     ) -> tuple[Stream, KVPages, jax.Array | None]:
         """The layer on x, the written pages, and the tokens of each expert where they are counted."""
         load_E = None
+        try:
+            return *self._in_one_launch(x, rope, kv, batch), None
+        except NotImplementedError:
+            pass
         # Where there is no norm between, the product itself adds the residual.
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
@@ -159,7 +164,10 @@ class Block(nnx.Module):
             if isinstance(self.attention, Attention) and isinstance(self.mlp, MoE):
                 found_TD, kv = self.attention.heads_of(y_TD, norm, rope, kv, batch, spread)
                 try:
-                    return self._end(x_TD, found_TD, spread), kv, None
+                    if spread or post_attention is not None or post_mlp is not None:
+                        raise NotImplementedError("spread tokens, or norms of the halves' results")
+                    out, mlp = self.attention.out, self.mlp
+                    return one_token.second_half(x_TD, found_TD, out, self.mlp_norm, mlp), kv, None
                 except NotImplementedError:
                     x = self.attention.out(found_TD, spread, residual=residual)
             else:
@@ -181,13 +189,17 @@ class Block(nnx.Module):
             x = x if post_mlp is None else x_TD + post_mlp(settle(x)[0])
         return x, kv, load_E
 
-    def _end(self, x_TD: jax.Array, found_TD: jax.Array, spread: Axes) -> jax.Array:
-        """The layer after attention's heads by one kernel. Raises NotImplementedError where there is none."""
-        if not isinstance(self.mlp, MoE) or spread or self.post_attention_norm or self.post_mlp_norm:
-            raise NotImplementedError("no experts, spread tokens or norms of the halves' results")
-        assert isinstance(self.attention, Attention)
-        with jax.named_scope("mlp"):
-            return self.mlp.after_heads(x_TD, found_TD, self.attention.out, self.mlp_norm)
+    def _in_one_launch(
+        self, x: Stream, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
+    ) -> tuple[jax.Array, KVPages]:
+        """`__call__` by one kernel. Raises NotImplementedError where there is none."""
+        if not isinstance(self.mlp, MoE) or not isinstance(self.attention, Attention) or not isinstance(x, jax.Array):
+            raise NotImplementedError("no experts, latents, or a sum that is still to be made")
+        if self.post_attention_norm is not None or self.post_mlp_norm is not None:
+            raise NotImplementedError("norms of the halves' results")
+        norms = (self.input_norm, self.mlp_norm)
+        with jax.named_scope("layer"):
+            return one_token.layer(x, norms, self.attention, self.mlp, rope, kv, batch)
 
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
         """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""

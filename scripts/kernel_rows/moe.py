@@ -16,6 +16,7 @@ from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.linear.quantized import Weight, quantize
 from jaxllm.kernels.moe_token import cuda as one_token
+from jaxllm.kernels.moe_token import layer_cuda as one_layer
 from jaxllm.kernels.router import cuda as router
 
 BF16 = jnp.bfloat16
@@ -200,11 +201,57 @@ def token_speed(shape: str, attended: bool = True, **options: Any) -> dict[str, 
     return rate(seconds, moved=moved)
 
 
+HEADS = {"qwen3-30b-a3b": (32, 4), "mixtral-8x7b": (32, 8)}
+"""Of queries, and of keys and values."""
+QK_SCALE = one_layer.HEAD_DIM**-0.5
+
+
+def layer_right() -> dict[str, Any]:
+    """A token through a whole layer by one kernel, against float32; the same each time it runs."""
+    found: dict[str, Any] = {}
+    worst, cases = 0.0, 0
+    choice = router.Choice(8, 1e-6)
+    for tokens in (1, 16, 129, 512, 513, 3000, 20_000):
+        for heads, norms in (((32, 4), True), ((16, 8), False)):
+            operands = one_layer.random_operands(2048, heads, 64, 768, tokens, norms=norms, seed=tokens)
+            kernel = jax.jit(one_layer.implementation(operands, choice, activation="silu", scale=QK_SCALE))
+            results = [[np.asarray(array) for array in kernel(operands)] for _ in range(5)]
+            if not all(np.array_equal(a, b) for again in results for a, b in zip(results[0], again, strict=True)):
+                found["not reproducible"] = f"{tokens} tokens, {heads} heads"
+            error = one_layer.difference(operands, (results[0][0], results[0][1]), choice, QK_SCALE)
+            worst, cases = max(worst, error if error == error else np.inf), cases + 1
+    return {"difference": worst, "cases": cases, "wrong": not worst < 1e-2 or bool(found), **found}
+
+
+def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
+    """Of a layer at one token, each call after the one before and with a router of its own."""
+    E, X, D, F = SHAPES[shape]
+    (N, K), H, calls = HEADS[shape], one_layer.HEAD_DIM, 8
+    operands = one_layer.random_operands(D, (N, K), E, F, tokens)
+    kernel = one_layer.implementation(operands, router.Choice(X, 1e-6), activation="silu", scale=QK_SCALE, **options)
+    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
+
+    def chain(operands: one_layer.Operands, routers: jax.Array) -> jax.Array:
+        for weight in routers:
+            x, kv = kernel(operands._replace(router=weight))
+            operands = operands._replace(x=x, kv_PYKOH=kv)
+        return operands.x
+
+    seconds = time_call(jax.jit(chain), operands, routers, calls=calls)
+    moved = 2 * (D * ((2 * N + 2 * K) * H + E + X * 3 * F) + 2 * K * H * tokens)
+    return rate(seconds, moved=moved)
+
+
 def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("token right", token_right)
     for shape in A:
         yield Row(f"token {shape}", partial(token_speed, shape))
+    yield Row("layer right", layer_right)
+    for tokens in (192, 1000, 4000, 32_000):
+        yield Row(f"layer qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens))
+    yield Row("layer qwen3-30b-a3b at 1000 tokens, alone", partial(layer_speed, "qwen3-30b-a3b", 1000, alone=8))
+    yield Row("layer mixtral-8x7b at 192 tokens", partial(layer_speed, "mixtral-8x7b", 192))
     yield Row("token qwen3-30b-a3b without the output product", partial(token_speed, "qwen3-30b-a3b", False))
     yield Row("token qwen3-30b-a3b with short rings", partial(token_speed, "qwen3-30b-a3b", slots=4))
     for T in (1, 64, 256):

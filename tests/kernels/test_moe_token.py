@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.moe_token import cuda
+from jaxllm.kernels.moe_token import cuda, layer_cuda
 from jaxllm.kernels.router.cuda import Choice
 from tests.kernels.emulator.emulator import Kernels
 
@@ -61,6 +61,42 @@ def test_equals_xla(case, seed: int, emulated) -> None:
     assert error < 5e-3
 
 
+LAYERS = [
+    # heads, KV heads, tokens, page, norms, units for each warp that one block has
+    (8, 2, 70, 16, True, 1),
+    pytest.param((4, 1, 21, 32, False, 4), marks=pytest.mark.slow),
+    pytest.param((2, 2, 0, 16, True, 4), marks=pytest.mark.slow),
+    pytest.param((8, 1, 300, 32, True, 1), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_layer_equals_xla(case, seed: int, emulated, monkeypatch) -> None:
+    """Contexts of one block and of several, a token in a page's last places, and no token."""
+    monkeypatch.setattr(call, "SMS", 5)
+    N, K, tokens, page, norms, alone = case
+    choice, how = Choice(2, 1e-6), {"activation": "silu", "scale": 0.1}
+    operands = layer_cuda.random_operands(256, (N, K), 4, 256, tokens, page=page, norms=norms, seed=seed)
+    emulated[0] = seed
+    kv = operands.kv_PYKOH
+    if tokens % page:  # what follows the last token may be anything
+        kv = kv.at[operands.page[0], :, :, tokens % page :].set(jnp.nan)
+    out, pool = layer_cuda.implementation(operands._replace(kv_PYKOH=kv), choice, slots=3, alone=alone, **how)(
+        operands._replace(kv_PYKOH=kv)
+    )
+    wanted, wanted_pool = layer_cuda.plain(operands, choice, **how)
+    out, wanted, start = (np.asarray(a, np.float32) for a in (out, wanted, operands.x))
+    if tokens:
+        assert np.linalg.norm(out - wanted) < 6e-3 * np.linalg.norm(wanted - start)
+    assert np.isfinite(out).all()
+    there = np.isfinite(np.asarray(kv, np.float32))
+    there[int(operands.page[0]), :, :, int(operands.slot[0])] = True
+    there[0] = False  # page 0 is nobody's
+    a, b = (np.asarray(x, np.float32)[there] for x in (pool, wanted_pool))
+    assert np.abs(a - b).max() <= 0.01 * np.abs(b).max()
+
+
 def test_what_the_kernel_cannot_do() -> None:
     def of(T=1, D=256, F=256, dtype=jnp.bfloat16, A=256):
         shapes = ((T, D), (T, A), (D, A), (D,), (8, D), (8, 2 * F, D), (8, D, F))
@@ -79,11 +115,15 @@ MODEL = Path(__file__).parents[1] / "golden" / "qwen3_moe"
 
 def test_steps_of_one_token_ask_for_it(monkeypatch) -> None:
     """And what stands for it elsewhere gives the tokens that the layer's parts give."""
-    asked = []
+    asked, layers = [], []
 
     def choose(operands, choice, *, activation):
         asked.append(tuple(None if array is None else array.shape for array in operands))
         return lambda operands: operands.x * jnp.nan  # traced, and not run on a CPU
+
+    def choose_layer(operands, choice, *, activation, scale):
+        layers.append(operands.kv_PYKOH.shape)
+        return lambda operands: (operands.x * jnp.nan, operands.kv_PYKOH)
 
     def tokens(prompt: list[int]) -> list[int]:
         jax.clear_caches()  # alike layers share a trace
@@ -99,3 +139,7 @@ def test_steps_of_one_token_ask_for_it(monkeypatch) -> None:
     monkeypatch.setattr(cuda, "choose", choose)
     assert tokens([3, 1, 4]) == wanted
     assert asked and all(shapes[0][0] == 1 and None not in shapes[:5] for shapes in asked)
+    half = len(asked)
+    monkeypatch.setattr(layer_cuda, "choose", choose_layer)
+    assert tokens([3, 1, 4]) == wanted
+    assert len(asked) == half and len(layers) > 0

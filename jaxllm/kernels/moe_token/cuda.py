@@ -27,8 +27,8 @@ PIECE = 256
 SLOT = 4096
 """Bytes of a stage of a warp's ring."""
 MOST_SLOTS = 6
-MEASURED = False
-"""Whether it was found to be faster than what it replaces; until then only with `JAXLLM_CUDA=+moe_token`."""
+MEASURED = {"moe_token": False, "moe_layer": False}
+"""Which kernels were found to be faster than what they replace; the others only with `JAXLLM_CUDA=+moe_token`."""
 
 
 class Operands(NamedTuple):
@@ -52,15 +52,20 @@ Kernel = Callable[[Operands], jax.Array]
 """The residual stream after the layer, [1, D]."""
 
 
-def choose(operands: Operands, choice: Choice, *, activation: str) -> Kernel:
-    """The kernel, compiled. Raises NotImplementedError where others must do the work."""
-    call.require(KERNEL)
-    if not MEASURED and f"+{KERNEL}" not in os.environ.get("JAXLLM_CUDA", "").split(","):
+def require(kernel: str) -> None:
+    """As `call.require`, for kernels of this folder."""
+    call.require(kernel)
+    if not MEASURED.get(kernel) and f"+{kernel}" not in os.environ.get("JAXLLM_CUDA", "").split(","):
         raise NotImplementedError("not measured")
     if jax.default_backend() == "gpu":
         processors = getattr(jax.local_devices()[0], "core_count", call.SMS)
         if processors < call.SMS:
             raise NotImplementedError(f"{processors} multiprocessors, and each block wants one of {call.SMS}")
+
+
+def choose(operands: Operands, choice: Choice, *, activation: str) -> Kernel:
+    """The kernel, compiled. Raises NotImplementedError where others must do the work."""
+    require(KERNEL)
     return implementation(operands, choice, activation=activation)
 
 
@@ -70,24 +75,10 @@ def implementation(operands: Operands, choice: Choice, *, activation: str, slots
     slots: of a warp's ring; None for as many as fit.
     Raises NotImplementedError where there is none.
     """
-    x, attended, output, _, router, bias, gate_up, down = operands
-    (T, D), (E, _, F), X = x.shape, down.shape, choice.chosen
-    A = 0 if attended is None else attended.shape[1]
-    used = [a for a in (x, attended, output, router, gate_up, down) if a is not None]
-    if any(getattr(a, "dtype", None) != jnp.bfloat16 for a in used) or ACTIVATIONS.get(activation, 0) == 0:
-        raise NotImplementedError(f"{activation} of other dtypes than bfloat16")
-    if T != 1 or any(size % PIECE for size in (D, F, A)) or router.shape[0] != E:
-        raise NotImplementedError(f"{T} tokens, widths of {D}, {F} and {A}, {E} of {router.shape[0]} experts")
-    rest = 2 * max(A, D, X * F) + WARPS * X * 8 + WARPS * 4
-    slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
-    shared = WARPS * slots * SLOT + rest
-    if slots < 3:
-        raise NotImplementedError(f"inputs of {max(A, D, X * F)} numbers")
-    macros = choice.macros(E, bias is not None) | {
-        "WIDTH": D, "FFN": F, "ATTENDED": A, "EPS": f"{choice.eps!r}f", "GATED": ACTIVATIONS[activation],
-        "BLOCKS": call.SMS, "WARPS": WARPS, "SLOTS": slots,
-    }  # fmt: skip
+    A = 0 if operands.attended is None else operands.attended.shape[1]
+    macros, shared = macros_of(operands, A, choice, activation=activation, slots=slots)
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    (E, D, F), X = operands.down.shape, choice.chosen
     results = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
@@ -112,6 +103,31 @@ def implementation(operands: Operands, choice: Choice, *, activation: str, slots
         )[0]
 
     return run
+
+
+def macros_of(
+    operands: Operands, A: int, choice: Choice, *, activation: str, slots: int | None, beside: int = 0
+) -> tuple[dict[str, object], int]:
+    """Macros of `cuda/moe_token.cuh`, and bytes of shared memory, of which `beside` are for something else.
+
+    A: inputs of the output product. Raises NotImplementedError for what the kernel cannot do.
+    """
+    x, _, output, _, router, bias, gate_up, down = operands
+    (T, D), (E, _, F), X = x.shape, down.shape, choice.chosen
+    used = [a for a in (x, output, router, gate_up, down) if a is not None]
+    if any(a.dtype != jnp.bfloat16 for a in used) or ACTIVATIONS.get(activation, 0) == 0:
+        raise NotImplementedError(f"{activation} of other dtypes than bfloat16")
+    if T != 1 or any(size % PIECE for size in (D, F, A)) or router.shape[0] != E:
+        raise NotImplementedError(f"{T} tokens, widths of {D}, {F} and {A}, {E} of {router.shape[0]} experts")
+    rest = 2 * max(A, D, X * F) + WARPS * X * 8 + WARPS * 4 + beside
+    slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
+    if slots < 3:
+        raise NotImplementedError(f"inputs of {max(A, D, X * F)} numbers")
+    macros = choice.macros(E, bias is not None) | {
+        "WIDTH": D, "FFN": F, "ATTENDED": A, "EPS": f"{choice.eps!r}f", "GATED": ACTIVATIONS[activation],
+        "BLOCKS": call.SMS, "WARPS": WARPS, "SLOTS": slots,
+    }  # fmt: skip
+    return macros, WARPS * slots * SLOT + rest
 
 
 def plain(operands: Operands, choice: Choice, *, activation: str) -> jax.Array:

@@ -1,0 +1,144 @@
+// The half of a layer that has its experts, for one token: RMSNorm, router and choice, the chosen experts' gate and up, and
+// their way down with weights and residual, by the blocks of a grid that wait for one another (grid.cuh) and bring what
+// comes next meanwhile (row_pairs.cuh).
+//
+// Macros:
+//   WIDTH FFN    of the model, and of an expert
+//   ATTENDED     inputs of the output product of attention; 0: there is none
+//   EPS          of the norm
+//   GATED        1: silu(gate) * up; 2: gelu with tanh
+//   BLOCKS WARPS SLOTS   of row_pairs.cuh; and EXPERTS, CHOSEN, SIGMOID, BIAS, NORMALISE, SCALE of choice.cuh
+#pragma once
+#define GRID_BARRIER
+#include "choice.cuh"
+#include "grid.cuh"
+#include "row_pairs.cuh"
+
+// Shared memory: the rings, inputs of a product, what each warp knows of the choice, sums of squares.
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int MOST = larger(ATTENDED, larger(WIDTH, CHOSEN * FFN));
+constexpr int INPUTS_AT = RINGS, CHOICE_AT = INPUTS_AT + MOST * 2, SQUARES_AT = CHOICE_AT + WARPS * CHOSEN * 8;
+constexpr int SHARED_END = SQUARES_AT + WARPS * 4;
+constexpr int OF_EXPERT = FFN / PIECE;  // pieces
+static_assert(WIDTH % PIECE == 0 && FFN % PIECE == 0 && ATTENDED % PIECE == 0, "sizes");
+
+struct Output {
+  static constexpr int ITEMS = ATTENDED ? WIDTH / 2 : 0, PIECES = ATTENDED ? ATTENDED / PIECE : 1;
+  const u16* weight;
+  DEVICE const u16* at(int item, int piece, int row) const {
+    return weight + (size_t)(2 * item + row) * ATTENDED + piece * PIECE;
+  }
+};
+struct Route {
+  static constexpr int ITEMS = (EXPERTS + 1) / 2, PIECES = WIDTH / PIECE;
+  const u16* weight;
+  DEVICE const u16* at(int item, int piece, int row) const {
+    return weight + (size_t)min(2 * item + row, EXPERTS - 1) * WIDTH + piece * PIECE;
+  }
+};
+struct GateUp {
+  static constexpr int ITEMS = CHOSEN * FFN, PIECES = WIDTH / PIECE;
+  const u16* weight;
+  const int* chosen;
+  DEVICE const u16* at(int item, int piece, int row) const {
+    return weight + ((size_t)chosen[item / FFN] * (2 * FFN) + row * FFN + item % FFN) * WIDTH + piece * PIECE;
+  }
+};
+struct Down {
+  static constexpr int ITEMS = WIDTH / 2, PIECES = CHOSEN * OF_EXPERT;
+  const u16* weight;
+  const int* chosen;
+  DEVICE const u16* at(int item, int piece, int row) const {
+    return weight + ((size_t)chosen[piece / OF_EXPERT] * WIDTH + 2 * item + row) * FFN + piece % OF_EXPERT * PIECE;
+  }
+};
+
+// No product: after the last one of a ring.
+struct Nothing {
+  static constexpr int ITEMS = 0, PIECES = 1;
+  DEVICE const u16* at(int, int, int) const { return nullptr; }
+};
+
+DEVICE float activation(float x) {
+  const float y = GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
+  return x * fast_reciprocal(1.f + fast_exp2(y * -1.4426950408889634f));
+}
+DEVICE float square(u32 two) { return low_of(two) * low_of(two) + high_of(two) * high_of(two); }
+DEVICE u32 scaled(u32 two, float a, float b) { return pack_bf16(low_of(two) * a, high_of(two) * b); }
+
+// By all threads: what the norm makes of the residual stream, to shared memory.
+DEVICE void fetch_normed(u8* shared, const u16* stream, const float* norm) {
+  uint4* const inputs = (uint4*)(shared + INPUTS_AT);
+  float* const squares = (float*)(shared + SQUARES_AT);
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < WIDTH / 8; i += THREADS) {
+    const uint4 x = __ldcg((const uint4*)stream + i);
+    inputs[i] = x;
+    sum += square(x.x) + square(x.y) + square(x.z) + square(x.w);
+  }
+#pragma unroll
+  for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) sum += squares[w];
+  const float by = rsqrtf(sum / WIDTH + EPS);
+  for (int i = threadIdx.x; i < WIDTH / 8; i += THREADS) {
+    const float4 a = __ldg((const float4*)norm + 2 * i), b = __ldg((const float4*)norm + 2 * i + 1);
+    uint4 x = inputs[i];
+    x.x = scaled(x.x, by * a.x, by * a.y);
+    x.y = scaled(x.y, by * a.z, by * a.w);
+    x.z = scaled(x.z, by * b.x, by * b.y);
+    x.w = scaled(x.w, by * b.z, by * b.w);
+    inputs[i] = x;
+  }
+  __syncthreads();
+}
+
+// What a product that ends in the residual stream does with its sums.
+DEVICE void add_to_stream(u16* to, const u16* stream, int item, float a, float b) {
+  if (threadIdx.x % 32) return;
+  const u32 before = __ldcg((const u32*)stream + item);
+  ((u32*)to)[item] = pack_bf16(low_of(before) + a, high_of(before) + b);
+}
+
+// From the stream after attention, which all blocks see, to `out`. ring: has the router's rows. number: of the barriers
+// that were before.
+template <class Source>
+DEVICE void through_experts(
+    u8* shared, Source& ring, const Route& route, const u16* stream, const float* norm, const float* bias,
+    const u16* gate_up, const u16* down, u16* out, float* logits, u16* hidden, int* words, int number
+) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint4* const inputs = (uint4*)(shared + INPUTS_AT);
+  int* const chosen = (int*)(shared + CHOICE_AT) + warp * 2 * CHOSEN;
+  float* const weights = (float*)chosen + CHOSEN;
+  auto one = [](int) { return 1.f; };
+  fetch_normed(shared, stream, norm);
+  multiply(route, ring, inputs, one, [&](int item, float a, float b) {
+    if (lane) return;
+    logits[2 * item] = a;
+    if (2 * item + 1 < EXPERTS) logits[2 * item + 1] = b;
+  });
+  grid_sync(words, number + 1, BLOCKS, THREADS);
+  float score[PER_LANE];
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) score[i] = __ldcg(logits + min(i * 32 + lane, EXPERTS - 1));
+  choose(score, bias, lane, chosen, weights);  // each warp for itself
+  __syncwarp();
+
+  const GateUp first = {gate_up, chosen};
+  const Down second = {down, chosen};
+  Ring<GateUp, Down> of_experts(first, second, shared);
+  multiply(first, of_experts, inputs, one, [&](int item, float gate, float up) {
+    if (lane == 0) hidden[item] = (u16)pack_bf16(activation(gate) * up, 0.f);
+  });
+  grid_sync(words, number + 2, BLOCKS, THREADS);
+  fetch_inputs(inputs, hidden, CHOSEN * FFN);
+  auto weight = [&](int piece) { return weights[piece / OF_EXPERT]; };
+  multiply(second, of_experts, inputs, weight, [&](int item, float a, float b) {
+    add_to_stream(out, stream, item, a, b);
+  });
+  cp_async_wait<0>();
+}
