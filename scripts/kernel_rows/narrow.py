@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,22 @@ def products(names: tuple[str, ...], T: int) -> dict[str, Any]:
     return found
 
 
+def own(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    norm: reference.Norm | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    stagger: bool = False,
+) -> jax.Array:
+    """As `reference.linear`, by the kernel but for the norm."""
+    x = x if norm is None else reference.rms_norm(x, norm)
+    split = replace(narrow_cuda.splitting(x.shape[0], *weight.shape), stagger=stagger)
+    run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None, split=split)
+    return run(x, weight, residual)
+
+
 def layer(T: int) -> dict[str, Any]:
     """The products of a layer as the model calls them, with the first 4,096 of qkv in place of attention."""
     names = ("qkv", "o", "gate_up", "down")
@@ -133,24 +150,14 @@ def layer(T: int) -> dict[str, Any]:
             x = linear(y, down, residual=x)
         return x
 
-    def own(
-        x: jax.Array,
-        weight: jax.Array,
-        *,
-        norm: reference.Norm | None = None,
-        activation: str | None = None,
-        residual: jax.Array | None = None,
-    ) -> jax.Array:
-        x = x if norm is None else reference.rms_norm(x, norm)
-        run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None)
-        return run(x, weight, residual)
+    def timed(linear: Any) -> float:
+        return time_call(jax.jit(partial(program, linear)), values(0, T, 4096), given, calls=LAYERS, seconds=0.02)
 
-    x = values(0, T, 4096)
-    found: dict[str, Any] = rate(
-        time_call(jax.jit(partial(program, own)), x, given, calls=LAYERS),
-        moved=sum(weight.nbytes for weight in given[0]),
-    )
-    return found | {"xla_us": time_call(jax.jit(partial(program, reference.linear)), x, given, calls=LAYERS) * 1e6}
+    found: dict[str, Any] = rate(timed(own), moved=sum(weight.nbytes for weight in given[0]))
+    found["xla_us"] = timed(reference.linear) * 1e6
+    if T in (8, 64):
+        found["stagger_us"] = timed(partial(own, stagger=True)) * 1e6
+    return found | {f"{name}_us": seconds(name, T, None) * 1e6 for name in names}
 
 
 def around_attention(T: int, tokens: int) -> dict[str, Any]:
@@ -165,12 +172,6 @@ def around_attention(T: int, tokens: int) -> dict[str, Any]:
     pages = 1 + jnp.arange(T * width, dtype=jnp.int32).reshape(T, width)
     positions = jnp.full((T, 1), tokens - 1, jnp.int32)
     angle = jnp.ones((T, 1, 64), F32)
-
-    def own(x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
-        norm, activation, residual = (options.get(name) for name in ("norm", "activation", "residual"))
-        x = x if norm is None else reference.rms_norm(x, norm)
-        run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None)
-        return run(x, weight, residual)
 
     def program(fetched: int, x: jax.Array, given: list[list[jax.Array]], pools: list[jax.Array]) -> Any:
         written = []
@@ -204,7 +205,7 @@ def around_attention(T: int, tokens: int) -> dict[str, Any]:
 def rows() -> Iterator[Row]:
     yield Row("right 8b", partial(right, {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}))
     yield Row("right 70b tp4", partial(right, LLAMA_70B_TP4))
-    for T in (1, 8, 16, 32, 64, 128):
+    for T in (64, 8, 32, 16, 1, 128):
         yield Row(f"layer T={T}", partial(layer, T))
     for T in (8, 64):
         for names in (("qkv", "o"), ("gate_up", "down")):
