@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Models that need several GPUs, scaling and long contexts on one host with four or eight H200s, with random weights.
+"""Models that need several GPUs, scaling and long contexts on one host with 2, 4 or 8 H200s, with random weights.
 
     python scripts/bench_node.py --gpus 4                        # all rows, the most valuable first, in 330 s
-    python scripts/bench_node.py --gpus 8 --seconds 900          # the same for eight
+    python scripts/bench_node.py --gpus 8 --seconds 900          # the same for eight; `--gpus 2`: what fits two
     python scripts/bench_node.py --gpus 4 --rows llama-3.3,qwen  # rows whose names start so
     python scripts/bench_node.py --gpus 4 --resume               # only what the JSON file has no figures for
     python scripts/bench_node.py --gpus 4 --plan                 # does it fit, and what allows the roofline? No GPU
@@ -231,13 +231,13 @@ def plan(chosen: list[Group]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, choices=(4, 8), default=4, help="of this host (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), default=4, help="of this host (default: %(default)s)")
     parser.add_argument("--rows", default="", help="names, or their beginnings, separated by commas (default: all)")
     parser.add_argument("--json", type=Path, default=Path("bench_node.json"), help="results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has figures for")
     parser.add_argument("--repeat", type=int, default=2, help="after the warm-up (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=330, help="end everything after (default: %(default)s)")
-    parser.add_argument("--lengths", default="131000,1000000", help="of long prompts (default: %(default)s)")
+    parser.add_argument("--lengths", help="of long prompts (default: 131000,1000000, on two GPUs 262000,500000)")
     parser.add_argument("--requests", type=int, default=512, help="of the largest throughputs (default: %(default)s)")
     parser.add_argument("--settings", default="{}", help="JSON of engine settings that win over the rows' own")
     parser.add_argument("--layers", type=int, help="only so many of each model's layers")
@@ -249,7 +249,8 @@ def main() -> int:
     if args.work:
         return work()
 
-    made = groups(args.gpus, [int(length) for length in args.lengths.split(",") if length], args.requests)
+    lengths = args.lengths or ("262000,500000" if args.gpus == 2 else "131000,1000000")
+    made = groups(args.gpus, [int(length) for length in lengths.split(",")], args.requests)
     wanted = {row.name for row in choose([row for group in made for row in group.rows], args.rows)}
     content: dict[str, Any] = {"machine": None, "rows": []}
     if args.resume and args.json.exists():

@@ -15,14 +15,18 @@ SETTINGS: dict[str, Any] = {
     "max_seq_len": 2304,
     "token_buckets": [8192],
 }
-FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_config": {"enable_block_reuse": False, "dtype": "fp8"}}
-BF16: dict[str, Any] = {"kv_cache_config": {"enable_block_reuse": False}}
+CACHE: dict[str, Any] = {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.8}
+FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_config": CACHE | {"dtype": "fp8"}}
+BF16: dict[str, Any] = {"kv_cache_config": CACHE}
+FULL = {"free_gpu_memory_fraction": 0.9}
 LONGEST = 1_000_000
 BLOCK = 4096
 """Tokens of a block of star attention: a step computes one on every rank."""
 
 ONE_H200_70B, EIGHT_H200_405B, FOUR_H200_235B = 2909.0, 3330.0, 4 * 3288.0
 """Output tokens a second that NVIDIA publishes for TensorRT-LLM in fp8 (Qwen3-235B-A22B: 3,288 for each of 4 GPUs)."""
+
+SMALL, LARGE = "Llama-3.1-8B", "Llama-3.3-70B"
 
 
 @dataclass(slots=True)
@@ -66,9 +70,10 @@ def throughput(name: str, requests: int, peer: float | None = None) -> Row:
 def tensor_parallel(
     model: str, gpus: int, precision: str, batches: Sequence[int], seconds: float, **more: Any
 ) -> Group:
-    """A dense model over all of its GPUs. more: requests (of throughput), peer, prefill."""
+    """A dense model over all of its GPUs. more: requests (of throughput), peer, prefill, cache."""
     name = f"{model.lower()}-{precision}-tp{gpus}"
     made = engine(model, batches, FP8 if precision == "fp8" else BF16, tensor_parallel_size=gpus)
+    made.settings["kv_cache_config"] = made.settings["kv_cache_config"] | more.get("cache", {})
     rows = speeds(name, batches, prefill=more.get("prefill", True), sums=batches if gpus > 1 else ())
     rows += [throughput(name, more["requests"], more.get("peer"))] if "requests" in more else []
     return Group(name, gpus, seconds, {name: made}, rows)
@@ -78,10 +83,10 @@ def context(gpus: int, lengths: Sequence[int]) -> list[Group]:
     """Llama-3.1-8B with each kind of context parallelism: prompts of these lengths, and decodes over long contexts."""
     groups = []
     for kind in ("RING", "STAR", "HELIX", "ULYSSES"):
-        name = f"llama-3.1-8b-cp{gpus}-{kind.lower()}"
+        name = f"{SMALL.lower()}-cp{gpus}-{kind.lower()}"
         chunk = BLOCK * gpus
         made = engine(
-            "Llama-3.1-8B",
+            SMALL,
             [1],
             BF16,
             context_parallel_size=gpus,
@@ -108,15 +113,11 @@ def rows_seconds(row: Row, gpus: int) -> float:
     return 5 + 1.5 * flops / (0.5 * 787e12 * gpus)
 
 
-def mixtures(gpus: int) -> list[Group]:
-    """Mixtral-8x7B in both ways to split experts over all GPUs."""
-    found = []
-    for tp, ep in ((2, gpus // 2), (1, gpus)):
-        name = f"mixtral-8x7b-tp{tp}-ep{ep}"
-        sizes = {"tensor_parallel_size": tp, "moe_expert_parallel_size": ep}
-        made = engine("Mixtral-8x7B", [1, 64], BF16, **sizes)
-        found.append(Group(name, gpus, 110, {name: made}, speeds(name, [1, 64], sums=[1, 64])))
-    return found
+def mixture(tp: int, ep: int, batches: Sequence[int], seconds: float = 110) -> Group:
+    """Mixtral-8x7B: experts over ep ranks, the columns of each over tp."""
+    name = f"mixtral-8x7b-tp{tp}-ep{ep}"
+    made = engine("Mixtral-8x7B", batches, BF16, tensor_parallel_size=tp, moe_expert_parallel_size=ep)
+    return Group(name, tp * ep, seconds, {name: made}, speeds(name, batches, sums=[1, 64] if tp * ep > 1 else ()))
 
 
 def experts_everywhere(gpus: int, requests: int, precision: str = "fp8") -> Group:
@@ -131,6 +132,8 @@ def experts_everywhere(gpus: int, requests: int, precision: str = "fp8") -> Grou
         moe_expert_parallel_size=gpus,
         enable_attention_dp=True,
     )
+    if gpus == 2:  # 113 of 126 GiB are weights
+        made.settings |= {"max_num_tokens": 2048, "token_buckets": [2048]}
     peer = FOUR_H200_235B if gpus == 4 and precision == "fp8" else None
     rows = [Row(f"{name}-decode-{n}", "decode", name, n, 128, 128, repeat=1) for n in sorted({64, requests})]
     rows.append(throughput(name, requests, peer))
@@ -143,21 +146,22 @@ def groups(gpus: int, lengths: Sequence[int], requests: int) -> list[Group]:
 
     lengths: of the prompts of context parallelism. requests: of the throughput of the largest layouts.
     """
-    small, large = "Llama-3.1-8B", "Llama-3.3-70B"
+    if gpus == 2:
+        return two(lengths, requests)
     batches = [1, 64, 256]
     first = [
-        tensor_parallel(large, gpus, "fp8", batches, 150, requests=requests),
+        tensor_parallel(LARGE, gpus, "fp8", batches, 150, requests=requests),
         # Side by side: one GPU, one GPU and two.
-        tensor_parallel(large, 1, "fp8", [1, 64, 160], 200, prefill=False, requests=160, peer=ONE_H200_70B),
-        tensor_parallel(small, 1, "bf16", [1, 64], 90, prefill=False),
-        tensor_parallel(small, 2, "bf16", [1, 64], 90, prefill=False),
-        tensor_parallel(large, 2, "fp8", [1, 64], 110, prefill=False),
+        alone(),
+        tensor_parallel(SMALL, 1, "bf16", [1, 64], 90, prefill=False),
+        tensor_parallel(SMALL, 2, "bf16", [1, 64], 90, prefill=False),
+        tensor_parallel(LARGE, 2, "fp8", [1, 64], 110, prefill=False),
         experts_everywhere(gpus, requests),
     ]
     short = [n for n in lengths if n < LONGEST // 2]
     long = [n for n in lengths if n not in short]
     ring, star, helix, ulysses = context(gpus, short)
-    more = [ring, helix, star, tensor_parallel(small, gpus, "bf16", [1, 64], 90, prefill=False)]
+    more = [ring, helix, star, tensor_parallel(SMALL, gpus, "bf16", [1, 64], 90, prefill=False)]
     big = engine("Llama-3.1-405B", [1, 64], FP8, tensor_parallel_size=4)
     big.settings["kv_cache_config"] = FP8["kv_cache_config"] | {"free_gpu_memory_fraction": 0.85}
     name = "llama-3.1-405b-fp8-tp4"
@@ -165,15 +169,45 @@ def groups(gpus: int, lengths: Sequence[int], requests: int) -> list[Group]:
     more.append(Group(name, 4, 200, {name: big}, rows))
     if gpus == 8:
         more[-1:] = eight()
-        first.insert(5, tensor_parallel(large, 4, "fp8", [1, 64], 110, prefill=False))
-        first.insert(6, tensor_parallel(small, 4, "bf16", [1, 64], 90, prefill=False))
-    more += [*mixtures(gpus), tensor_parallel(large, gpus, "bf16", batches, 150), ulysses]
+        first.insert(5, tensor_parallel(LARGE, 4, "fp8", [1, 64], 110, prefill=False))
+        first.insert(6, tensor_parallel(SMALL, 4, "bf16", [1, 64], 90, prefill=False))
+    more += [mixture(2, gpus // 2, [1, 64]), mixture(1, gpus, [1, 64])]
+    more += [tensor_parallel(LARGE, gpus, "bf16", batches, 150), ulysses]
     if gpus == 8:
-        more.append(tensor_parallel(large, 4, "bf16", batches, 150))
+        more.append(tensor_parallel(LARGE, 4, "bf16", batches, 150))
     for group in context(gpus, long) if long else []:
         rows = [row for row in group.rows if row.kind == "ttft"]
         more.append(Group(f"{group.name}-long", gpus, group.seconds, group.engines, rows))
     return first + more
+
+
+def alone() -> Group:
+    """Llama-3.3-70B in fp8 on one GPU, with as many requests as its memory holds."""
+    group = tensor_parallel(LARGE, 1, "fp8", [1, 64, 160], 200, prefill=False, cache=FULL)
+    name = group.name
+    group.rows = [*speeds(name, [64], prefill=False), throughput(name, 160, ONE_H200_70B), *group.rows[:1]]
+    return group
+
+
+def two(lengths: Sequence[int], requests: int) -> list[Group]:
+    """What fits two GPUs."""
+    mixed = [1, 16, 64, 256]
+    ring, _, helix, ulysses = context(2, lengths)
+    helix.rows = helix.rows[:1]
+    return [
+        alone(),
+        mixture(1, 1, mixed),  # beside it
+        tensor_parallel(LARGE, 2, "fp8", [1, 64, 256], 150, requests=min(requests, 256)),
+        helix,
+        mixture(2, 1, mixed),
+        mixture(1, 2, mixed),
+        experts_everywhere(2, 80),
+        tensor_parallel(LARGE, 2, "bf16", [1, 64], 110),
+        tensor_parallel(SMALL, 1, "bf16", [1, 64], 90, prefill=False),
+        tensor_parallel(SMALL, 2, "bf16", [1, 64], 90, prefill=False),
+        ring,
+        ulysses,
+    ]
 
 
 def eight() -> list[Group]:
