@@ -72,7 +72,8 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
-        checks |= {moe_token.KERNEL: moe_token.check, moe_layer.KERNEL: moe_layer.check}
+        one_token = {moe_token.KERNEL: moe_token.check, moe_layer.KERNEL: moe_layer.check}
+        checks |= {name: check for name, check in one_token.items() if moe_token.wanted(name)}
     if experts and quantized:
         for module in (experts_cuda, ring_cuda, tiles_cuda):
             checks[module.QUANTIZED] = module.check_quantized

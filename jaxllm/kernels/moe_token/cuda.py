@@ -52,10 +52,15 @@ Kernel = Callable[[Operands], jax.Array]
 """The residual stream after the layer, [1, D]."""
 
 
+def wanted(kernel: str) -> bool:
+    """Whether a kernel of this folder is to be used where it can be."""
+    return MEASURED[kernel] or f"+{kernel}" in os.environ.get("JAXLLM_CUDA", "").split(",")
+
+
 def require(kernel: str) -> None:
     """As `call.require`, for kernels of this folder."""
     call.require(kernel)
-    if not MEASURED.get(kernel) and f"+{kernel}" not in os.environ.get("JAXLLM_CUDA", "").split(","):
+    if not wanted(kernel):
         raise NotImplementedError("not measured")
     if jax.default_backend() == "gpu":
         processors = getattr(jax.local_devices()[0], "core_count", call.SMS)
