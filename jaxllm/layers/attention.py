@@ -11,9 +11,9 @@ from functools import partial
 import jax
 from flax import nnx
 
-from jaxllm.kernels.linear.product import Activations
+from jaxllm.kernels.linear.product import Activations, Product
 from jaxllm.kernels.paged_attention.api import paged_attention
-from jaxllm.kernels.rope_write.api import rope_write
+from jaxllm.kernels.rope_write.api import finishes, rope_write
 from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.norm import RMSNorm
@@ -21,7 +21,7 @@ from jaxllm.layers.quantize import param
 from jaxllm.layers.stream import Stream
 from jaxllm.mapping import CpType
 from jaxllm.parallel import helix, ring, star, ulysses
-from jaxllm.parallel.collectives import Axes
+from jaxllm.parallel.collectives import Axes, ranks
 from jaxllm.parallel.context import AttentionBatch, Kernel, KVPages, places
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.parallel.layout import Layout
@@ -97,17 +97,18 @@ class Attention(nnx.Module):
         spread: Axes = (),
     ) -> tuple[jax.Array, KVPages]:
         """As `__call__`, before the output projection: what this rank's heads found, [T, N * H]."""
-        qkv = self.qkv(x_TD, norm, spread)
-        T, N, K, H = qkv.shape[0], self.heads.q_heads, self.heads.kv_heads, self.head_dim
+        T = x_TD.shape[0] * ranks(spread)
+        N, K, H = self.heads.q_heads, self.heads.kv_heads, self.head_dim
         attend = partial(paged_attention, scale=self.scale, softcap=self.softcap)
         kernel = Kernel(attend, self.window, self.layout, None if self.sinks is None else self.sinks[...])
         kind = self.layout.cp_type
         if kind is None:
-            out_TNH, kv = self._attend(qkv.reshape(T, N + 2 * K, H), rope, kv, batch, kernel)
+            product = self.qkv.product(x_TD, norm, spread, in_parts=finishes(T))
+            out_TNH, kv = self._attend(product, rope, kv, batch, kernel)
             return out_TNH.reshape(T, -1), kv
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
-        qkv = qkv.reshape(T, groups, N + 2 * K, H)
+        qkv = self.qkv(x_TD, norm, spread).reshape(T, groups, N + 2 * K, H)
         q_TNH, k_TKH, v_TKH = (
             part.reshape(T, -1, H) for part in (qkv[:, :, :N], qkv[:, :, N : N + K], qkv[:, :, N + K :])
         )
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
 
     def _attend(
         self,
-        qkv_TCH: jax.Array,
+        qkv: Product,
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
         batch: AttentionBatch,
@@ -131,7 +132,7 @@ class Attention(nnx.Module):
         stripes = kernel.stripes(kv)
         with jax.named_scope("kv_write"):
             place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
-            q_TNH, kv = rope_write(qkv_TCH, *rope, kv, *place, *norms, eps=eps)
+            q_TNH, kv = rope_write(qkv, *rope, kv, *place, *norms, eps=eps)
         with jax.named_scope("paged_attention"):
             part = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
             return kernel.finish(part), kv

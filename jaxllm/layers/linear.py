@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxllm.kernels.linear import api
 from jaxllm.kernels.linear.parts import parts_of
-from jaxllm.kernels.linear.product import Activations, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
 from jaxllm.kernels.rows import api as rows
 from jaxllm.layers.quantize import Declared, param
 from jaxllm.layers.stream import Stream, Unadded
@@ -34,6 +34,18 @@ class ColumnLinear(nnx.Module):
         """
         x_TD, around = self._around(x_TD, norm, tokens)
         return api.linear(x_TD, self.weight[...], **around)
+
+    def product(self, x_TD: Activations, norm: RMSNorm | None, tokens: Axes, *, in_parts: bool) -> Product:
+        """`__call__`, for a consumer that finishes the product. in_parts: of which it may get sums over parts."""
+        x_TD, around = self._around(x_TD, norm, tokens)
+        weight = self.weight[...]
+        try:
+            return Product.of(api.fused(x_TD, weight, **around))
+        except NotImplementedError:
+            pass
+        whole = not in_parts or self.bias is not None
+        parts = 1 if whole else parts_of(x_TD.shape[0], weight.shape[0], x_TD.shape[1])
+        return api.product(x_TD, weight, **around, parts=parts)
 
     def gated(
         self,

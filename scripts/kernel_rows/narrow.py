@@ -16,6 +16,7 @@ from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, va
 
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
+from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.paged_attention import decode_cuda
 from jaxllm.kernels.rope_write import cuda as rope_cuda
 
@@ -176,7 +177,7 @@ def around_attention(T: int, tokens: int) -> dict[str, Any]:
     def program(fetched: int, x: jax.Array, given: list[list[jax.Array]], pools: list[jax.Array]) -> Any:
         written = []
         for (qkv, o, gate_up, down), pool in zip(given, pools, strict=True):
-            y = own(x, qkv, norm=norm).reshape(T, 48, 128)
+            y = Product.of(own(x, qkv, norm=norm))
             place = (pages[:, -1], jnp.full(T, (tokens - 1) % O, jnp.int32))
             made = (y, jnp.cos(angle), jnp.sin(angle), pool, *place, None, None)
             q, pool = rope_cuda.choose(*made, eps=0.0, fetched=fetched)(*made, o)

@@ -1,94 +1,98 @@
 // What lies between the QKV projection and attention: norms of the heads of queries and keys, rotation by position, and
-// the writing of keys and values into their pages, in one pass. A warp takes a head of a token; its lanes hold pairs of
-// neighbouring dims of both halves of the head, which rotate against each other.
+// the writing of keys and values into their pages, in one pass. A group of lanes takes a head of a token; each of them
+// has 8 neighbouring dims of both halves of the head, which rotate against each other. The projection may come
+// unfinished, see rows.cuh.
 //
 // With few tokens neither this nor attention keeps the memory busy: more blocks let the second-level cache fetch AHEAD
 // bytes of `ahead`, the weight that is read after attention.
 //
-// Macros: HEADS of queries; K KV heads; H head dim; O tokens of a page; WARPS; FP8 (pages are e4m3); NORM, EPS; AHEAD.
-// Grid: T, and enough for N + 2K heads, and for AHEAD_PIECE bytes of AHEAD for each thread.
+// Macros: those of rows.cuh (COLUMNS are (HEADS + 2K) H); HEADS of queries; K KV heads; H head dim; O tokens of a page;
+// FP8 (pages are e4m3); NORM, EPS; AHEAD. Grid: T, and enough for N + 2K heads, and for AHEAD_PIECE bytes of AHEAD for
+// each thread.
 #include "cluster.cuh"
+#include "rows.cuh"
 
-constexpr int N = HEADS, HALF = H / 2, PAIRS = (HALF + 63) / 64, BLOCKS = (N + 2 * K + WARPS - 1) / WARPS;
+constexpr int N = HEADS, UNITS = H / 16;  // of a half
+constexpr int LANES = UNITS > 8 ? 16 : UNITS > 4 ? 8 : 4;
+constexpr int HEAD_BLOCKS = ((N + 2 * K) * LANES + THREADS - 1) / THREADS;
 constexpr u32 AHEAD_PIECE = 2048;
+static_assert(H % 16 == 0 && UNITS <= 16 && COLUMNS == (N + 2 * K) * H, "sizes");
 
-DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
-DEVICE float high_of(u32 two) { return bf16_to_float((u16)(two >> 16)); }
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32) rope_write(
-    const u16* qkv,       // [T, N + 2K, H]
-    const float* cosine,  // [T, H / 2]
-    const float* sine,    // [T, H / 2]
-    const int* page, const int* slot,  // [T]
+extern "C" __global__ void __launch_bounds__(THREADS) rope_write(
+    const void* qkv,            // [SPLITS, T, N + 2K, H]
+    const float* row_scale,     // [T]
+    const float* column_scale,  // [N + 2K, H]
+    const float* cosine,        // [T, H / 2]
+    const float* sine,          // [T, H / 2]
+    const int* page, const int* slot,          // [T]
     const float* q_norm, const float* k_norm,  // [H]
-    const u8* ahead,      // [AHEAD] and more
-    const u8*,            // the pool, which is written in place
-    u16* q,               // [T, N, H]
-    u8* kv                // [P, 2, K, O, H]
+    const u8* ahead,            // [AHEAD] and more
+    const u8*,                  // the pool, which is written in place
+    u16* q,                     // [T, N, H]
+    u8* kv                      // [P, 2, K, O, H]
 ) {
-  const int token = blockIdx.x, head = blockIdx.y * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (AHEAD && blockIdx.y >= BLOCKS) {
-    const size_t at = (((blockIdx.y - BLOCKS) * (size_t)gridDim.x + token) * WARPS * 32 + threadIdx.x) * AHEAD_PIECE;
+  const int token = blockIdx.x, part = threadIdx.x % LANES;
+  if (AHEAD && blockIdx.y >= HEAD_BLOCKS) {
+    const size_t block = (blockIdx.y - HEAD_BLOCKS) * (size_t)gridDim.x + token;
+    const size_t at = (block * THREADS + threadIdx.x) * AHEAD_PIECE;
     if (at < AHEAD) prefetch(ahead + at, AHEAD - at < AHEAD_PIECE ? AHEAD - at : AHEAD_PIECE);
     return;
   }
-  if (head >= N + 2 * K) return;
-  const u32* from = (const u32*)(qkv + ((size_t)token * (N + 2 * K) + head) * H);
-  const bool is_value = head >= N + K;
-  float x[PAIRS][2][2];  // of a pair of dims, of a half
+  const int head = blockIdx.y * (THREADS / LANES) + threadIdx.x / LANES;
+  const bool mine = head < N + 2 * K && part < UNITS, is_value = head >= N + K;
+  float a[8], b[8], c[8], s[8], p[8], r[8];  // the halves; cosine and sine; the halves' norm
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool mine = i * 64 + 2 * lane < HALF;
-      const u32 two = mine ? from[half * HALF / 2 + i * 32 + lane] : 0u;
-      x[i][half][0] = low_of(two);
-      x[i][half][1] = high_of(two);
+  for (int j = 0; j < 8; ++j) a[j] = b[j] = 0.f;
+  size_t place = 0;
+  if (mine) {
+    load_product(qkv, row_scale, column_scale, gridDim.x, token, head * 2 * UNITS + part, a);
+    load_product(qkv, row_scale, column_scale, gridDim.x, token, (head * 2 + 1) * UNITS + part, b);
+    if (!is_value) {
+      load_floats(cosine, (size_t)token * UNITS + part, c);
+      load_floats(sine, (size_t)token * UNITS + part, s);
+      if (NORM) {
+        load_floats(head < N ? q_norm : k_norm, part, p);
+        load_floats(head < N ? q_norm : k_norm, UNITS + part, r);
+      }
     }
-  if (NORM && !is_value) {
+    if (head >= N) place = (((size_t)page[token] * 2 + is_value) * K + (head - N) % K) * O + slot[token];
+  }
+  if (NORM) {
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i)
+    for (int j = 0; j < 8; ++j) sum += a[j] * a[j] + b[j] * b[j];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum += x[i][j / 2][j % 2] * x[i][j / 2][j % 2];
-#pragma unroll
-    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    for (int by = LANES / 2; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
     const float factor = rsqrtf(sum / H + (float)EPS);
-    const float* const weight = head < N ? q_norm : k_norm;
+    if (mine && !is_value) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (i * 64 + 2 * lane >= HALF) continue;
-        const float2 w = *(const float2*)(weight + half * HALF + i * 64 + 2 * lane);
-        // The norm's result has the dtype of what it norms.
-        const u32 two = pack_bf16(x[i][half][0] * factor * w.x, x[i][half][1] * factor * w.y);
-        x[i][half][0] = low_of(two);
-        x[i][half][1] = high_of(two);
+      for (int j = 0; j < 8; ++j) {
+        a[j] = a[j] * factor * p[j];
+        b[j] = b[j] * factor * r[j];
       }
+      round_unit(a);  // the norm's result has the dtype of what it norms
+      round_unit(b);
+    }
   }
-  const size_t place = (((size_t)page[token] * 2 + is_value) * K + (head - N) % K) * O + slot[token];
+  if (!mine) return;
+  if (!is_value)
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i) {
-    const int dim = i * 64 + 2 * lane;
-    if (dim >= HALF) continue;
-    if (!is_value) {
-      const float2 c = *(const float2*)(cosine + (size_t)token * HALF + dim);
-      const float2 s = *(const float2*)(sine + (size_t)token * HALF + dim);
-      const float a[2] = {x[i][0][0], x[i][0][1]}, b[2] = {x[i][1][0], x[i][1][1]};
-      x[i][0][0] = a[0] * c.x - b[0] * s.x;
-      x[i][0][1] = a[1] * c.y - b[1] * s.y;
-      x[i][1][0] = b[0] * c.x + a[0] * s.x;
-      x[i][1][1] = b[1] * c.y + a[1] * s.y;
+    for (int j = 0; j < 8; ++j) {
+      const float first = a[j] * c[j] - b[j] * s[j];
+      b[j] = b[j] * c[j] + a[j] * s[j];
+      a[j] = first;
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float low = x[i][half][0], high = x[i][half][1];
-      const int at = half * HALF + dim;
-      const u32 two = pack_bf16(low, high);
-      if (head < N) *(u32*)(q + ((size_t)token * N + head) * H + at) = two;
-      else if (FP8) *(u16*)(kv + place * H + at) = pack_e4m3(low_of(two), high_of(two));
-      else *(u32*)((u16*)kv + place * H + at) = two;
-    }
+  const size_t to = (head < N ? (size_t)token * N + head : place) * 2 * UNITS + part;
+  if (head < N) {
+    store_unit(q, to, a);
+    store_unit(q, to + UNITS, b);
+  } else if (FP8) {
+    round_unit(a);  // pages of eight bits have what bfloat16 rounds to
+    round_unit(b);
+    store_e4m3(kv, to, a, 1.f);
+    store_e4m3(kv, to + UNITS, b, 1.f);
+  } else {
+    store_unit(kv, to, a);
+    store_unit(kv, to + UNITS, b);
   }
 }

@@ -7,11 +7,15 @@ from functools import partial
 import jax
 from jax import lax
 
+from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.rope_write import cuda, reference
+
+finishes = cuda.finishes
+"""Whether products of so many tokens may come to `rope_write` as they are; it takes all, but finishes some before."""
 
 
 def rope_write(
-    qkv_TCH: jax.Array,
+    qkv: Product,
     cos: jax.Array,
     sin: jax.Array,
     kv_PYKOH: jax.Array,
@@ -25,7 +29,7 @@ def rope_write(
     """Rotates queries and keys by their positions and stores keys and values in their pages.
 
     Args:
-      qkv_TCH: the heads of T tokens: those of queries, then K of keys, then K of values.
+      qkv: [T, C * H], the heads of T tokens: those of queries, then K of keys, then K of values.
       cos, sin: float32 [T, 1, H / 2].
       kv_PYKOH: the page pool of one layer, written in place where the caller gives it away.
       page_T, slot_T: int32, where each token's key and value go; different places, but for page 0, which is nobody's.
@@ -34,7 +38,9 @@ def rope_write(
     Returns:
       q_TNH in qkv's dtype, and the pool. To e4m3, what is larger than 448 becomes 448.
     """
-    arguments = (qkv_TCH, cos, sin, kv_PYKOH, page_T, slot_T, q_norm_H, k_norm_H)
+    if not finishes(qkv.shape[0]):
+        qkv = Product.of(qkv.finish())
+    arguments = (qkv, cos, sin, kv_PYKOH, page_T, slot_T, q_norm_H, k_norm_H)
     default = partial(reference.rope_write, eps=eps)
     try:
         kernel = cuda.choose(*arguments, eps=eps)

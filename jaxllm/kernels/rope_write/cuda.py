@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,38 +11,53 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.rope_write import reference
 
 KERNEL = "rope_write"
-WARPS = 4
+THREADS = 128
 AHEAD_PIECE = 2048
 HEAD_DIMS = (64, 96, 128, 256)
+FINISHED: tuple[tuple[int, int], ...] = ()
+"""Tokens, from and to, for which it was measured to be faster that the kernel also finishes the projection."""
 
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def macros_of(
-    qkv_TCH: jax.Array, kv_PYKOH: jax.Array, *, norm: bool, eps: float, fetched: int = 0
-) -> dict[str, object]:
+def finishes(tokens: int) -> bool:
+    """Whether the kernel takes projections that are not finished."""
+    try:
+        call.require(KERNEL)
+    except NotImplementedError:
+        return False
+    return any(low <= tokens <= high for low, high in FINISHED) or call.asked_for(KERNEL)
+
+
+def macros_of(qkv: Product, kv_PYKOH: jax.Array, *, norm: bool, eps: float, fetched: int = 0) -> dict[str, object]:
     """fetched: see `choose`. Raises NotImplementedError for what the kernel cannot do."""
-    C, H = qkv_TCH.shape[1:]
-    _, _, K, O, _ = kv_PYKOH.shape
-    if qkv_TCH.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        raise NotImplementedError(f"heads in {qkv_TCH.dtype} and pages in {kv_PYKOH.dtype}")
+    _, _, K, O, H = kv_PYKOH.shape
+    if qkv.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"heads in {qkv.dtype} and pages in {kv_PYKOH.dtype}")
     if H not in HEAD_DIMS:
         raise NotImplementedError(f"head dim {H}, not one of {HEAD_DIMS}")
+    product = {
+        "COLUMNS": qkv.shape[1], "THREADS": THREADS, "FLOAT": 0,
+        "SPLITS": qkv.sums.shape[0] if qkv.sums.ndim == 3 else 0, "SCALED": int(qkv.token_scale is not None),
+    }  # fmt: skip
+    sizes = {"HEADS": qkv.shape[1] // H - 2 * K, "K": K, "H": H, "O": O}
     fp8 = int(kv_PYKOH.dtype == jnp.float8_e4m3fn)
-    sizes = {"HEADS": C - 2 * K, "K": K, "H": H, "O": O, "WARPS": WARPS}
-    return {**sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps)), "AHEAD": fetched}
+    return {**product, **sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps)), "AHEAD": fetched}
 
 
-def grid_of(qkv_shape: Sequence[int], fetched: int = 0) -> tuple[int, int]:
-    """A warp takes a head of a token, and a thread a piece of what is fetched."""
-    return qkv_shape[0], -(-qkv_shape[1] // WARPS) + -(-fetched // (AHEAD_PIECE * WARPS * 32 * qkv_shape[0]))
+def grid_of(tokens: int, macros: Mapping[str, Any]) -> tuple[int, int]:
+    """A group of lanes takes a head of a token, each lane 8 dims of both of its halves; a thread a piece of `ahead`."""
+    lanes = next(lanes for lanes in (4, 8, 16) if 16 * lanes >= macros["H"])
+    heads = -(-macros["COLUMNS"] // macros["H"] * lanes // THREADS)
+    return tokens, heads + -(-macros["AHEAD"] // (AHEAD_PIECE * THREADS * tokens))
 
 
 def choose(
-    qkv_TCH: jax.Array,
+    qkv: Product,
     cos: jax.Array,
     sin: jax.Array,
     kv_PYKOH: jax.Array,
@@ -59,12 +74,12 @@ def choose(
     fetched: bytes, a multiple of 16, of the weight `ahead` that the second-level cache fetches meanwhile.
     """
     call.require(KERNEL)
-    macros = macros_of(qkv_TCH, kv_PYKOH, norm=q_norm_H is not None, eps=eps, fetched=fetched)
-    return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros), fetched=fetched)
+    macros = macros_of(qkv, kv_PYKOH, norm=q_norm_H is not None, eps=eps, fetched=fetched)
+    return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros), grid=grid_of(qkv.shape[0], macros))
 
 
 def run(
-    qkv_TCH: jax.Array,
+    qkv: Product,
     cos: jax.Array,
     sin: jax.Array,
     kv_PYKOH: jax.Array,
@@ -75,22 +90,29 @@ def run(
     ahead: jax.Array | None = None,
     *,
     ptx: str,
-    fetched: int = 0,
+    grid: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
     """One launch; see `api.rope_write`."""
-    T, C, H = qkv_TCH.shape
-    norms = [cos if weight is None else weight for weight in (q_norm_H, k_norm_H)]
+    (T, columns), K, H = qkv.shape, kv_PYKOH.shape[2], kv_PYKOH.shape[4]
+    scales, norms = (qkv.token_scale, qkv.column_scale), (q_norm_H, k_norm_H)
+    # What the kernel does not read must still be a pointer.
     q_TNH, kv_PYKOH = call.launch(
         KERNEL,
         ptx,
-        [qkv_TCH, cos, sin, page_T, slot_T, *norms, cos if ahead is None else ahead, kv_PYKOH],
         [
-            jax.ShapeDtypeStruct((T, C - 2 * kv_PYKOH.shape[2], H), qkv_TCH.dtype),
+            qkv.sums,
+            *(cos if scale is None else scale for scale in scales),
+            *(cos, sin, page_T, slot_T),
+            *(cos if weight is None else weight for weight in (*norms, ahead)),
+            kv_PYKOH,
+        ],
+        [
+            jax.ShapeDtypeStruct((T, columns // H - 2 * K, H), qkv.dtype),
             jax.ShapeDtypeStruct(kv_PYKOH.shape, kv_PYKOH.dtype),
         ],
-        grid=grid_of(qkv_TCH.shape, fetched),
-        threads=32 * WARPS,
-        aliases={8: 1},
+        grid=grid,
+        threads=THREADS,
+        aliases={10: 1},
     )
     return q_TNH, kv_PYKOH
 
@@ -100,7 +122,11 @@ def check() -> None:
     rng = np.random.default_rng(0)
     for dtype, H, norm in ((jnp.bfloat16, 128, False), (jnp.float8_e4m3fn, 64, True)):
         T, N, K, O = 5, 4, 2, 16
-        qkv = jnp.asarray(rng.standard_normal((T, N + 2 * K, H)), jnp.bfloat16)
+        qkv = Product.of(jnp.asarray(rng.standard_normal((T, (N + 2 * K) * H)), jnp.bfloat16))
+        if norm:  # and sums of parts, and scales
+            sums = jnp.asarray(rng.standard_normal((3, *qkv.shape)), jnp.float32)
+            of_tokens, of_columns = (jnp.asarray(rng.uniform(0.5, 1, n), jnp.float32) for n in ((T, 1), qkv.shape[1]))
+            qkv = Product(sums, of_tokens, of_columns, qkv.dtype)
         angle = rng.uniform(0, 6, (T, 1, H // 2)).astype(np.float32)
         kv = jnp.asarray(rng.standard_normal((6, 2, K, O, H)), dtype)
         places = jnp.asarray([1, 2, 3, 4, 5], jnp.int32), jnp.asarray([0, 15, 7, 3, 9], jnp.int32)

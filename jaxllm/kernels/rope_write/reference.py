@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.linear.reference import rms_norm
 
 
@@ -24,7 +25,7 @@ def write(kv_PYKOH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.A
 
 
 def rope_write(
-    qkv_TCH: jax.Array,
+    qkv: Product,
     cos: jax.Array,
     sin: jax.Array,
     kv_PYKOH: jax.Array,
@@ -36,7 +37,8 @@ def rope_write(
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.rope_write`."""
-    K = kv_PYKOH.shape[2]
+    K, H = kv_PYKOH.shape[2], kv_PYKOH.shape[4]
+    qkv_TCH = qkv.finish().reshape(qkv.shape[0], -1, H)
     N = qkv_TCH.shape[1] - 2 * K
     q_TNH, k_TKH, v_TKH = qkv_TCH[:, :N], qkv_TCH[:, N : N + K], qkv_TCH[:, N + K :]
     if q_norm_H is not None and k_norm_H is not None:
