@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm import LLM
+from jaxllm import LLM, SamplingParams
 from jaxllm.bench.load import Lengths, random_load
 from jaxllm.bench.report import aligned
 from jaxllm.bench.suite import MEASURES, bare_step, decode_input
@@ -187,7 +187,8 @@ def engine_step(llm: LLM, batch: int, vocab: int) -> dict[str, float]:
     """The engine's milliseconds per token, and by phase on the wall of its thread: one batch of 128 in, 256 out."""
     engine = llm._engine
     load = random_load(batch, Lengths(128, 128), Lengths(256, 256), vocab, 0, 0)
-    MEASURES["decode"](llm, random_load(batch, Lengths(128, 128), Lengths(32, 32), vocab, 0, 1))
+    warm_up = random_load(batch, Lengths(128, 128), Lengths(32, 32), vocab, 0, 1)
+    llm.generate(warm_up.prompts, SamplingParams(max_tokens=32, ignore_eos=True), use_tqdm=False)
     engine.reset_stats()
     found = {"step": MEASURES["decode"](llm, load)}
     stats = engine.stats()

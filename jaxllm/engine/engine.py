@@ -5,9 +5,9 @@
     tokens = flight.read()           waits for the device
     scheduler.update(step, tokens)   who goes on
 
-The plain loop does these one after the other. The overlap loop launches the next step before it reads the last one, so
-that the device never waits for the host; with a pipeline it keeps as many steps on their way as the scheduler makes
-independent of each other, so that no stage waits. All give the same tokens.
+The plain loop does these one after the other. The overlap loop launches the next step, or the next two, before it reads
+the last one, so that the device never waits for the host; with a pipeline it keeps as many steps on their way as the
+scheduler makes independent of each other, so that no stage waits. All give the same tokens.
 """
 
 from __future__ import annotations
@@ -200,13 +200,21 @@ class Engine:
 
     def _overlap_loop(self) -> None:
         flights: deque[InFlight] = deque()
-        depth = self._scheduler.micro_batches
         while self._take_requests(wait=not flights):
             step = self._schedule()
             if step is not None:
                 flights.append(self._launch(step))
-            if flights and (len(flights) > depth or step is None):
+            if flights and (step is None or len(flights) > self._ahead(flights) or flights[0].arrived):
                 self._finish(flights.popleft())
+
+    def _ahead(self, flights: deque[InFlight]) -> int:
+        """Steps to be on their way while one is waited for.
+
+        Decodes of few requests take the device less than it takes the host to hear of a step and launch another, so
+        two; where prompts are computed, which takes long, one more would keep a new request waiting.
+        """
+        turns = self._scheduler.micro_batches
+        return 2 if turns == 1 and not any(flight.step.prefills for flight in flights) else turns
 
     def _take_requests(self, wait: bool) -> bool:
         """Moves what arrived into the scheduler; sleeps while there is nothing to do. False when told to stop."""
