@@ -128,13 +128,22 @@ def own(
     norm: reference.Norm | None = None,
     activation: str | None = None,
     residual: jax.Array | None = None,
+    ahead: jax.Array | None = None,
     stagger: bool = False,
+    fetch: bool = False,
 ) -> jax.Array:
     """As `reference.linear`, by the kernel but for the norm."""
     x = x if norm is None else reference.rms_norm(x, norm)
     split = replace(narrow_cuda.splitting(x.shape[0], *weight.shape), stagger=stagger)
-    run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None, split=split)
-    return run(x, weight, residual)
+    ahead = ahead if fetch else None
+    run = narrow_cuda.implementation(
+        x, weight, activation=activation, residual=residual is not None, ahead=ahead, split=split
+    )
+    return run(x, weight, residual, ahead)
+
+
+def xla(x: jax.Array, weight: jax.Array, *, ahead: jax.Array, **options: Any) -> jax.Array:
+    return reference.linear(x, weight, **options)
 
 
 def layer(T: int) -> dict[str, Any]:
@@ -144,18 +153,19 @@ def layer(T: int) -> dict[str, Any]:
     norm = (jnp.ones(4096, F32), EPS)
 
     def program(linear: Any, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
-        for qkv, o, gate_up, down in given:
-            y = linear(x, qkv, norm=norm)[:, :4096]
-            x = linear(y, o, residual=x)
-            y = linear(x, gate_up, norm=norm, activation="silu")
-            x = linear(y, down, residual=x)
+        for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
+            y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
+            x = linear(y, o, residual=x, ahead=gate_up)
+            y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
+            x = linear(y, down, residual=x, ahead=following)
         return x
 
     def timed(linear: Any) -> float:
         return time_call(jax.jit(partial(program, linear)), values(0, T, 4096), given, calls=LAYERS, seconds=0.02)
 
     found: dict[str, Any] = rate(timed(own), moved=sum(weight.nbytes for weight in given[0]))
-    found["xla_us"] = timed(reference.linear) * 1e6
+    found["xla_us"] = timed(xla) * 1e6
+    found["ahead_us"] = timed(partial(own, fetch=True)) * 1e6
     if T in (8, 64):
         found["stagger_us"] = timed(partial(own, stagger=True)) * 1e6
     return found | {f"{name}_us": seconds(name, T, None) * 1e6 for name in names}

@@ -69,13 +69,19 @@ def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.
 
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
+    monkeypatch.setattr(narrow_cuda, "splitting", lambda *_: case.split)
     monkeypatch.setattr(Split, "stages", lambda *_: case.stages)
     monkeypatch.setitem(narrow_cuda.CLUSTERS, case.split.cluster, case.clusters)
     x, weight = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2])
     kernel = narrow_cuda.implementation(
-        x, weight, activation=case.activation, residual=case.residual, out_dtype=case.out, split=case.split
+        x,
+        weight,
+        activation=case.activation,
+        residual=case.residual,
+        out_dtype=case.out,
+        ahead=weight if case.residual else None,
     )
-    return kernel(*arguments)
+    return kernel(*arguments, arguments[1])
 
 
 def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:

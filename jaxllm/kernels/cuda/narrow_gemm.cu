@@ -18,6 +18,8 @@
 //   GATED      0: no; 1: silu; 2: gelu with tanh; the result is act(gate) * up of the halves of the rows
 //   RESIDUAL   1: is added to the result
 //   OUT_FLOAT  1: float32 results; 0: bf16
+//   AHEAD AHEAD_ROWS AHEAD_ROW AHEAD_PARTS   bytes, 0 or more, that the second-level cache is let fetch of each part of a
+//              row of `ahead`, the weight that is read next: of so many rows, of so many bytes, in so many parts
 #include "cluster.cuh"
 #include "hopper.cuh"
 
@@ -76,7 +78,10 @@ struct Place {
 // A block's part of the inputs, in steps.
 DEVICE int first_step(int rank) { return STEPS * rank / CLUSTER; }
 
-DEVICE void copy(u32 smem, const u16* __restrict__ x, const u16* __restrict__ weight, int cluster, int rank, int thread) {
+DEVICE void copy(
+    u32 smem, const u16* __restrict__ x, const u16* __restrict__ weight, const u8* __restrict__ ahead, int cluster,
+    int rank, int thread
+) {
   constexpr int PIECES = PANELS * 8, AT_ONCE = 128 / PIECES;  // of 16 bytes in a row of a stage; rows of one turn
   const int first = thread / PIECES, piece = thread % PIECES;
   u32 to[2];  // turns of 4 rows have two ways to swizzle
@@ -114,6 +119,10 @@ DEVICE void copy(u32 smem, const u16* __restrict__ x, const u16* __restrict__ we
     }
   }
   cp_async_wait<0>();
+  // The memory has nothing to do until the next kernel's copies begin: with what those begin with.
+  if (AHEAD)
+    for (int i = blockIdx.x * 128 + thread; i < AHEAD_ROWS * AHEAD_PARTS; i += CLUSTER * CLUSTERS * 128)
+      prefetch(ahead + (size_t)(i / AHEAD_PARTS) * AHEAD_ROW + i % AHEAD_PARTS * (AHEAD_ROW / AHEAD_PARTS), AHEAD);
 }
 
 // Where a lane's numbers of a unit go: two neighbouring features of a token, `half` 1 being 8 rows further.
@@ -235,9 +244,10 @@ DEVICE void multiply(
   }
 }
 
-// residual is read where the macros say that there is one.
+// residual and ahead are read where the macros say that there are any.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) narrow_gemm(
-    const u16* __restrict__ x, const u16* __restrict__ weight, const u32* __restrict__ residual, Two* __restrict__ out) {
+    const u16* __restrict__ x, const u16* __restrict__ weight, const u32* __restrict__ residual,
+    const u8* __restrict__ ahead, Two* __restrict__ out) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
@@ -252,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) nar
   __syncthreads();
   if (CLUSTER > 1) cluster_started();
   if (threadIdx.x < 128) {
-    copy(smem, x, weight, cluster, rank, threadIdx.x);
+    copy(smem, x, weight, ahead, cluster, rank, threadIdx.x);
     if (CLUSTER > 1) cluster_wait();
   } else {
     multiply(shared, smem, residual, out, cluster, rank, threadIdx.x - 128);

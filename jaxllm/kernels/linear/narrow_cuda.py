@@ -24,6 +24,9 @@ KERNEL = "narrow_gemm"
 COLUMNS = (8, 16, 32, 64, 128)
 """Tokens that a product is made for."""
 
+AHEAD = 10 << 20
+"""Bytes of the weight that is read next, for the second-level cache to fetch between two kernels."""
+
 MEGABYTES: dict[str, tuple[tuple[int, int, int], ...]] = {"plain": (), "gated": ()}
 """Where the kernel is used: for so many tokens and more, up to so many, weights of up to so many megabytes. "gated":
 products that save a kernel for an activation."""
@@ -97,13 +100,15 @@ def implementation(
     activation: str | None = None,
     residual: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
     split: Split | None = None,
 ) -> Callable[..., jax.Array]:
-    """The kernel for these shapes, as a function of (x, weight, residual_TF), in a program for an H100 or H200.
+    """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead), in a program for an H100 or H200.
 
     It computes what `api.linear` does, [T, F] (half of F with an activation). Operands are bfloat16; a residual that
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
-    not depend on the others.
+    not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches what
+    that product, by this kernel too, begins with.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -122,18 +127,30 @@ def implementation(
         "ROWS": split.rows, "PANELS": split.panels, "STAGES": split.stages(columns, F),
         "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F), "FETCH": split.fetch, "STAGGER": int(split.stagger),
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
-        "SHARED": shared,
+        "SHARED": shared, **ahead_of(T, ahead),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     result = jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype)
     grid, threads = split.clusters(F) * split.cluster, 128 + 2 * split.rows
 
-    def run(x: jax.Array, weight: jax.Array, residual_TF: jax.Array | None = None) -> jax.Array:
+    def run(
+        x: jax.Array, weight: jax.Array, residual_TF: jax.Array | None = None, following: jax.Array | None = None
+    ) -> jax.Array:
         # What the kernel does not read must still be a pointer.
-        arguments = [x, weight, x if residual_TF is None else residual_TF]
+        arguments = [x, weight, x if residual_TF is None else residual_TF, x if following is None else following]
         return call.launch(KERNEL, ptx, arguments, [result], grid=(grid,), threads=threads, shared=shared)[0]
 
     return run
+
+
+def ahead_of(tokens: int, ahead: jax.Array | jax.ShapeDtypeStruct | None) -> dict[str, int]:
+    """Macros for the weight that is read next: about AHEAD bytes of it, evenly from what its blocks read first."""
+    if ahead is None:
+        return {"AHEAD": 0, "AHEAD_ROWS": 0, "AHEAD_ROW": 0, "AHEAD_PARTS": 1}
+    F, D = ahead.shape
+    row, parts = D * ahead.dtype.itemsize, splitting(tokens, F, D).cluster
+    piece = min(row // parts, max(128, AHEAD // (F * parts) // 128 * 128))
+    return {"AHEAD": piece, "AHEAD_ROWS": F, "AHEAD_ROW": row, "AHEAD_PARTS": parts}
 
 
 def choose(x: jax.Array, weight_FD: jax.Array, *, gated: bool) -> None:
