@@ -188,8 +188,9 @@ def main() -> int:
             "batch_buckets": sorted({count for count in args.concurrency if count < args.batch} | {args.batch}),
             "kv_cache_config": {"enable_block_reuse": False},
         }  # fmt: skip
-        if args.offline:  # two engines in turn on a CPU, where a cache would take nearly all memory
+        if args.offline:  # on a CPU, where a cache would take nearly all memory, and large programs minutes to compile
             engine["kv_cache_config"]["max_tokens"] = (length + 64) * args.batch
+            engine["max_num_tokens"] = 2048
         if model is None:
             model, vocab_size = directory, write_model(Path(directory), args.random_weights)
             engine["load_format"] = "dummy"

@@ -186,7 +186,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
         config: dict[str, Any] = {
             "kv_cache_config": {"max_tokens": 32768}, "max_batch_size": 64, "max_seq_len": 2048, "log_level": "error",
-            "progress": False,
+            "max_num_tokens": 512, "batch_buckets": [64], "progress": False,
         }  # fmt: skip
         model = args.model
         if args.random_weights:

@@ -126,7 +126,10 @@ def main() -> int:
     args = parser.parse_args()
     options = ["--log_level", "error", "--max_batch_size", str(args.batch), "--max_seq_len", "2048", *args.options]
     with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
-        config = {"kv_cache_config": {"max_tokens": 2048 * args.batch}, "progress": False}
+        config: dict[str, Any] = {
+            "kv_cache_config": {"max_tokens": 2048 * args.batch}, "max_num_tokens": 512, "batch_buckets": [args.batch],
+            "progress": False,
+        }  # fmt: skip
         model = args.model
         if args.random_weights:
             model = directory
