@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +16,24 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxllm import __version__
-from jaxllm.engine.iterations import Iteration
 from jaxllm.serve.answers import to_json, token_text
-from jaxllm.serve.completions import ChatJob, CompletionJob, Job
+from jaxllm.serve.chats import ChatJob
+from jaxllm.serve.completions import CompletionJob
 from jaxllm.serve.errors import ApiError, as_api_error, bad_request, internal_error
 from jaxllm.serve.gate import Gate, logger
+from jaxllm.serve.iteration_stats import iteration_stats_since
+from jaxllm.serve.jobs import Job
 from jaxllm.serve.openapi import openapi
+from jaxllm.serve.parsing import parse_json, validate
 from jaxllm.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     Generate,
     TokenizeRequest,
-    parse_json,
-    validate,
 )
-from jaxllm.serve.responses import ResponseJob, ResponsesRequest, cancelled, not_found
+from jaxllm.serve.responses import ResponseJob, cancelled, not_found
+from jaxllm.serve.responses_request import ResponsesRequest
 from jaxllm.serve.server import Server
 
 T = TypeVar("T")
@@ -44,7 +45,6 @@ _PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 _HEALTH_GENERATE_SECONDS = 20.0
-_ITERATION_FIELDS = [one.name for one in fields(Iteration)]
 
 
 class Answer(Response):
@@ -270,7 +270,7 @@ def make_app(server: Server) -> ASGIApp:
         since = request.query_params.get("since", "0")
         if not since.isascii() or not since.isdigit() or len(since) > 18:
             raise bad_request(f"since = {since!r} must be the number of an iteration", "since")
-        return Answer(_iteration_stats(server, int(since)))
+        return Answer(iteration_stats_since(server, int(since)))
 
     async def page(request: Request) -> Response:
         return Response(_PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
@@ -315,38 +315,3 @@ def make_app(server: Server) -> ASGIApp:
     handlers: Any = {ApiError: on_api_error, HTTPException: on_http_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     return Gate(app, server)
-
-
-def _iteration_stats(server: Server, since: int) -> list[dict[str, Any]]:
-    """The kept iterations after number `since`, in the names of TensorRT-LLM's /metrics."""
-    stats, hello = server.client.stats, server.client.hello or {}
-    pages, found = stats.get("pages", 0), []
-    for row in list(server.client.iterations):
-        one = dict(zip(_ITERATION_FIELDS, row, strict=True))
-        if one["number"] <= since:
-            continue
-        looked_up = one["hits"] + one["misses"]
-        found.append({
-            "iter": one["number"],
-            "timestamp": one["ended"],
-            "iterLatencyMS": round(1e3 * one["seconds"], 3),
-            "numActiveRequests": one["running"] + one["waiting"],
-            "numQueuedRequests": one["waiting"],
-            "kvCacheStats": {
-                "maxNumBlocks": pages,
-                "usedNumBlocks": one["pages_used"],
-                "freeNumBlocks": pages - one["pages_used"],
-                "tokensPerBlock": hello.get("page_size"),
-                "reusedBlocks": one["hits"],
-                "missedBlocks": one["misses"],
-                "evictedBlocks": one["evictions"],
-                "cacheHitRate": one["hits"] / looked_up if looked_up else 0.0,
-            },
-            "inflightBatchingStats": {
-                "numContextRequests": one["context"],
-                "numGenRequests": one["generation"],
-                "numScheduledRequests": one["context"] + one["generation"],
-                "numScheduledTokens": one["tokens"],
-            },
-        })  # fmt: skip
-    return found

@@ -10,7 +10,7 @@ from jaxllm import __version__
 from jaxllm.serve.gate import OPEN_ROUTES
 from jaxllm.serve.openapi_bodies import STRING, array, completed, struct
 from jaxllm.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from jaxllm.serve.responses import ResponsesRequest
+from jaxllm.serve.responses_request import ResponsesRequest
 
 _BODIES: dict[str, tuple[type[BaseModel], str, str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation", "ChatCompletion"),

@@ -6,13 +6,12 @@ generated and are not there yet are refused by name.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from jaxllm.sampling_params import MAX_LOGPROBS
-from jaxllm.serve.errors import ApiError, bad_request
+from jaxllm.serve.errors import bad_request
 from jaxllm.serve.forms import form_of
 from jaxllm.serve.tools import check_tools, with_parsed_arguments
 
@@ -51,7 +50,6 @@ _NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # 0 is one of them, as Fa
 
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Model = TypeVar("Model", bound=BaseModel)
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -304,49 +302,3 @@ def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
 def _utf8(name: str, text: str | None) -> None:
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{name} is not valid Unicode")
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Raises ApiError."""
-    try:
-        found = json.loads(body, parse_constant=_no_constant, parse_float=_number)
-    except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise bad_request(f"the body is not valid JSON: {what}", code="invalid_json") from None
-    if not isinstance(found, dict):
-        raise bad_request("the body must be a JSON object", code="invalid_json")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _number(text: str) -> float:
-    """JSON has one kind of number: 110.0 is the integer 110."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
-def validate(model: type[Model], body: dict[str, Any]) -> Model:
-    """The request, checked. Raises ApiError that names the first field at fault."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise _first_problem(error) from None
-
-
-def _first_problem(error: ValidationError) -> ApiError:
-    # Of the alternatives of a union, pydantic reports each; the deepest is the one that was meant.
-    item = max(error.errors(include_url=False, include_context=False), key=lambda item: len(item["loc"]))
-    names = [str(part) for part in item["loc"] if not (isinstance(part, str) and ("[" in part or part in _KINDS))]
-    where = ".".join(names)
-    text = item["msg"].removeprefix("Value error, ")
-    if not where:
-        return bad_request(text)
-    value = repr(item["input"])
-    value = value if len(value) <= 80 else value[:77] + "..."
-    return bad_request(f"{where} = {value}: {text[0].lower()}{text[1:]}", where)
-
-
-_KINDS: frozenset[str] = frozenset({"str", "int", "constrained-str"})

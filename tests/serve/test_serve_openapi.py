@@ -13,8 +13,9 @@ from pydantic import BaseModel
 from jaxllm.serve.errors import ApiError
 from jaxllm.serve.openapi import openapi
 from jaxllm.serve.openapi_bodies import number_pattern
-from jaxllm.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest, parse_json, validate
-from jaxllm.serve.responses import ResponsesRequest
+from jaxllm.serve.parsing import parse_json, validate
+from jaxllm.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from jaxllm.serve.responses_request import ResponsesRequest
 
 VOCAB, CONTEXT = 203, 64
 DOCUMENT = openapi(VOCAB, CONTEXT, guarded=True)

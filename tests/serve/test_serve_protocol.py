@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.errors import ApiError
-from jaxllm.serve.protocol import ChatRequest, CompletionRequest, parse_json, validate
+from jaxllm.serve.parsing import parse_json, validate
+from jaxllm.serve.protocol import ChatRequest, CompletionRequest
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 

@@ -10,7 +10,8 @@ import pytest
 
 from jaxllm.serve.errors import ApiError
 from jaxllm.serve.forms import forced_schema, form_of
-from jaxllm.serve.protocol import ChatRequest, CompletionRequest, validate
+from jaxllm.serve.parsing import validate
+from jaxllm.serve.protocol import ChatRequest, CompletionRequest
 from jaxllm.serve.speech import Caller, ForcedCalls, NamedCall, ReasoningText, ReasoningTokens, Speech, choose_reasoning
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jaxllm.serve.completions import ChatJob, _Whole
+from jaxllm.serve.chats import ChatJob
 from jaxllm.serve.generation import Delta
-from jaxllm.serve.protocol import ChatRequest, validate
+from jaxllm.serve.jobs import Whole
+from jaxllm.serve.parsing import validate
+from jaxllm.serve.protocol import ChatRequest
 from jaxllm.serve.tools import PARSERS, ToolText, choose_parser
 
 NAMES = ["get_weather", "f"]
@@ -122,8 +125,29 @@ class FakeServer:
         pass
 
     def submit(self, *args: Any) -> Any:
-        assert args[-1] is False  # special tokens are wanted
-        return None
+        assert args[-1] is (False if self.reasoning_parser is None else None)  # special tokens are wanted for tools
+        return SimpleNamespace(prompt=[1], num_tokens=3, cached_tokens=0)
+
+
+class ReasoningServer(FakeServer):
+    """A server of a model that reasons; its tokens are words."""
+
+    reasoning_parser = "deepseek_r1"  # type: ignore[assignment]
+    words = ("<s>", "Hm", "</think>", "Yes")
+    tokenizer = SimpleNamespace(  # type: ignore[assignment]
+        is_byte_level=False, decode=lambda ids, **kwargs: "", backend=SimpleNamespace(id_to_token=words.__getitem__)
+    )
+
+
+def test_usage_tells_of_reasoning() -> None:
+    body = validate(ChatRequest, {"messages": [{"role": "user", "content": "x"}]})
+    job = ChatJob(ReasoningServer(), body)  # type: ignore[arg-type]
+    asyncio.run(job.start())
+    assert job.choice(0, Delta(0, "Hm", [1], None, None, None))["delta"] == {"reasoning_content": "Hm"}
+    assert job.usage()["completion_tokens_details"] == {"reasoning_tokens": 1}
+    assert job.choice(0, Delta(0, "</think>Yes", [2, 3], None, "stop", None))["delta"] == {"content": "Yes"}
+    assert job.usage()["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert job.usage()["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize(("tail", "reason"), [("</tool_call>", "tool_calls"), ("", "tool_calls"), ("x", "stop")])
@@ -144,11 +168,11 @@ def test_calls_in_chunks_and_whole(tail: str, reason: str) -> None:
     assert last["finish_reason"] == reason
 
     whole = job()
-    found = _Whole()
+    found = Whole()
     for piece in pieces:
         found.add(piece)
 
-    async def collected() -> list[list[_Whole]]:
+    async def collected() -> list[list[Whole]]:
         return [[found]]
 
     whole._collect = collected  # type: ignore[method-assign]
