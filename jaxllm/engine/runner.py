@@ -66,7 +66,8 @@ class InFlight:
     @property
     def arrived(self) -> bool:
         """Whether the devices are done, so that `read` waits for next to nothing."""
-        return bool(self.token_R.is_ready())
+        ready: bool = self.token_R.is_ready()  # type: ignore[attr-defined]
+        return ready
 
     def read(self) -> list[list[int]]:
         """Sampled token of each result row of the step, for each of its repeats. Blocks until the devices are done.
