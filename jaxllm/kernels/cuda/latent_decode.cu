@@ -17,6 +17,7 @@
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
+#include "cluster.cuh"
 #include "hopper.cuh"
 
 constexpr int TILE = 64, BLOCK = 64, STAGES = 2, HALVES = 2, Q = 1;
@@ -90,6 +91,10 @@ DEVICE void copy(
 #pragma unroll 1
     for (int i = 0; i < STAGES && run.blocks; ++i) step();
     page = load_pages();
+    // The second-level cache fetches already what will come here next.
+    const int next = run.token + block * BLOCK + lane * 8;
+    if (HALF == 0 && lane < BLOCK / 8 && run.blocks && next <= run.last)
+      prefetch(kv + ((size_t)page * O + next % O) * H, 8 * H * 2);
     cp_async_wait<0>();
     fence_products();
     barrier_arrive(barriers.full(stage, HALF));
