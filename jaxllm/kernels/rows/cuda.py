@@ -26,8 +26,12 @@ TOLERANCE = {False: 0.01, True: 0.03}
 """By how much results may differ from the reference, which rounds oftener; whether they are e4m3, where one rounding up
 instead of down is an eighth."""
 
-FASTER: dict[str, tuple[tuple[int, int], ...]] = {NORM: (), GATE: (), QUANTIZE: ()}
-"""Tokens, from and to, for which a kernel was measured to be faster than what XLA makes of the same."""
+FASTER: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys((NORM, GATE, QUANTIZE), ((33, 1 << 20),))
+"""Tokens, from and to, for which a kernel was measured to be faster than what XLA makes of the same.
+
+Measured on an H200 (jax 0.11.2), Llama-3.1-8B, all three beside none: a step of 64 tokens takes 5.29 ms, not 5.49, and
+with fp8 weights 3.43, not 3.82; of 256 fp8 5.60, not 5.98; fp8 prompts go from 64,306 to 67,358 tokens per second. At 8
+tokens 4.45 ms, not 4.39."""
 
 
 def is_used(kernel: str) -> bool:
