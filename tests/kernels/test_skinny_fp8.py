@@ -12,9 +12,10 @@ import pytest
 
 from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.linear import fp8_cuda
+from jaxllm.kernels.linear import api, fp8_cuda, quantized, reference
 from jaxllm.kernels.linear.fp8_cuda import Split
-from jaxllm.kernels.linear.quantized import quantize, quantize_tokens
+from jaxllm.kernels.linear.product import Activations, QuantizedTokens
+from jaxllm.kernels.linear.quantized import QuantizedWeight, quantize, quantize_tokens
 from tests.kernels.emulator.emulator import Kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -161,25 +162,87 @@ def test_what_it_refuses() -> None:
         fp8_cuda.matmul(jnp.zeros((1, 128), jnp.bfloat16), weight)
 
 
-def test_it_is_used_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """The kernel as if there were a GPU, and the macros of those that programs for one have."""
+    compiled: list[dict[str, object]] = []
+
+    def compile_ptx(kernel: str, source: str, macros: dict[str, object]) -> str:
+        compiled.append({"KERNEL": kernel, **macros})
+        return ""
+
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "require", lambda kernel: None)
-    monkeypatch.setattr(fp8_cuda, "FASTER", ((1, 8, 64, 128),))
-    weight = quantize(jnp.ones((64, 128), jnp.bfloat16), Format("fp8"))
-    fp8_cuda.choose(8, weight)
-    with pytest.raises(NotImplementedError, match="9 tokens"):
-        fp8_cuda.choose(9, weight)
-    with pytest.raises(NotImplementedError, match="one scale for each row"):
-        fp8_cuda.choose(1, quantize(jnp.ones((64, 128), jnp.bfloat16), Format("int8")))
+    monkeypatch.setattr(fp8_cuda, "MEGABYTES", ((1, 64, 240),))
+    return compiled
 
 
-def test_a_program_for_a_cpu_has_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other side of the choice that is made when the program is compiled."""
-    monkeypatch.setattr(call, "require", lambda kernel: None)
-    monkeypatch.setattr(call, "compile_or_refuse", lambda *_: "")
-    monkeypatch.setattr(fp8_cuda, "FASTER", ((1, 64, 64, 128),))
+def weight_of(features: int, inputs: int, kind: str = "fp8") -> QuantizedWeight:
+    wide = np.random.default_rng(1).standard_normal((features, inputs))
+    return quantize(jnp.asarray(wide, jnp.bfloat16), Format(kind))
+
+
+def test_it_is_used_where_it_is_faster(used: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(tokens: int, weight: QuantizedWeight, dtype: np.dtype = BF16) -> bool:
+        return fp8_cuda.is_chosen(jax.ShapeDtypeStruct((tokens, weight.shape[1]), dtype), weight)
+
+    weight = weight_of(64, 128)
+    assert chosen(1, weight) and chosen(64, weight) and not chosen(65, weight)
+    assert not chosen(1, weight, F32) and not chosen(1, weight_of(64, 128, "int8")) and not chosen(1, weight_of(64, 96))
+    monkeypatch.setattr(fp8_cuda, "MEGABYTES", ((9, 64, 240),))
+    assert chosen(9, weight) and not chosen(8, weight)
+    monkeypatch.setenv("JAXLLM_CUDA", "+skinny_fp8")
+    assert chosen(8, weight)
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_a_layer_has_the_same_arithmetic_without_it(tokens: int, used: list) -> None:
+    """What a program for another device computes: tokens are quantised, whoever does it."""
     rng = np.random.default_rng(0)
-    x, wide = (jnp.asarray(rng.standard_normal((n, 128)), jnp.bfloat16) for n in (4, 64))
-    weight = quantize(wide, Format("fp8"))
-    found = jax.jit(lambda x, w: fp8_cuda.matmul(x.reshape(2, 2, 128), w))(x, weight)
-    wanted = fp8_cuda.quantized.matmul(x, weight).reshape(2, 2, 64)
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    x = jnp.asarray(rng.standard_normal((tokens, 128)), jnp.bfloat16)
+    norm, up, down = (
+        (jnp.asarray(rng.uniform(0.5, 1.5, 128), jnp.float32), 1e-5),
+        weight_of(512, 128),
+        weight_of(128, 256),
+    )
+
+    quantised = api.multiplies_e4m3(jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16), down)
+    assert quantised == api.multiplies_e4m3(x, up) == (tokens > 4)
+    y = jax.jit(lambda x: api.gated(x, up, "silu", norm=norm, quantised=quantised))(x)
+    found = jax.jit(lambda y: api.linear(y, down, residual=x))(y)
+    ours = [macros for macros in used if macros["KERNEL"] == fp8_cuda.KERNEL]
+    assert [(macros["WIDE"], macros["NORM"], macros["GATED"], macros["RESIDUAL"]) for macros in ours] == (
+        [(1, 1, 1, 0), (1, 0, 0, 1)] if tokens == 2 else [(0, 0, 0, 0)] * 2
+    )
+
+    def exact(x: Activations, weight: QuantizedWeight, dtype: np.dtype) -> jax.Array:
+        values, scale = (x.values, x.scale) if isinstance(x, QuantizedTokens) else quantize_tokens(x)
+        y = jnp.matmul(values.astype(F32), weight.values.astype(F32).T) * scale * weight.scale[:, 0]
+        return y.astype(dtype)
+
+    def far(found: jax.Array, wanted: jax.Array) -> float:
+        a, b = np.asarray(found, F32), np.asarray(wanted, F32)
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    assert isinstance(y, QuantizedTokens) == quantised
+    wanted = reference.linear(x, up, norm=norm, activation="silu", matmul=exact)
+    if isinstance(y, QuantizedTokens):  # another last bit of bfloat16 makes some e4m3 an eighth larger or smaller
+        values, scale = quantize_tokens(wanted)
+        assert far(y.values.astype(F32) * y.scale, values.astype(F32) * scale) < 0.02
+    else:
+        assert far(y, wanted) < 0.006
+    assert far(found, exact(y, down, jnp.bfloat16) + x) < 0.003
+
+
+def test_products_of_other_ranks_and_dtypes(used: list) -> None:
+    x, weight = jnp.ones((2, 3, 128), jnp.bfloat16), weight_of(64, 128)
+    for y in (x, x[:, :1]):
+        found = jax.jit(api.matmul)(y, weight)
+        assert found.dtype == jnp.float32 and found.shape == (*y.shape[:2], 64)
+        np.testing.assert_allclose(found, product_of(y, weight), rtol=1e-6)
+    assert {macros["OUT_FLOAT"] for macros in used if macros["KERNEL"] == fp8_cuda.KERNEL} == {1}
+
+
+def product_of(x: jax.Array, weight: QuantizedWeight) -> np.ndarray:
+    tokens = QuantizedTokens(*quantize_tokens(x.reshape(-1, x.shape[-1])), F32)
+    return np.asarray(quantized.product(tokens, weight).finish()).reshape(*x.shape[:-1], -1)

@@ -11,7 +11,7 @@ from jaxllm.kernels.cuda.verdicts import Verdicts
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
-from jaxllm.kernels.linear import narrow_cuda, quantized_cuda
+from jaxllm.kernels.linear import fp8_cuda, narrow_cuda, quantized_cuda
 from jaxllm.kernels.moe_token import cuda as moe_token
 from jaxllm.kernels.moe_token import layer_cuda as moe_layer
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
@@ -68,6 +68,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if any(narrow_cuda.MEGABYTES.values()) else {}
     checks |= {name: partial(rows.check, name) for name in rows.FASTER if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
+    checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized and fp8_cuda.is_used() else {}
     checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}

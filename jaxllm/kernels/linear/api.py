@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.linear import cpu, cuda, narrow_cuda, packed, quantized, quantized_cuda, reference
+from jaxllm.kernels.linear import cpu, cuda, fp8_cuda, narrow_cuda, packed, quantized, quantized_cuda, reference
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.parts import partial_sums
 from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
@@ -22,10 +22,12 @@ def matmul(x: jax.Array, weight_FD: Weight, dtype: jax.typing.DTypeLike = jnp.fl
     The weight may be packed, or quantised.
     """
     if isinstance(weight_FD, QuantizedWeight):
-        try:
-            return quantized_cuda.matmul(x, weight_FD, dtype)
-        except NotImplementedError:
-            return quantized.matmul(x, weight_FD, dtype)
+        for of_quantised in (fp8_cuda.matmul, quantized_cuda.matmul):
+            try:
+                return of_quantised(x, weight_FD, dtype)
+            except NotImplementedError:
+                pass
+        return quantized.matmul(x, weight_FD, dtype)
     reasons = []
     for implementation in IMPLEMENTATIONS:
         try:
@@ -94,7 +96,8 @@ def fused(
     if isinstance(x_TD, QuantizedTokens):
         raise NotImplementedError("no kernel has e4m3 activations")
     if isinstance(weight_FD, QuantizedWeight):
-        return quantized_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
+        kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
+        return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
     try:
         return narrow_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     except NotImplementedError:
@@ -118,7 +121,10 @@ def product(
             x_TD = rows.quantize(x_TD)
     if isinstance(x_TD, QuantizedTokens):
         assert isinstance(weight_FD, QuantizedWeight)
-        made = quantized.product(x_TD, weight_FD)
+        try:
+            made = fp8_cuda.product(x_TD, weight_FD)
+        except NotImplementedError:
+            made = quantized.product(x_TD, weight_FD)
     elif parts > 1 and not isinstance(weight_FD, QuantizedWeight):
         made = Product(partial_sums(x_TD, weight_FD, parts), None, None, x_TD.dtype)
     else:
@@ -130,7 +136,11 @@ def product(
 
 def multiplies_e4m3(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight) -> bool:
     """Whether the product takes activations as e4m3 numbers."""
-    if not isinstance(weight_FD, QuantizedWeight) or not quantized.multiplies_e4m3(x_TD, weight_FD):
+    if not isinstance(weight_FD, QuantizedWeight):
+        return False
+    if fp8_cuda.is_chosen(x_TD, weight_FD):
+        return not fp8_cuda.is_wide(x_TD.size // x_TD.shape[-1], x_TD.shape[-1])
+    if not quantized.multiplies_e4m3(x_TD, weight_FD):
         return False
     try:
         quantized_cuda.choose(x_TD, weight_FD)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax import lax
 
 from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call
-from jaxllm.kernels.linear import quantized
+from jaxllm.kernels.linear import quantized, reference
 from jaxllm.kernels.linear.cuda import ACTIVATIONS, CLUSTERS
+from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import QuantizedWeight, quantize, quantize_tokens
+from jaxllm.kernels.linear.reference import Norm
+from jaxllm.kernels.rows import api as rows
 
 KERNEL = "skinny_fp8"
 MAX_TOKENS = 64
@@ -24,13 +28,18 @@ COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 """Rows of the weight that a product is made for."""
 WIDE_TOKENS = 4
 """Tokens up to which every block can quantise all of them."""
+WIDE_INPUTS = 16384
+"""More do not fit in shared memory beside enough of the weight."""
 WIDE_REGISTERS = 112
 """Of a thread, for its part of these, and of a norm's weight."""
 SLACK = 8192
 """Bytes after the stages, which products may read and make nothing of."""
 
-FASTER: tuple[tuple[int, int, int, int], ...] = ()
-"""Tokens, from and to, F and D for which the kernel was measured to be faster than the others."""
+MEGABYTES: tuple[tuple[int, int, int], ...] = ()
+"""Where the kernel is used: for so many tokens and more, up to so many, weights of up to so many megabytes."""
+
+Operands = tuple[jax.Array, QuantizedWeight, jax.Array | None, jax.Array | None]
+"""x, weight, the norm's weight and the residual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,7 @@ def token_rows(tokens: int) -> int:
     return next(rows for rows in (8, 16, 32, 64) if rows >= tokens)
 
 
+@cache
 def splitting(tokens: int, features: int, inputs: int, *, wide: bool = False, gated: bool = False) -> Split:
     """A good split. Raises NotImplementedError where nothing fits."""
     tokens = WIDE_TOKENS if wide else token_rows(tokens)  # and so the same for all of them
@@ -120,6 +130,12 @@ def splitting(tokens: int, features: int, inputs: int, *, wide: bool = False, ga
     if not splits:
         raise NotImplementedError("it does not fit in shared memory")
     return min(splits, key=lambda split: split.nanoseconds(tokens, features, inputs, wide))
+
+
+def registers(tokens: int, inputs: int, norm: bool, threads: int = 256) -> int:
+    """That a thread has its part of wide tokens in."""
+    spread = next(count for count in (1, 2, 4, MAX_TOKENS) if count >= tokens)
+    return -(-inputs * spread // (8 * threads)) * (12 if norm else 4)
 
 
 def implementation(
@@ -152,8 +168,7 @@ def implementation(
     if not 0 < T <= (WIDE_TOKENS if wide else MAX_TOKENS) or D % 128 or features % (16 if activation else 8):
         raise NotImplementedError(f"{T} tokens of {D} inputs and {features} features")
     split = splitting(T, features, D, wide=wide, gated=activation is not None) if split is None else split
-    pieces = -(-D * next(n for n in (1, 2, 4, 64) if n >= T) // (8 * split.threads))
-    if wide and pieces * (4 if eps is None else 12) > WIDE_REGISTERS:
+    if wide and registers(T, D, eps is not None, split.threads) > WIDE_REGISTERS:
         raise NotImplementedError(f"{T} tokens of {D} inputs to be quantised")
     shared = split.shared(T, D, wide)
     macros = {
@@ -183,33 +198,115 @@ def implementation(
     return run
 
 
-def choose(tokens: int, weight: QuantizedWeight) -> None:
+def is_used() -> bool:
+    """Whether there are products that the kernel is used for."""
+    return bool(MEGABYTES) or call.asked_for(KERNEL)
+
+
+def is_chosen(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> bool:
+    """Whether products of such an x (not yet quantised) and this weight are the kernel's."""
+    try:
+        choose(x, weight)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def choose(x: jax.Array | jax.ShapeDtypeStruct | QuantizedTokens, weight: QuantizedWeight) -> None:
     """Raises NotImplementedError where the kernel cannot be used here, or was not found to be faster than others."""
     call.require(KERNEL)
-    if weight.format != Format("fp8") or weight.zero is not None:
-        raise NotImplementedError("only e4m3 with one scale for each row")
-    if not any(low <= tokens <= high and weight.shape == (F, D) for low, high, F, D in FASTER):
-        raise NotImplementedError(f"others do {tokens} tokens and {weight.shape}")
+    if weight.format != Format("fp8") or len(weight.shape) != 2 or x.dtype != jnp.bfloat16:
+        raise NotImplementedError("only bfloat16, and e4m3 with one scale for each row")
+    (F, D), tokens = weight.shape, math.prod(x.shape[:-1])
+    if not 0 < tokens <= MAX_TOKENS or D % 128 or F % 32:
+        raise NotImplementedError(f"{tokens} tokens of {D} inputs and {F} features")
+    megabytes = F * D / 1e6
+    if not call.asked_for(KERNEL) and not any(
+        low <= tokens <= high and megabytes <= most for low, high, most in MEGABYTES
+    ):
+        raise NotImplementedError(f"others do {tokens} tokens and {megabytes:.0f} MB")
+    splitting(tokens, F, D, wide=is_wide(tokens, D))
+
+
+def is_wide(tokens: int, inputs: int) -> bool:
+    """Whether the kernel is to quantise so many tokens itself."""
+    return tokens <= WIDE_TOKENS and inputs <= WIDE_INPUTS and registers(tokens, inputs, False) <= WIDE_REGISTERS
+
+
+def product(x: QuantizedTokens, weight: QuantizedWeight) -> Product:
+    """The product of e4m3 activations and weights. Raises NotImplementedError where another must do it."""
+    choose(x, weight)
+    return Product.of(_multiply(x, weight))
+
+
+def _multiply(x: QuantizedTokens, weight: QuantizedWeight) -> jax.Array:
+    run = implementation(x.values, weight.shape[0], out_dtype=x.dtype)
+
+    def kernel(x: QuantizedTokens, weight: QuantizedWeight) -> jax.Array:
+        return run(x.values, x.scale, weight.values, weight.scale)
+
+    def composed(x: QuantizedTokens, weight: QuantizedWeight) -> jax.Array:
+        return quantized.product(x, weight).finish()
+
+    return lax.platform_dependent(x, weight, cuda=kernel, default=composed)
+
+
+def linear(
+    x_TD: jax.Array,
+    weight: QuantizedWeight,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """See `api.linear`; in one kernel, for so few tokens that it quantises them itself; the result in `dtype`.
+
+    Raises NotImplementedError where others must do it.
+    """
+    choose(x_TD, weight)
+    if not is_wide(x_TD.shape[0], x_TD.shape[1]):
+        raise NotImplementedError("tokens are quantised by a kernel before")
+    if residual is not None and residual.dtype != x_TD.dtype:
+        raise NotImplementedError("a residual of another dtype")
+    if norm is not None and registers(x_TD.shape[0], x_TD.shape[1], True) > WIDE_REGISTERS:
+        x_TD, norm = rows.normed(x_TD, norm), None
+    norm_D, eps = (None, None) if norm is None else norm
+    run = implementation(
+        x_TD, weight.shape[0], eps=eps, activation=activation, residual=residual is not None, out_dtype=dtype
+    )
+
+    def kernel(operands: Operands) -> jax.Array:
+        x, weight, norm_D, residual = operands
+        return run(x, None, weight.values, weight.scale, norm_D, residual)
+
+    def composed(operands: Operands) -> jax.Array:
+        x, weight, norm_D, residual = operands
+        norm = None if norm_D is None or eps is None else (norm_D, eps)
+        matmul = partial(_quantised, dtype)
+        return reference.linear(x, weight, norm=norm, activation=activation, residual=residual, matmul=matmul)
+
+    operands: Operands = (x_TD, weight, norm_D, residual)
+    return lax.platform_dependent(operands, cuda=kernel, default=composed)
+
+
+def _quantised(
+    dtype: jax.typing.DTypeLike, x: jax.Array, weight: QuantizedWeight, _: jax.typing.DTypeLike
+) -> jax.Array:
+    return quantized.product(QuantizedTokens(*quantize_tokens(x), jnp.dtype(dtype)), weight).finish()
 
 
 def matmul(x: jax.Array, weight: QuantizedWeight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """See `api.matmul`; tokens are quantised. Raises NotImplementedError where another must do it."""
-    tokens = math.prod(x.shape[:-1])
-    choose(tokens, weight)
-    if x.dtype != jnp.bfloat16 or dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{x.dtype} activations, and results in {dtype}")
+    choose(x, weight)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"results in {dtype}")
     x_TD = x.reshape(-1, x.shape[-1])
-    given = x_TD if tokens <= WIDE_TOKENS else jax.ShapeDtypeStruct(x_TD.shape, jnp.float8_e4m3fn)
-    run = implementation(given, weight.shape[0], out_dtype=dtype)
-
-    def kernel(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-        values, scale = (x, None) if tokens <= WIDE_TOKENS else quantize_tokens(x)
-        return run(values, scale, weight.values, weight.scale)
-
-    def composed(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-        return quantized.matmul(x, weight, dtype)
-
-    return lax.platform_dependent(x_TD, weight, cuda=kernel, default=composed).reshape(*x.shape[:-1], -1)
+    if is_wide(x_TD.shape[0], x_TD.shape[1]):
+        y_TF = linear(x_TD, weight, dtype=dtype)
+    else:
+        y_TF = _multiply(replace(rows.quantize(x_TD), dtype=jnp.dtype(dtype)), weight)
+    return y_TF.reshape(*x.shape[:-1], -1)
 
 
 def check() -> None:
