@@ -121,6 +121,33 @@ def products(names: tuple[str, ...], T: int) -> dict[str, Any]:
     return found
 
 
+def cached(T: int) -> dict[str, Any]:
+    """Microseconds of products whose weights the second-level cache holds, and of small ones: what a launch costs, and how
+    fast blocks get what is near.
+    """
+    found: dict[str, Any] = {}
+    for F, D, split in (
+        (4096, 512, Split(128, 4, 2)),
+        (4096, 512, Split(64, 2, 4)),
+        (4096, 512, Split(64, 1, 4)),
+        (4096, 4096, Split(128, 4, 2)),
+        (4096, 4096, Split(64, 2, 4)),
+        (8192, 2048, Split(64, 1, 4)),
+    ):
+        x, weight = values(0, T, D), (values(1, F, D) / 64).astype(BF16)
+        run = narrow_cuda.implementation(x, weight, split=split)
+
+        def program(x: jax.Array, weight: jax.Array, run: Any = run) -> jax.Array:
+            out = jnp.zeros((T, 1), BF16)
+            for _ in range(8):
+                out = run(feed(x, out), weight)
+            return out
+
+        took = time_call(jax.jit(program), x, weight, calls=8, seconds=0.02) - feeding(T)
+        found[f"{F}x{D} {split.rows}/{split.cluster}/{split.panels}"] = took * 1e6
+    return found
+
+
 def own(
     x: jax.Array,
     weight: jax.Array,
@@ -219,6 +246,7 @@ def rows() -> Iterator[Row]:
     for T in (64, 8, 32, 16, 1, 128):
         yield Row(f"layer T={T}", partial(layer, T))
     for T in (8, 64):
+        yield Row(f"cached T={T}", partial(cached, T))
         for names in (("qkv", "o"), ("gate_up", "down")):
             yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
         yield Row(f"lm_head T={T}", partial(products, ("lm_head",), T))
