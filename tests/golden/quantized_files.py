@@ -192,6 +192,11 @@ CASES = {
         lambda w: fp8(w, 1, None, "weight_scale", same),
         compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False),
     ),
+    "fp8_channel_mixtral": Case(
+        lambda w: fp8(w, 1, None, "weight_scale", same),
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False),
+        MIXTRAL,
+    ),
     "fp8_block": Case(blocks, block_table()),
     "fp8_block_mixtral": Case(blocks, block_table(), MIXTRAL),
     "fp8_block_deepseek": Case(blocks, block_table(), DEEPSEEK),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,11 @@ def test_arguments_and_collectives_of_experts(kind: str, layout: dict[str, Any])
     check(plan_of(MODEL.parent / "mixtral", **layout), kind)
 
 
+def test_arguments_and_collectives_of_experts_in_e4m3() -> None:
+    layout = {"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "enable_attention_dp": True}
+    check(plan_of(MODEL.parent / "mixtral", quantization="fp8", **layout), "decode")
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -150,6 +156,16 @@ def test_messages_of_any_length_for_a_gpu_that_is_not_there(tmp_path: Path, tp: 
     config = ("--config", str(tmp_path / "ragged.yaml"), "--tp", tp, "--ep", "2", "--devices", str(2 * int(tp)))
     (stage,) = compiled_by_the_command(str(MODEL.parent / "mixtral"), *config)
     assert stage["collectives"]["ragged-all-to-all"] == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the CUDA plugin, not a GPU")
+def test_experts_in_e4m3_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """Two layers of Qwen3-235B-A22B over four GPUs that have a fourth of the requests and of the experts each."""
+    shipped = json.loads((files("jaxllm.plan") / "models" / "Qwen3-235B-A22B.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(shipped | {"num_hidden_layers": 2}))
+    layout = ("--tp", "4", "--ep", "4", "--devices", "4", "--enable-attention-dp", "--quantization", "fp8")
+    (stage,) = compiled_by_the_command(str(tmp_path), *layout)
+    assert stage["scratch_bytes"] < 2**27  # the experts of a layer, widened, are nine times as much
 
 
 def compiled_by_the_command(*arguments: str) -> list[dict[str, Any]]:
