@@ -122,9 +122,7 @@ def products(names: tuple[str, ...], T: int) -> dict[str, Any]:
 
 
 def cached(T: int) -> dict[str, Any]:
-    """Microseconds of products whose weights the second-level cache holds, and of small ones: what a launch costs, and how
-    fast blocks get what is near.
-    """
+    """Microseconds of products whose weights the second-level cache holds, and of small ones: what a launch costs."""
     found: dict[str, Any] = {}
     for F, D, split in (
         (4096, 512, Split(128, 4, 2)),
@@ -157,14 +155,14 @@ def own(
     residual: jax.Array | None = None,
     ahead: jax.Array | None = None,
     stagger: bool = False,
-    fetch: bool = False,
+    fetched: int = 0,
 ) -> jax.Array:
     """As `reference.linear`, by the kernel but for the norm."""
     x = x if norm is None else reference.rms_norm(x, norm)
     split = replace(narrow_cuda.splitting(x.shape[0], *weight.shape), stagger=stagger)
-    ahead = ahead if fetch else None
+    ahead = ahead if fetched else None
     run = narrow_cuda.implementation(
-        x, weight, activation=activation, residual=residual is not None, ahead=ahead, split=split
+        x, weight, activation=activation, residual=residual is not None, ahead=ahead, fetched=fetched, split=split
     )
     return run(x, weight, residual, ahead)
 
@@ -192,7 +190,8 @@ def layer(T: int) -> dict[str, Any]:
 
     found: dict[str, Any] = rate(timed(own), moved=sum(weight.nbytes for weight in given[0]))
     found["xla_us"] = timed(xla) * 1e6
-    found["ahead_us"] = timed(partial(own, fetch=True)) * 1e6
+    for megabytes in (10, 20):
+        found[f"ahead_{megabytes}_us"] = timed(partial(own, fetched=megabytes << 20)) * 1e6
     if T in (8, 64):
         found["stagger_us"] = timed(partial(own, stagger=True)) * 1e6
     return found | {f"{name}_us": seconds(name, T, None) * 1e6 for name in names}

@@ -101,14 +101,15 @@ def implementation(
     residual: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
+    fetched: int = AHEAD,
     split: Split | None = None,
 ) -> Callable[..., jax.Array]:
     """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead), in a program for an H100 or H200.
 
     It computes what `api.linear` does, [T, F] (half of F with an activation). Operands are bfloat16; a residual that
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
-    not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches what
-    that product, by this kernel too, begins with.
+    not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches about
+    `fetched` bytes that the product, by this kernel too, begins with.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -127,7 +128,7 @@ def implementation(
         "ROWS": split.rows, "PANELS": split.panels, "STAGES": split.stages(columns, F),
         "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F), "FETCH": split.fetch, "STAGGER": int(split.stagger),
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
-        "SHARED": shared, **ahead_of(T, ahead),
+        "SHARED": shared, **ahead_of(T, ahead, fetched),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     result = jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype)
@@ -143,13 +144,13 @@ def implementation(
     return run
 
 
-def ahead_of(tokens: int, ahead: jax.Array | jax.ShapeDtypeStruct | None) -> dict[str, int]:
-    """Macros for the weight that is read next: about AHEAD bytes of it, evenly from what its blocks read first."""
+def ahead_of(tokens: int, ahead: jax.Array | jax.ShapeDtypeStruct | None, fetched: int) -> dict[str, int]:
+    """Macros for the weight that is read next: about so many bytes of it, evenly from what its blocks read first."""
     if ahead is None:
         return {"AHEAD": 0, "AHEAD_ROWS": 0, "AHEAD_ROW": 0, "AHEAD_PARTS": 1}
     F, D = ahead.shape
     row, parts = D * ahead.dtype.itemsize, splitting(tokens, F, D).cluster
-    piece = min(row // parts, max(128, AHEAD // (F * parts) // 128 * 128))
+    piece = min(row // parts, max(128, fetched // (F * parts) // 128 * 128))
     return {"AHEAD": piece, "AHEAD_ROWS": F, "AHEAD_ROW": row, "AHEAD_PARTS": parts}
 
 
