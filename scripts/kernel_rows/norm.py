@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from kernel_rows._measure import Row, rate, time_call
+from kernel_rows._measure import BANDWIDTH, Row
 
+from jaxllm.bench.profile import record
 from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import quantize_tokens
 from jaxllm.kernels.linear.reference import rms_norm
@@ -104,95 +104,72 @@ def _normed(x: jax.Array, weight: jax.Array, *, quantised: bool) -> Any:
     return reference.normed(x, (weight, EPS), quantised=quantised)
 
 
-def seconds(step: Callable[[Any], Any], state: Any, calls: int) -> float:
-    """Of one of a chain of calls; `step` makes of the state the next."""
-
-    def program(state: Any) -> Any:
-        for _ in range(calls):
-            state = lax.optimization_barrier(step(state))
-        return state
-
-    return time_call(jax.jit(program), state, calls=calls, seconds=0.03)
+REPEATS = 20
+RUNS = 3
 
 
-def feed(x: jax.Array, out: Any) -> jax.Array:
-    """x, one number of it written anew: who reads it next waits for `out`."""
-    y = out.values if isinstance(out, QuantizedTokens) else out
-    return lax.dynamic_update_slice(x, y[:1, :1].astype(x.dtype), (0, 0))
+def device_time(run: Callable[..., Any], *arguments: Any) -> tuple[float, int]:
+    """Microseconds of the kernels of a call, each by itself, and their number: from a trace.
+
+    Around such small kernels everything else takes longer than they do. They find in the second-level cache what fits.
+    """
+
+    def program(arguments: Any) -> Any:
+        outs = []
+        for _ in range(REPEATS if arguments[0].shape[0] <= 1024 else 2):
+            arguments, out = lax.optimization_barrier((arguments, run(*arguments)))
+            outs.append(out)
+        return outs  # all of them, or XLA leaves out what nobody reads
+
+    call = jax.jit(program)
+    repeats = len(jax.block_until_ready(call(arguments)))
+    with tempfile.TemporaryDirectory() as folder:
+        found = record(folder, lambda: jax.block_until_ready([call(arguments) for _ in range(RUNS)]))
+    found = [kernel for kernel in found if "Memcpy" not in kernel.name and "Memset" not in kernel.name]
+    calls = RUNS * repeats
+    return 1e3 * sum(kernel.milliseconds for kernel in found) / calls, round(sum(k.calls for k in found) / calls)
 
 
-@functools.cache
-def feeding(tokens: int, columns: int) -> float:
-    """Seconds that `feed` takes; at the first call of a chain it copies x."""
-    return seconds(lambda x: feed(x, x[:, 1:2]), numbers(1, tokens, columns), calls_of(tokens))
-
-
-def calls_of(tokens: int) -> int:
-    return 32 if tokens <= 1024 else 6
-
-
-def pair(tokens: int, parts: int, quantised: bool) -> dict[str, Any]:
-    """The sum and its norm, each time of the sum before; products of many tokens are read from memory."""
-    product = product_of(tokens, D, BF16, 0 if quantised else parts, quantised)
-    weight = jnp.ones(D, F32)
-    kernel = cuda.norm_kernel(product, eps=EPS, residual=True, quantised=quantised)
+def beside(own: Callable[..., Any], plain: Callable[..., Any], *arguments: Any, moved: float) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    item = 1 if quantised else 2
-    moved = tokens * D * (2 + 2 + item + (2 if quantised or not parts else 4 * parts))
-    for name, run in (("", kernel), ("xla_", partial(_residual_norm, quantised=quantised))):
+    for name, run in (("", own), ("xla_", plain)):
+        microseconds, count = device_time(run, *arguments)
+        out |= {f"{name}us": microseconds, f"{name}kernels": count}
+    return out | {"roof_percent": 1e8 * moved / BANDWIDTH / out["us"]}
 
-        def step(state: Any, run: Any = run) -> Any:
-            product, total, _ = state
-            return product, *run(product, total, weight)
 
-        state = (product, *jax.jit(kernel)(product, numbers(4, tokens, D), weight))
-        took = seconds(step, state, calls_of(tokens))
-        out |= {name + key: value for key, value in rate(took, moved=moved).items()}
-    return out
+def pair(tokens: int, parts: int, quantised: bool, per: int | None = None) -> dict[str, Any]:
+    """A product and a residual to the sum and its norm."""
+    product = product_of(tokens, D, BF16, 0 if quantised else parts, quantised)
+    residual, weight = numbers(4, tokens, D), jnp.ones(D, F32)
+    kernel = cuda.norm_kernel(product, eps=EPS, residual=True, quantised=quantised, per=per)
+    moved = tokens * D * (2 + 2 + (1 if quantised else 2) + (4 * parts or 2))
+    return beside(kernel, partial(_residual_norm, quantised=quantised), product, residual, weight, moved=moved)
 
 
 def norm_alone(tokens: int) -> dict[str, Any]:
-    """Without a residual, of the norm before."""
     x, weight = numbers(4, tokens, D), jnp.ones(D, F32)
     kernel = cuda.norm_kernel(Product.of(x), eps=EPS, residual=False, quantised=False)
-    runs = {"": lambda x: kernel(Product.of(x), None, weight)[1], "xla_": lambda x: rms_norm(x, (weight, EPS))}
-    out: dict[str, Any] = {}
-    for name, run in runs.items():
-        found = rate(seconds(run, x, calls_of(tokens)), moved=4 * tokens * D)
-        out |= {name + key: value for key, value in found.items()}
-    return out
+
+    def own(x: jax.Array, weight: jax.Array) -> Any:
+        return kernel(Product.of(x), None, weight)[1]
+
+    return beside(own, lambda x, weight: rms_norm(x, (weight, EPS)), x, weight, moved=4 * tokens * D)
 
 
-def gate(tokens: int, quantised: bool) -> dict[str, Any]:
+def gate(tokens: int, quantised: bool, per: int | None = None) -> dict[str, Any]:
     """silu(gate) * up."""
     product = product_of(tokens, 2 * F, BF16, 0, quantised)
-    kernel = cuda.gate_kernel(product, "silu", quantised=quantised)
+    kernel = cuda.gate_kernel(product, "silu", quantised=quantised, per=per)
     plain = partial(reference.gate, activation="silu", quantised=quantised)
-    moved = tokens * F * (4 + (1 if quantised else 2))
-    out: dict[str, Any] = {}
-    for name, run in (("", kernel), ("xla_", plain)):
-
-        def step(sums: jax.Array, run: Any = run) -> jax.Array:
-            return feed(sums, run(replace(product, sums=sums)))
-
-        took = seconds(step, product.sums, calls_of(tokens)) - feeding(*product.sums.shape)
-        out |= {name + key: value for key, value in rate(took, moved=moved).items()}
-    return out
+    return beside(kernel, plain, product, moved=tokens * F * (4 + (1 if quantised else 2)))
 
 
 def quantisation(tokens: int) -> dict[str, Any]:
     """Of attention's result."""
     x = numbers(4, tokens, D)
     kernel = cuda.norm_kernel(Product.of(x), eps=None, residual=False, quantised=True)
-    out: dict[str, Any] = {}
-    for name, run in (("", lambda x: kernel(Product.of(x))[1]), ("xla_", reference.quantize)):
-
-        def step(x: jax.Array, run: Any = run) -> jax.Array:
-            return feed(x, run(x))
-
-        took = seconds(step, x, calls_of(tokens)) - feeding(*x.shape)
-        out |= {name + key: value for key, value in rate(took, moved=3 * tokens * D).items()}
-    return out
+    return beside(lambda x: kernel(Product.of(x))[1], reference.quantize, x, moved=3 * tokens * D)
 
 
 def rows() -> Iterator[Row]:
@@ -209,3 +186,7 @@ def rows() -> Iterator[Row]:
         yield Row(f"fp8 quantisation T={tokens}", partial(quantisation, tokens))
     for tokens in (8, 64, 256, 8192):
         yield Row(f"silu * up T={tokens}", partial(gate, tokens, False))
+    for per in (1, 4):  # units of a thread, beside the 2 of the rows before
+        yield Row(f"residual + norm T=8192, {per} units", partial(pair, 8192, 0, False, per))
+        yield Row(f"fp8 residual + norm T=8192, {per} units", partial(pair, 8192, 0, True, per))
+    yield Row("fp8 silu * up T=8192, 2 units", partial(gate, 8192, True, 2))
