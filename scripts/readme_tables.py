@@ -8,6 +8,7 @@ README.md marks each place with what is to be made there, and from which files (
 
     <!-- bench h200/bench.json -->        rows of scripts/bench_h200.py
     <!-- layouts h200-x2/layouts.json -->  jaxllm bench layouts
+    <!-- node h200-x4/node.json -->        rows of scripts/bench_node.py, of the files there are
     <!-- server h200/server.json -->      scripts/bench_server.py
     <!-- costs h200/quantization.json -->  scripts/quantization_cost.py
     <!-- plot decode.svg h200/bench.json -->   decode milliseconds by batch size, as configs/results/decode.svg
@@ -86,6 +87,10 @@ def label(row: Json) -> str:
         return f"{lead}decode, batch {row['batch']}{context}"
     if kind == "prefill":
         return f"{lead}prefill, {row['batch']} x {row['input_len']:,} tokens"
+    if kind == "ttft":
+        return f"{lead}first token after {row['input_len']:,}"
+    if kind == "step":
+        return f"{lead}decode step, batch {row['batch']} over {row['input_len']:,} tokens that nobody computed"
     return f"{lead}{row['batch']} requests, {row['input_len']:,} in, {row['output_len']:,} out"
 
 
@@ -106,6 +111,46 @@ def layouts(*names: str) -> str:
                 line.append("-" if ms is None else f"{ms:.2f}{faster}" if ms < 100 else f"{ms:,.0f}{faster}")
         cells.append(line)
     return table(head, cells)
+
+
+def node(*names: str) -> str:
+    """Rows for several GPUs, each with its sums' share of the step; and how decodes scale with tensor parallelism."""
+    there = [name for name in names if (ROOT / RESULTS / name).exists()]
+    if not there:
+        return "Not measured yet.\n"
+    found = [row for name in there for row in load(name)["rows"] if row.get("median") is not None]
+    sums = {(row["engine"], row["batch"]): row["median"] for row in found if row["kind"] == "sums"}
+    head = ["load", "GPUs", "jaxllm", "a GPU", "the step alone", "of it sums", "share of the floor", "TensorRT-LLM"]
+    rows, decodes = [], {}
+    for row in found:
+        if row["kind"] == "sums":
+            continue
+        per_gpu, bare, peer = "-", row.get("bare_ms"), row.get("peer")
+        if row["unit"] != "ms":
+            per_gpu = f"{number(row['median'] / row['gpus'])} tok/s"
+        time = sums.get((row["engine"], row["batch"]))
+        share = f"{100 * time / bare:.0f} %" if time and bare and row["kind"] == "decode" else "-"
+        floor = f"{100 * row['share_of_floor']:.0f} %" if row.get("share_of_floor") else "-"
+        speed = f"{number(row['median'])} {row['unit']}"
+        cells = [label(row), str(row["gpus"]), speed, per_gpu, f"{number(bare)} ms" if bare else "-", share, floor]
+        rows.append([*cells, f"{number(peer)} tok/s" if peer else "-"])
+        if (split := re.fullmatch(r"(.*)-tp\d+", row["engine"])) and row["kind"] == "decode":
+            decodes.setdefault((split[1], row["batch"]), {})[row["gpus"]] = row["median"]
+    made = table(head, rows)
+    scaling = {key: times for key, times in decodes.items() if len(times) > 1}
+    if not scaling:
+        return made
+    counts = sorted({gpus for times in scaling.values() for gpus in times})
+    lines = []
+    for (model, batch), times in scaling.items():
+        least = min(times)
+        line = [f"{model}: decode, batch {batch}"]
+        for gpus in counts:
+            efficiency = f" ({100 * times[least] * least / (times[gpus] * gpus):.0f} %)" if gpus in times else ""
+            line.append(f"{number(times[gpus])} ms{efficiency if gpus != least else ''}" if gpus in times else "-")
+        lines.append(line)
+    head = ["tensor parallelism (efficiency)", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in counts)]
+    return f"{made}\n{table(head, lines)}"
 
 
 def server(*names: str) -> str:
@@ -201,7 +246,13 @@ def text(x: float, y: float, what: str, *, anchor: str = "start", size: int = 12
 
 # ---- files --------------------------------------------------------------------------------------------------------
 
-TABLES: dict[str, Callable[..., str]] = {"bench": bench, "layouts": layouts, "server": server, "costs": costs}
+TABLES: dict[str, Callable[..., str]] = {
+    "bench": bench,
+    "layouts": layouts,
+    "node": node,
+    "server": server,
+    "costs": costs,
+}
 
 
 def make(readme: str) -> tuple[str, dict[str, str]]:

@@ -52,6 +52,26 @@ def test_what_is_out_of_date_is_named(
     assert tables.main() == 0
 
 
+def test_rows_for_several_gpus(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.node("nowhere/node.json") == "Not measured yet.\n"
+    tables.ROOT = tmp_path
+    place = tmp_path / "configs/results/x"
+    place.mkdir(parents=True)
+    (place / "node.json").touch()
+    wide = ROW | {"name": "a-tp4-decode-8", "engine": "a-tp4", "gpus": 4, "peer": None}
+    rows = [ROW | {"name": "a-tp1-decode-8", "engine": "a-tp1", "gpus": 1, "median": 8.0, "peer": None}, wide]
+    rows.append(wide | {"name": "a-tp4-sums-8", "kind": "sums", "median": 0.79})
+    rows.append(
+        wide | {"name": "a-tp4-throughput-8", "kind": "throughput", "unit": "tok/s", "median": 400.0, "peer": 300}
+    )
+    rows.append(wide | {"name": "a-tp4-ttft-128", "kind": "ttft", "median": None})
+    tables.load = lambda name: {"rows": rows}
+    made = tables.node("x/node.json", "nowhere/node.json")
+    assert "| a-tp4: decode, batch 8 | 4 | 4.00 ms | - | 3.95 ms | 20 % | 88 % | - |" in made
+    assert "| a-tp4: 8 requests, 128 in, 256 out | 4 | 400 tok/s | 100 tok/s | 3.95 ms | - | 88 % | 300 tok/s |" in made
+    assert "| a: decode, batch 8 | 8.00 ms | 4.00 ms (50 %) |" in made and "ttft" not in made
+
+
 def test_loads_in_words(tables: ModuleType) -> None:
     assert tables.label(ROW | {"name": "fp8-decode-8"}) == "fp8: decode, batch 8"
     assert (
@@ -85,5 +105,5 @@ def test_the_server_and_the_costs(tables: ModuleType) -> None:
 
 
 def test_unknown_marks_are_refused(tables: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="<!-- chart --> is not known; use bench, layouts, server, costs, plot"):
+    with pytest.raises(SystemExit, match="<!-- chart --> is not known; use bench, layouts, node, server, costs, plot"):
         tables.make("<!-- chart a.json -->\n<!-- end -->\n")
