@@ -10,6 +10,7 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's.
+#include "cluster.cuh"
 #include "moe_token.cuh"
 
 constexpr int H = 128, GROUP = HEADS / KV, UNIT = 16, PARTS = BLOCKS / KV;
@@ -36,6 +37,14 @@ DEVICE void prepare_head(
   const int lane = threadIdx.x % 32;
   u32 two[2];
   float x[2][2];
+  float2 weight[2] = {}, c = {}, s = {};
+  if (rotates) {  // on its way with the head
+    c = __ldg((const float2*)cosine + lane);
+    s = __ldg((const float2*)sine + lane);
+    if (NORM_HEADS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) weight[half] = __ldg((const float2*)norm + half * H / 4 + lane);
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     two[half] = __ldcg((const u32*)from + half * H / 4 + lane);
@@ -50,13 +59,11 @@ DEVICE void prepare_head(
       const float factor = rsqrtf(sum / H + eps);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 w = *((const float2*)norm + half * H / 4 + lane);
-        const u32 normed = pack_bf16(x[half][0] * factor * w.x, x[half][1] * factor * w.y);
+        const u32 normed = pack_bf16(x[half][0] * factor * weight[half].x, x[half][1] * factor * weight[half].y);
         x[half][0] = low_of(normed);
         x[half][1] = high_of(normed);
       }
     }
-    const float2 c = *((const float2*)cosine + lane), s = *((const float2*)sine + lane);
     const float a[2] = {x[0][0], x[0][1]}, b[2] = {x[1][0], x[1][1]};
     x[0][0] = a[0] * c.x - b[0] * s.x;
     x[0][1] = a[1] * c.y - b[1] * s.y;
@@ -65,6 +72,16 @@ DEVICE void prepare_head(
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) ((u32*)to)[half * H / 4 + lane] = pack_bf16(x[half][0], x[half][1]);
+}
+
+// Lets the second-level cache fetch the keys and values of each warp's first units, while queries are made.
+DEVICE void prefetch_pages(const int* pages, const u16* pool, int tokens, int part, int parts) {
+  const int lane = threadIdx.x % 32, unit = (lane * parts + part) * WARPS + threadIdx.x / 32;
+  if (lane >= ALONE || unit * UNIT >= tokens) return;
+  const size_t page = __ldg(pages + unit * UNIT / O);
+  const u16* const keys = pool + ((page * 2 * KV + blockIdx.x % KV) * O + unit * UNIT % O) * H;
+  prefetch(keys, UNIT * H * 2);
+  prefetch(keys + (size_t)KV * O * H, UNIT * H * 2);
 }
 
 // Attention of a KV head's queries over the units of this block: part `part` of `parts`. Where there are no other parts,
@@ -273,13 +290,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
   Ring<Qkv, Output> ring(first, second, shared);
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
-  fetch_normed(shared, x, first_norm);
+  fetch_normed(shared, x, NormWeight(first_norm));
   multiply(first, ring, inputs, one, [&](int item, float a, float b) {
     if (lane == 0) ((u32*)qkv)[item] = pack_bf16(a, b);
   });
+  const int part = blockIdx.x / KV;
+  if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
   int number = 1;
   grid_sync(words, number, BLOCKS, THREADS);
-  const int part = blockIdx.x / KV;
   if (part < parts)
     attend(shared, qkv, q_norm, k_norm, cosine, sine, page, slot, pages, pool, attended, found, sums, tokens, part, parts);
   grid_sync(words, ++number, BLOCKS, THREADS);
@@ -287,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
     merge(found, sums, attended, parts);
     grid_sync(words, ++number, BLOCKS, THREADS);
   }
+  const NormWeight weight(norm);
   fetch_inputs(inputs, attended, ATTENDED);
   multiply(second, ring, inputs, one, [&](int item, float a, float b) { add_to_stream(between, x, item, a, b); });
   const Route route = {router};
@@ -294,6 +313,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
   Ring<Route, Nothing> of_router(route, nothing, shared);
   grid_sync(words, ++number, BLOCKS, THREADS);
   through_experts(
-      shared, of_router, route, between, norm, bias, gate_up, down, out, logits, hidden, words, number
+      shared, of_router, route, between, weight, bias, gate_up, down, out, logits, hidden, words, number
   );
 }

@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_token(
   const Output first = {output};
   const Route second = {router};
   Ring<Output, Route> ring(first, second, shared);
+  const NormWeight weight(norm);
   const u16* stream = x;
   if (ATTENDED) {
     uint4* const inputs = (uint4*)(shared + INPUTS_AT);
@@ -40,5 +41,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_token(
     grid_sync(words, 1, BLOCKS, THREADS);
     stream = between;
   }
-  through_experts(shared, ring, second, stream, norm, bias, gate_up, down, out, logits, hidden, words, 1);
+  through_experts(shared, ring, second, stream, weight, bias, gate_up, down, out, logits, hidden, words, 1);
 }

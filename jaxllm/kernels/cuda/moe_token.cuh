@@ -66,16 +66,35 @@ DEVICE float activation(float x) {
 DEVICE float square(u32 two) { return low_of(two) * low_of(two) + high_of(two) * high_of(two); }
 DEVICE u32 scaled(u32 two, float a, float b) { return pack_bf16(low_of(two) * a, high_of(two) * b); }
 
+// A thread's part of a norm's weight, which can be on its way before anything else is known.
+struct NormWeight {
+  static constexpr int EACH = (WIDTH / 8 + THREADS - 1) / THREADS;
+  float4 low[EACH], high[EACH];
+
+  DEVICE explicit NormWeight(const float* __restrict__ weight) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int at = min((int)threadIdx.x + i * THREADS, WIDTH / 8 - 1);
+      low[i] = __ldg((const float4*)weight + 2 * at);
+      high[i] = __ldg((const float4*)weight + 2 * at + 1);
+    }
+  }
+};
+
 // By all threads: what the norm makes of the residual stream, to shared memory.
-DEVICE void fetch_normed(u8* shared, const u16* stream, const float* norm) {
+DEVICE void fetch_normed(u8* shared, const u16* stream, const NormWeight& weight) {
+  constexpr int EACH = NormWeight::EACH;
   uint4* const inputs = (uint4*)(shared + INPUTS_AT);
   float* const squares = (float*)(shared + SQUARES_AT);
+  uint4 x[EACH];
   float sum = 0.f;
-  for (int i = threadIdx.x; i < WIDTH / 8; i += THREADS) {
-    const uint4 x = __ldcg((const uint4*)stream + i);
-    inputs[i] = x;
-    sum += square(x.x) + square(x.y) + square(x.z) + square(x.w);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    x[i] = at < WIDTH / 8 ? __ldcg((const uint4*)stream + at) : make_uint4(0, 0, 0, 0);
   }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) sum += square(x[i].x) + square(x[i].y) + square(x[i].z) + square(x[i].w);
 #pragma unroll
   for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
   if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
@@ -84,14 +103,13 @@ DEVICE void fetch_normed(u8* shared, const u16* stream, const float* norm) {
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) sum += squares[w];
   const float by = rsqrtf(sum / WIDTH + EPS);
-  for (int i = threadIdx.x; i < WIDTH / 8; i += THREADS) {
-    const float4 a = __ldg((const float4*)norm + 2 * i), b = __ldg((const float4*)norm + 2 * i + 1);
-    uint4 x = inputs[i];
-    x.x = scaled(x.x, by * a.x, by * a.y);
-    x.y = scaled(x.y, by * a.z, by * a.w);
-    x.z = scaled(x.z, by * b.x, by * b.y);
-    x.w = scaled(x.w, by * b.z, by * b.w);
-    inputs[i] = x;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    const float4 a = weight.low[i], b = weight.high[i];
+    if (at < WIDTH / 8)
+      inputs[at] = make_uint4(scaled(x[i].x, by * a.x, by * a.y), scaled(x[i].y, by * a.z, by * a.w),
+                              scaled(x[i].z, by * b.x, by * b.y), scaled(x[i].w, by * b.z, by * b.w));
   }
   __syncthreads();
 }
@@ -107,7 +125,7 @@ DEVICE void add_to_stream(u16* to, const u16* stream, int item, float a, float b
 // that were before.
 template <class Source>
 DEVICE void through_experts(
-    u8* shared, Source& ring, const Route& route, const u16* stream, const float* norm, const float* bias,
+    u8* shared, Source& ring, const Route& route, const u16* stream, const NormWeight& norm, const float* bias,
     const u16* gate_up, const u16* down, u16* out, float* logits, u16* hidden, int* words, int number
 ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

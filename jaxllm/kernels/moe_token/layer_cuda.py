@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.kernels.moe_token import cuda
 from jaxllm.kernels.paged_attention import reference as attention
@@ -137,9 +138,8 @@ def implementation(
 def plain(operands: Operands, choice: Choice, *, activation: str, scale: float) -> tuple[jax.Array, jax.Array]:
     """The same step by step, the stream in float32; what goes into a product is rounded as the kernel does."""
     o = operands
-    H = o.kv_PYKOH.shape[-1]
     y = rms_norm(o.x, (o.norm, choice.eps)).astype(jnp.float32)
-    qkv = (y @ o.qkv.astype(jnp.float32).T).astype(o.x.dtype).reshape(1, -1, H)
+    qkv = Product.of((y @ o.qkv.astype(jnp.float32).T).astype(o.x.dtype))
     norms = (o.q_norm, o.k_norm)
     q_TNH, kv = rope.rope_write(qkv, o.cos, o.sin, o.kv_PYKOH, o.page, o.slot, *norms, eps=choice.eps)
     wide = (q_TNH[None].astype(jnp.float32), kv.astype(jnp.float32))
