@@ -369,8 +369,8 @@ def decode_input(llm: LLM, batch: int, context: int, vocab: int) -> PackedStep:
         _generate(llm, random_load(batch, Lengths(prompt, prompt), Lengths(length, length), vocab, 1, 0))
     finally:
         del runner._forward
-    # Of the largest, the one whose requests have come furthest: rows of nobody are at position -1.
-    return max(seen, key=lambda packed: (packed.shape.bucket.decodes, int(packed.sampled()[1].sum())))
+    # Of those with the most requests, the one in which they have come furthest.
+    return max(seen, key=lambda packed: (len(packed.rows), int(packed.sampled()[1][packed.rows].sum())))
 
 
 def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:

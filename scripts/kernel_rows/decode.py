@@ -34,6 +34,8 @@ SHAPES: dict[str, tuple[list[int], tuple[int, int, int], Any]] = {
 TIMED_REFERENCE = ("B=64 x 2048", "B=1 x 8192")
 SHORT = {1: 128, 8: 24, 64: 8, 256: 6}
 """Calls of a program by the rows of one, of 160 tokens: together more than the second cache holds."""
+CONTEXTS = (160, 192, 255, 257, 320, 384)
+"""Tokens of rows whose time is measured with pages in order and in any order."""
 LONG = {(1, 131_072): 4, (8, 32_768): 2, (64, 2048): 4}
 """Calls by rows and tokens."""
 TUNINGS: dict[str, tuple[dict[str, int], ...]] = {
@@ -70,22 +72,26 @@ def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], pos
     return q
 
 
-def equal_rows(rows: int, tokens: int, calls: int, **tuning: int) -> tuple[float, float]:
+def equal_rows(
+    rows: int, tokens: int, calls: int, *, ordered: bool = False, copies: int = 1, **tuning: int
+) -> tuple[float, float]:
     """Seconds of a call for rows of a length, as in a step: no call finds anything of its own in the cache; and bytes.
 
-    Tables are as wide as the longest context of 8,192 or more needs.
+    Tables are as wide as the longest context of 8,192 or more needs. ordered: a row's pages follow one another.
+    copies: of 2 GiB of pages, over which those of a call are spread.
     """
     K, G, H = LLAMA
     used, width = -(-tokens // O), max(8192, tokens) // O
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.standard_normal((rows, 1, K * G, H)), BF16)
     kv = pool(K, H, BF16, 2**31 // (2 * K * O * H * 2))
+    kv = jnp.tile(kv, (copies, 1, 1, 1, 1)) if copies > 1 else kv
     positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
     ids = np.zeros((calls, rows, width), np.int32)
     each = max(1, kv.shape[0] // (rows * used))  # calls with pages of their own
     for i in range(calls):
         if i % each == 0:
-            order = rng.permutation(kv.shape[0])
+            order = np.arange(kv.shape[0]) if ordered else rng.permutation(kv.shape[0])
         ids[i, :, :used] = order[i % each * rows * used :][: rows * used].reshape(rows, used)
     tables, places = [jnp.asarray(table) for table in ids], [positions + 0 for _ in ids]
     attend = decode_cuda.prepare(q, kv, tables[0], scale=H**-0.5, softcap=None, **tuning)
@@ -106,6 +112,16 @@ def long() -> dict[str, Any]:
     for (rows, tokens), calls in LONG.items():
         seconds, moved = equal_rows(rows, tokens, calls)
         found |= {f"{rows}x{tokens}_us": seconds * 1e6, f"{rows}x{tokens}_of_roof": moved / BANDWIDTH / seconds}
+    return found
+
+
+def contexts(rows: int) -> dict[str, Any]:
+    """Microseconds by tokens: pages in any order, in order, and the floor; then pages in any order of 32 GiB."""
+    found: dict[str, Any] = {}
+    for tokens in CONTEXTS:
+        times = [equal_rows(rows, tokens, SHORT[rows], ordered=ordered) for ordered in (False, True)]
+        found[str(tokens)] = " ".join(f"{1e6 * t:.1f}" for t in (*(t for t, _ in times), times[0][1] / BANDWIDTH))
+    found["255 of 32 GiB"] = f"{1e6 * equal_rows(rows, 255, SHORT[rows], copies=16)[0]:.1f}"
     return found
 
 
@@ -195,6 +211,8 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("short", short)
     yield Row("long", long)
+    for rows in (64, 256):
+        yield Row(f"contexts of {rows} rows", partial(contexts, rows))
     for name in SHAPES:
         yield Row(name, partial(speed, name))
     for name, tunings in TUNINGS.items():

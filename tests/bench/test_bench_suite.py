@@ -70,7 +70,7 @@ def test_the_bare_step_has_the_context_of_the_row() -> None:
     with LLM(**ENGINE) as llm:
         packed = decode_input(llm, 4, 40, 203)
     _, positions_R = packed.sampled()
-    assert len(positions_R) == 4 and 40 - BARE_TOKENS <= positions_R.min() <= positions_R.max() < 40
+    assert len(packed.rows) == 4 and 40 - BARE_TOKENS <= positions_R.min() <= positions_R.max() < 40
 
 
 def test_all_requests_of_a_bare_step_decode_however_long_their_prompts_take() -> None:
@@ -78,7 +78,9 @@ def test_all_requests_of_a_bare_step_decode_however_long_their_prompts_take() ->
     with LLM(**ENGINE | {"max_num_tokens": 4, "max_seq_len": 96, "token_buckets": [4]}) as llm:
         packed = decode_input(llm, 4, 40, 203)
     _, positions_R = packed.sampled()
-    assert len(positions_R) == 4 and positions_R.min() > 0
+    assert len(packed.rows) == 4 and positions_R.min() > 20
+    pages_RW = packed.shape.unpack(packed.data).pages_RW
+    assert (pages_RW[0, 0, :, :5] > 0).all(), "every row has pages of its own to read"
 
 
 def test_decoding_is_timed_while_all_decode(tmp_path: Path) -> None:
