@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxllm.kernels.grouped_matmul.tiles_cuda import MEAN
 from jaxllm.kernels.linear.quantized import FEW
 from jaxllm.mapping import CpType
 from jaxllm.plan.collectives import collectives
@@ -109,7 +110,10 @@ class Roofline:
             tokens = 1  # only the last token of a prompt is sampled from
         # Tokens are split over the devices that do not split the weight itself.
         over = set(self.sizes.layout.axes("tokens" if prompt else "requests")) - weight.split()
-        share = weight.choice[0] / weight.choice[1] if weight.choice else 1
-        if weight.fp8 and tokens > FEW:
-            share = 1 / self.gpu.fp8
+        share, small = 1.0, tokens <= FEW
+        if weight.choice is not None:
+            share = weight.choice[0] / weight.choice[1]
+            small = tokens * share < MEAN  # an expert's tokens
+        if weight.fp8 and not small:
+            share /= self.gpu.fp8
         return 2 * self.sizes.elements(weight) * tokens / self.sizes.shards(over) * share

@@ -221,7 +221,10 @@ def _weights(specs: TypingMapping[str, ParamSpec], cfg: ModelConfig, layout: Lay
         choice = None if cfg.experts is None or not spec.stacked else (cfg.experts.chosen, cfg.experts.count)
         whole = spec if spec.part is None else spec.part.whole
         path = path if spec.part is None else path.removesuffix(f".{spec.part.name}")
-        fp8 = spec.part is not None and spec.part.format == Format("fp8") and choice is None
+        # Dense products want one scale for each row, those of experts take groups of inputs.
+        fp8 = spec.part is not None and (
+            spec.part.format == Format("fp8") or (spec.part.format.kind == "fp8" and spec.stacked)
+        )
         one = Weight(path, whole.shape, 0.0, whole.axes, choice, fp8=fp8)
         # Scales may be on more devices than the matrix.
         each = spec.nbytes / _shards(spec.axes, layout) * _shards(whole.axes, layout) / one.elements

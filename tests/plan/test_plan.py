@@ -326,5 +326,12 @@ def test_fp8() -> None:
     tables = 2 * 2 * 128256 * 4096
     assert found.stages[0].weights - tables == pytest.approx((wide.stages[0].weights - tables) / 2, rel=0.002)
     assert wide.speeds[0].ttft / found.speeds[0].ttft == pytest.approx(1440 / 787, rel=0.05)
+    # Of experts, too: 1536 tokens for each of a chunk of 24576.
+    settings = {"max_batch_size": 8, "max_num_tokens": 24576}
+    load = Load(input=24576, output=1)
+    both = [plan("Qwen3-30B-A3B", load=load, **settings, quantization=kind).speeds[0] for kind in (None, "fp8")]
+    matrices = 48 * (8 * 3 * 2048 * 768 + 2048 * 128 * (32 + 4 + 4 + 32))
+    assert both[0].ttft - both[1].ttft == pytest.approx(2 * matrices * 24576 * (1 / 787e12 - 1 / 1440e12), rel=0.01)
+    settings = {"max_batch_size": 8, "max_seq_len": 4096}
     small = plan("Llama-3.1-8B", **settings, kv_cache_config={"dtype": "fp8"})
     assert small.stages[0].kv / small.pages == wide.stages[0].kv / wide.pages / 2
