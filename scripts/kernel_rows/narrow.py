@@ -32,14 +32,14 @@ LLAMA_70B_TP4 = {
 }
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {
     # rows of a tile, blocks of a cluster, panels of 64 inputs: beside the default
-    ("qkv", 8): (Split(192, 4, 1), Split(192, 4, 1, stagger=True), Split(128, 2, 2)),
+    ("qkv", 8): (Split(192, 4, 1), Split(128, 2, 2)),
     ("o", 8): (Split(128, 4, 2), Split(64, 2, 4, stagger=True), Split(64, 2, 4, fetch=128)),
-    ("gate_up", 8): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(64, 2, 4), Split(128, 4, 2)),
-    ("down", 8): (Split(64, 2, 4), Split(128, 4, 2, stagger=True)),
-    ("qkv", 64): (Split(128, 2, 2), Split(192, 4, 1, stagger=True)),
-    ("o", 64): (Split(128, 4, 1), Split(128, 4, 2, stagger=True), Split(256, 8, 1)),
-    ("gate_up", 64): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(128, 4, 1)),
-    ("down", 64): (Split(128, 4, 1), Split(128, 4, 2, stagger=True), Split(256, 8, 1)),
+    ("gate_up", 8): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(64, 2, 4), Split(128, 1, 2)),
+    ("down", 8): (Split(128, 4, 2), Split(64, 2, 4, stagger=True)),
+    ("qkv", 64): (Split(192, 4, 1), Split(64, 1, 2)),
+    ("o", 64): (Split(128, 4, 2), Split(128, 2, 2)),
+    ("gate_up", 64): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(128, 1, 2)),
+    ("down", 64): (Split(128, 4, 2), Split(128, 2, 2), Split(256, 8, 1)),
 }
 
 

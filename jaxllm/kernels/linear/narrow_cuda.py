@@ -81,7 +81,7 @@ def splitting(tokens: int, features: int, inputs: int) -> Split:
     """A good split. Raises NotImplementedError where nothing fits."""
     columns = columns_for(tokens)
     splits = []
-    for rows, cluster in itertools.product((64, 128, 192, 256), (1, 2, 4)):
+    for rows, cluster in itertools.product((64, 128, 192, 256), (1, 2)):
         for panels in (4, 2, 1):  # the longer the lines that are read at once, the better
             split = Split(rows, cluster, panels)
             enough = inputs % (panels * 64) == 0 and inputs // (panels * 64) >= 2 * cluster
