@@ -42,12 +42,15 @@ NO_JAX = [
     "structured",
     "engine.request",
     "engine.blocks",
+    "engine.chunks",
     "engine.grammar",
     "engine.grammar_check",
+    "engine.pages",
     "engine.scheduler",
     "engine.siblings",
     "engine.sizes",
     "engine.step",
+    "engine.turns",
     "engine.waiting",
 ]
 JAX = {"jax", "jaxlib", "flax", "orbax"}

@@ -17,16 +17,17 @@ The prompts that are there are spread over 2 G steps, or the last stage would wa
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import Literal, get_args
 
 from jaxllm.engine.blocks import PagePool
+from jaxllm.engine.chunks import Chunks
+from jaxllm.engine.pages import Pages
 from jaxllm.engine.request import FinishReason, Request, Sequence, SequenceStatus
-from jaxllm.engine.siblings import SharedPrompts
 from jaxllm.engine.step import Chunk, Event, LaneSteps, Step
+from jaxllm.engine.turns import whose_turn
 from jaxllm.engine.waiting import WaitingQueue
 
 __all__ = ["CapacityPolicy", "Chunk", "Event", "Scheduler", "Step"]
@@ -34,8 +35,6 @@ __all__ = ["CapacityPolicy", "Chunk", "Event", "Scheduler", "Step"]
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 
 _WAITING, _RUNNING, _FINISHED = SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED
-_NEVER = sys.maxsize
-_LEAST_TILES = 4  # prompt tiles of a micro-batch: with fewer, a step costs more than it saves in waiting
 
 
 class Scheduler:
@@ -95,24 +94,25 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.eos_token_ids = frozenset(eos_token_ids)
         self.micro_batches = micro_batches
-        self._tile_counts = sorted(tile_counts)
         self.num_preemptions = 0
         self.num_quiet_tokens = 0  # those that `update` returned no event for
         self._num_steps = 0  # scheduled so far
-        self._share = 0  # prompt tokens of a micro-batch
-        self._guaranteed = policy == "GUARANTEED_NO_EVICT"
+        self._chunks = Chunks(
+            max_num_tokens=max_num_tokens,
+            tile=tile,
+            max_tiles=max_tiles,
+            tile_counts=tile_counts,
+            micro_batches=micro_batches,
+        )
+        self._pages = Pages(pool, guaranteed=policy == "GUARANTEED_NO_EVICT")
         self._requests: dict[int, Request] = {}  # unfinished ones
         self._arrivals = 0
         # Both lists are in order of rank, so that the last one is the next to be preempted.
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._waiting = WaitingQueue(by_priority=priority_queue)
-        self._shared = SharedPrompts(pool)
         self._slots = range(first_slot, first_slot + max_batch_size)
         self._free_slots = list(reversed(self._slots))
-        self._reserved = 0  # pages of all running sequences at their longest
-        # Head of the queue that did not fit, the spare pages then, and the digest of the next page that it could share.
-        self._blocked: tuple[Sequence, int, bytes | None] | None = None
 
     # ---- requests come and go -------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class Scheduler:
                 f"the prompt has {length} tokens, but max_seq_len {self.max_seq_len} leaves room for "
                 f"{self.max_seq_len - 1} and one output token: shorten it or raise max_seq_len"
             )
-        if not self.chunked_prefill and not self._fits_one_step(length):
+        if not self.chunked_prefill and not self._chunks.fit_one_step(length):
             limit = min(self.max_num_tokens, self.tile * self.max_tiles)
             raise ValueError(
                 f"the prompt has {length} tokens, but one step computes {limit} and chunked prefill is off: "
@@ -218,7 +218,7 @@ class Scheduler:
         if not request.forked:
             self._fork(request)
         if len(request.sequences) > 1:
-            self._shared.hand_over(seq)
+            self._pages.shared.hand_over(seq)
         self._end(seq, reason, stop_reason)
 
     def _end(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
@@ -227,7 +227,7 @@ class Scheduler:
         if was_running:
             self._leave(seq)
         elif seq.pages:
-            self._shared.strip(seq)
+            self._pages.shared.strip(seq)
         seq.move(_FINISHED)
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
@@ -263,12 +263,12 @@ class Scheduler:
                 break
             count = self._add_chunk(step, seq, tokens, tiles)
             tokens -= count
-            tiles -= -(-count // self.tile)
+            tiles -= self._chunks.tiles(count)
         # Whoever was preempted in this step needs the pages back: letting others in now would only preempt again.
         if prompts and self._waiting and self.num_preemptions == preemptions:
             self._admit(step, tokens, tiles)
         if step.prefills and self.micro_batches == 1 and self.chunked_prefill:
-            self._cut_to_fill(step)
+            self._chunks.cut_to_fill(step)
         for chunk in step.prefills:
             if chunk.samples:
                 seq = chunk.seq
@@ -353,61 +353,14 @@ class Scheduler:
             positions.append(position)
 
     def _whose_turn(self, ahead: bool) -> list[Sequence]:
-        """The sequences to be decoded in this of several micro-batches, in order of rank.
-
-        Only those whose last token is known, or was sampled at least `micro_batches` steps ago; with `ahead` those that
-        have waited longest even if their last token is younger. Who has waited longest comes first in any case, hence
-        nobody starves.
-        """
-        turns, number = self.micro_batches, self._num_steps
-        going = [seq for seq in self._decoding if seq.num_computed < seq.max_len - 1]
-        if ahead:
-            oldest = min((seq.last_step for seq in going if not seq.wait_for_token), default=-1)
-            ready = [
-                seq
-                for seq in going
-                if not seq.num_pending or (seq.num_pending == 1 and seq.last_step == oldest and not seq.wait_for_token)
-            ]
-        else:
-            ready = [
-                seq
-                for seq in going
-                if not seq.num_pending or (number - seq.last_step >= turns and not seq.wait_for_token)
-            ]
-        # The quotas of `turns` consecutive steps add up to everybody and differ by at most one.
-        turn = number % turns
-        quota = (turn + 1) * len(going) // turns - turn * len(going) // turns
-        quota = min(max(quota, 1), self.max_num_tokens)
-        if len(ready) > quota:
-            ready = sorted(sorted(ready, key=_last_step)[:quota], key=_rank)
-        return ready
+        turns, most = self.micro_batches, self.max_num_tokens
+        return whose_turn(self._decoding, number=self._num_steps, turns=turns, most=most, ahead=ahead)
 
     def _prompt_share(self) -> int:
-        """Prompt tokens of one micro-batch. It does not shrink while a prompt is computed, or its end would crumble."""
-        rounds = 2 * self.micro_batches
+        """Prompt tokens of one micro-batch."""
         known = sum(len(seq.tokens) - seq.num_computed for seq in self._prefilling)
-        known += self._waiting.num_tokens(rounds * self.max_num_tokens)
-        before = self._share if self._prefilling else 0
-        tiles = max(-(-known // (rounds * self.tile)), _LEAST_TILES)
-        tiles = next((count for count in self._tile_counts if count >= tiles), tiles)
-        self._share = max(before, tiles * self.tile)
-        return self._share
-
-    def _cut_to_fill(self, step: Step) -> None:
-        """Leaves the end of the last chunk to the next step where more than a quarter of this one would be padding.
-
-        Nine tiles, where there are steps of eight and sixteen, are eight now and one later.
-        """
-        counts, tile = self._tile_counts, self.tile
-        needed = sum(-(-(chunk.stop - chunk.start) // tile) for chunk in step.prefills)
-        above = bisect_left(counts, needed)
-        if not 0 < above < len(counts) or 4 * (counts[above] - needed) <= counts[above]:
-            return
-        last = step.prefills[-1]
-        tiles = -(-(last.stop - last.start) // tile) - (needed - counts[above - 1])
-        if tiles > 0:
-            last.stop = last.seq.num_computed = last.start + tiles * tile
-            last.samples = False
+        known += self._waiting.num_tokens(self._chunks.most_known)
+        return self._chunks.share(known, under_way=bool(self._prefilling))
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
         start = seq.num_computed
@@ -428,75 +381,24 @@ class Scheduler:
             self._waiting.pop()
             seq.move(_RUNNING)
             seq.slot = self._free_slots.pop()
-            self._reserved += seq.max_pages
             insort(self._prefilling, seq, key=_rank)
             step.started.append(seq)
             count = self._add_chunk(step, seq, tokens, tiles)
             tokens -= count
-            tiles -= -(-count // self.tile)
-
-    def _fits_one_step(self, count: int) -> bool:
-        return count <= self.max_num_tokens and -(-count // self.tile) <= self.max_tiles
+            tiles -= self._chunks.tiles(count)
 
     def _take_pages(self, seq: Sequence, tokens: int, tiles: int) -> bool:
         """Give a waiting sequence pages for all its known tokens, as many as possible shared; False: it must wait."""
-        pool = self.pool
-        alone = self.num_running == 0
-        if not alone:
-            if self._guaranteed and self._reserved + seq.max_pages > pool.capacity:
+        running, chunks = self.num_running, self._chunks
+        if not self._pages.may_fit(seq, running):
+            return False
+        shared, matched = self._pages.find_shared(seq)
+        if not self.chunked_prefill:
+            rest = len(seq.tokens) - len(shared) * self.pool.page_size
+            fits_now = rest <= tokens and chunks.tiles(rest) <= tiles
+            if not fits_now and chunks.fit_one_step(rest):
                 return False
-            if self._still_blocked(seq):
-                return False
-        self._blocked = None
-        shared, matched = self._find_shared(seq)
-        rest = len(seq.tokens) - len(shared) * pool.page_size
-        fits_now = rest <= tokens and -(-rest // self.tile) <= tiles
-        if not self.chunked_prefill and not fits_now and self._fits_one_step(rest):
-            return False
-        needed = pool.pages_for(len(seq.tokens)) - len(shared)
-        # Keep a page for each running sequence: they need it soon, and preempting right after admission wastes work.
-        spare = 0 if alone or self._guaranteed else self.num_running
-        inherited = bool(seq.pages)
-        if not inherited:
-            pool.incref(shared)
-        if alone or self._guaranteed:
-            self._shared.strip_until(needed, keep=seq)
-        if pool.num_free < needed + spare:
-            if not inherited:
-                pool.release(shared)
-            unmatched = seq.chain[matched + 1] if len(seq.chain) > matched + 1 else None
-            self._blocked = (seq, pool.num_free - spare, unmatched)
-            return False
-        if inherited:
-            self._shared.admitted(seq)
-        elif seq.request.prefix_cache and pool.prefix_cache:
-            pool.record_lookup(len(shared), (len(seq.tokens) - 1) // pool.page_size - len(shared))
-        seq.pages = shared + pool.allocate(needed)
-        seq.num_computed = len(shared) * pool.page_size
-        if seq.index == 0 and seq.request.num_cached is None:
-            seq.request.num_cached = seq.num_computed
-        seq.prompt_ready = len(shared) >= self._shared.num_shareable(seq)
-        seq.register_at = (matched + 1) * pool.page_size if pool.prefix_cache else _NEVER
-        return True
-
-    def _still_blocked(self, seq: Sequence) -> bool:
-        """True when nothing got better since this sequence did not fit; saves looking its prefix up at every step."""
-        if self._blocked is None or self._blocked[0] is not seq:
-            return False
-        _, spare, digest = self._blocked
-        return self.pool.num_free - self.num_running <= spare and not (digest and self.pool.has(digest))
-
-    def _find_shared(self, seq: Sequence) -> tuple[list[int], int]:
-        """Pages that hold a prefix of a waiting sequence already, and how many of them are registered for sure."""
-        if seq.pages:
-            return seq.pages, 0
-        matched: list[int] = []
-        if seq.request.prefix_cache:
-            matched = self.pool.match_prefix(seq.tokens, seq.request.cache_salt, seq.chain)
-        donated: list[int] = []
-        if len(seq.request.sequences) > 1 and len(matched) < self._shared.num_shareable(seq):
-            donated = self._shared.donor_pages(seq)
-        return donated or matched, len(matched)
+        return self._pages.take(seq, shared, matched, running)
 
     # ---- results --------------------------------------------------------------------------------------------------
 
@@ -529,7 +431,7 @@ class Scheduler:
                 if chunk.samples:
                     self._accept(seq, tokens[row], row, events)
                 elif seq.num_computed > seq.register_at:
-                    self._register(seq)
+                    self._pages.register(seq)
             row += 1
         return events
 
@@ -547,22 +449,8 @@ class Scheduler:
             finished = True
             self.finish(seq, FinishReason.LENGTH)
         elif length > seq.register_at:
-            self._register(seq)
+            self._pages.register(seq)
         events.append(Event(seq, token, finished, row))
-
-    def _register(self, seq: Sequence) -> None:
-        """Name the pages that are full of known, dispatched tokens, so that later steps can share them."""
-        pool = self.pool
-        if not pool.prefix_cache or not seq.pages:
-            return
-        first = seq.register_at // pool.page_size - 1
-        full = min(seq.num_computed, len(seq.tokens)) // pool.page_size
-        if full <= first:
-            return
-        pool.extend_chain(seq.chain, seq.tokens, full, seq.request.cache_salt)
-        for index in range(first, full):
-            pool.register(seq.pages[index], seq.chain[index + 1])
-        seq.register_at = (full + 1) * pool.page_size
 
     # ---- pages and slots ------------------------------------------------------------------------------------------
 
@@ -571,7 +459,7 @@ class Scheduler:
         pool = self.pool
         if pool.num_free >= count:
             return True
-        self._shared.strip_until(count)
+        self._pages.shared.strip_until(count)
         while pool.num_free < count:
             victim = self._decoding[-1]
             if self._prefilling and self._prefilling[-1].rank > victim.rank:
@@ -589,35 +477,31 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         """Take a running sequence out of the batch: pages, slot and reservation are free afterwards."""
-        self._register(seq)
         (self._decoding if seq in self._decoding else self._prefilling).remove(seq)
-        self._reserved -= seq.max_pages
         self._free_slots.append(seq.slot)
         seq.slot = -1
-        self.pool.release(seq.give_up_pages())
+        self._pages.give_back(seq)
 
     def check(self) -> None:
         """Verify the invariants of the scheduler and its pool; RuntimeError names one that is broken. For tests."""
         running = self._decoding + self._prefilling
-        self.pool.check([seq.pages for seq in running + self._shared.heirs])
+        self.pool.check([seq.pages for seq in running + self._pages.shared.heirs])
         slots = [seq.slot for seq in running] + self._free_slots
         if sorted(slots) != list(self._slots):
             raise RuntimeError(f"slots are lost or given twice: {sorted(slots)}")
         if any(seq.status is not _RUNNING for seq in running):
             raise RuntimeError("a sequence in the batch is not running")
-        if self._reserved != sum(seq.max_pages for seq in running):
-            raise RuntimeError(f"{self._reserved} pages reserved, but the running sequences do not add up to that")
+        if self._pages.reserved != sum(seq.max_pages for seq in running):
+            raise RuntimeError(
+                f"{self._pages.reserved} pages reserved, but the running sequences do not add up to that"
+            )
         for group in (self._decoding, self._prefilling):
             if group != sorted(group, key=_rank):
                 raise RuntimeError("the running sequences are not in order of rank")
         self._waiting.check()
-        if not self._requests and (running or self._shared.heirs or self._waiting):
+        if not self._requests and (running or self._pages.shared.heirs or self._waiting):
             raise RuntimeError("no request is left, but some of their sequences are")
 
 
 def _rank(seq: Sequence) -> tuple[float, int, int]:
     return seq.rank
-
-
-def _last_step(seq: Sequence) -> int:
-    return seq.last_step
