@@ -42,10 +42,21 @@ def plan_of(model: Path = MODEL, **settings: Any) -> Plan:
     return make_plan(find_model(config.model), config, config.resolve_mapping(8), find_gpu("h200"))
 
 
-@pytest.mark.parametrize(("decodes", "tiles", "lanes", "own"), [(1, 0, 1, True), (8, 0, 8, False), (1, 4, 1, False)])
-def test_kernels_of_xla_for_products_of_fp8_models(decodes: int, tiles: int, lanes: int, own: bool) -> None:
-    """Without them a step of one token widens the bfloat16 output matrix; steps with fp8 products start faster so."""
-    functions = SimpleNamespace(specs={"a": SimpleNamespace(dtype=jnp.float8_e4m3fn)})
+@pytest.mark.parametrize(
+    ("dtype", "decodes", "tiles", "lanes", "own"),
+    [
+        (jnp.float8_e4m3fn, 1, 0, 1, True),
+        (jnp.float8_e4m3fn, 8, 0, 8, False),
+        (jnp.float8_e4m3fn, 1, 4, 1, False),
+        (jnp.bfloat16, 32, 0, 1, True),
+        (jnp.bfloat16, 64, 0, 1, False),
+        (jnp.bfloat16, 16, 0, 4, False),
+        (jnp.bfloat16, 1, 4, 1, False),
+    ],
+)
+def test_kernels_of_xla_for_products(dtype: Any, decodes: int, tiles: int, lanes: int, own: bool) -> None:
+    """Without them a step of one token widens the bfloat16 output matrix; steps of many tokens are faster so."""
+    functions = SimpleNamespace(specs={"a": SimpleNamespace(dtype=dtype)})
     shape = SimpleNamespace(bucket=Bucket(decodes, tiles), lanes=lanes)
     options = StepFunctions.compiler_options(functions, shape)  # type: ignore[arg-type]
     assert ("xla_gpu_enable_triton_gemm" not in options) == own
