@@ -101,7 +101,7 @@ def _residual_norm(product: Product, residual: jax.Array, weight: jax.Array, *, 
 
 
 def _normed(x: jax.Array, weight: jax.Array, *, quantised: bool) -> Any:
-    return reference.normed(x, (weight, EPS), quantised=quantised)
+    return reference.quantized_norm(x, (weight, EPS)) if quantised else rms_norm(x, (weight, EPS))
 
 
 REPEATS = 20

@@ -11,6 +11,7 @@ import pytest
 from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import quantize_tokens
+from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.kernels.rows import cuda, reference
 from tests.kernels.emulator.emulator import Kernels
 
@@ -87,7 +88,8 @@ def test_residual_and_norm(on_emulator: None, sizes: tuple) -> None:
     if weight_D is None:
         wanted = reference.quantize(summed)
     else:
-        wanted = reference.normed(summed, (weight_D, EPS), quantised=quantised)
+        norm = (weight_D, EPS)
+        wanted = reference.quantized_norm(summed, norm) if quantised else rms_norm(summed, norm)
     close(out, wanted, 2**-7 if dtype == BF16 else 1e-5)
 
 

@@ -116,7 +116,7 @@ def product(
     if not isinstance(x_TD, QuantizedTokens):
         eight = multiplies_e4m3(x_TD, weight_FD)
         if norm is not None:
-            x_TD = rows.quantized_norm(x_TD, norm) if eight else rows.normed(x_TD, norm)
+            x_TD = rows.quantized_norm(x_TD, norm) if eight else reference.rms_norm(x_TD, norm)
         elif eight:
             x_TD = rows.quantize(x_TD)
     if isinstance(x_TD, QuantizedTokens):

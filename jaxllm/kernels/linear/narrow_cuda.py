@@ -18,7 +18,6 @@ from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import reference
 from jaxllm.kernels.linear.cuda import ACTIVATIONS, CLUSTERS
 from jaxllm.kernels.linear.reference import Norm
-from jaxllm.kernels.rows.api import normed
 
 KERNEL = "narrow_gemm"
 COLUMNS = (8, 16, 32, 64, 128)
@@ -182,7 +181,7 @@ def linear(
     activation: str | None,
     residual_TF: jax.Array | None,
 ) -> jax.Array:
-    """See `api.linear`; the norm is another kernel. Raises NotImplementedError where it must be composed of others."""
+    """See `api.linear`; the norm is XLA's. Raises NotImplementedError where it must be composed of others."""
     choose(x_TD, weight_FD, gated=activation is not None)
     if residual_TF is not None and residual_TF.dtype != x_TD.dtype:
         raise NotImplementedError("a residual of another dtype")
@@ -195,7 +194,7 @@ def linear(
         x, weight, residual = operands
         return reference.linear(x, weight, activation=activation, residual=residual)
 
-    x_TD = x_TD if norm is None else normed(x_TD, norm)
+    x_TD = x_TD if norm is None else reference.rms_norm(x_TD, norm)
     return lax.platform_dependent((x_TD, weight_FD, residual_TF), cuda=kernel, default=composed)
 
 

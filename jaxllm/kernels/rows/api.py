@@ -41,24 +41,18 @@ def adds(residual_TD: jax.Array) -> bool:
     return True
 
 
-def normed(x_TD: jax.Array, norm: Norm) -> jax.Array:
-    """x / rms(x) * weight over the rows of x, in x's dtype."""
-    return _normed(x_TD, norm, quantised=False)
-
-
 def quantized_norm(x_TD: jax.Array, norm: Norm) -> QuantizedTokens:
-    """`normed` in e4m3; for bfloat16."""
-    return _normed(x_TD, norm, quantised=True)
+    """x / rms(x) * weight over the rows of x, in e4m3; for bfloat16.
 
-
-def _normed(x_TD: jax.Array, norm: Norm, *, quantised: bool) -> Any:
+    A norm alone is XLA's, which makes it part of what is before.
+    """
     weight_D, eps = norm
 
-    def plain(x_TD: jax.Array, weight_D: jax.Array) -> Activations:
-        return reference.normed(x_TD, (weight_D, eps), quantised=quantised)
+    def plain(x_TD: jax.Array, weight_D: jax.Array) -> QuantizedTokens:
+        return reference.quantized_norm(x_TD, (weight_D, eps))
 
     try:
-        kernel = cuda.normed(x_TD, eps, quantised=quantised)
+        kernel = cuda.quantized_norm(x_TD, eps)
     except NotImplementedError:
         return plain(x_TD, weight_D)
     return lax.platform_dependent(x_TD, weight_D, cuda=kernel, default=plain)

@@ -171,13 +171,13 @@ def residual_norm(
     return kernel
 
 
-def normed(x_TD: jax.Array, eps: float, *, quantised: bool) -> Callable[[jax.Array, jax.Array], Activations]:
-    """The kernel of `api.normed`. Raises NotImplementedError where XLA must do the work."""
+def quantized_norm(x_TD: jax.Array, eps: float) -> Callable[[jax.Array, jax.Array], QuantizedTokens]:
+    """The kernel of `api.quantized_norm`. Raises NotImplementedError where XLA must do the work."""
     if x_TD.ndim != 2:
         raise NotImplementedError("rows of rows")
     choose(NORM, x_TD.shape[0])
-    run = norm_kernel(Product.of(x_TD), eps=eps, residual=False, quantised=quantised)
-    return lambda x_TD, weight_D: run(Product.of(x_TD), None, weight_D)[1]
+    run = norm_kernel(Product.of(x_TD), eps=eps, residual=False, quantised=True)
+    return lambda x_TD, weight_D: _tokens(run(Product.of(x_TD), None, weight_D)[1])
 
 
 def gate(product: Product, activation: str, *, quantised: bool) -> Callable[[Product], Activations]:
@@ -192,13 +192,12 @@ def quantize(x_TD: jax.Array) -> Callable[[jax.Array], QuantizedTokens]:
         raise NotImplementedError("rows of rows")
     choose(QUANTIZE, x_TD.shape[0])
     run = norm_kernel(Product.of(x_TD), eps=None, residual=False, quantised=True)
+    return lambda x_TD: _tokens(run(Product.of(x_TD))[1])
 
-    def kernel(x_TD: jax.Array) -> QuantizedTokens:
-        tokens = run(Product.of(x_TD))[1]
-        assert isinstance(tokens, QuantizedTokens)
-        return tokens
 
-    return kernel
+def _tokens(x: Activations) -> QuantizedTokens:
+    assert isinstance(x, QuantizedTokens)
+    return x
 
 
 def check(kernel: str) -> None:

@@ -15,13 +15,12 @@ def residual_norm(
 ) -> tuple[jax.Array, Activations]:
     """See `api.residual_norm`. The sum is rounded to its dtype, and the norm is that of the rounded sum."""
     sum_TD = residual_TD + product.finish()
-    return sum_TD, normed(sum_TD, norm, quantised=quantised)
+    return sum_TD, quantized_norm(sum_TD, norm) if quantised else rms_norm(sum_TD, norm)
 
 
-def normed(x_TD: jax.Array, norm: Norm, *, quantised: bool = False) -> Activations:
-    """See `api.normed`."""
-    y_TD = rms_norm(x_TD, norm)
-    return quantize(y_TD) if quantised else y_TD
+def quantized_norm(x_TD: jax.Array, norm: Norm) -> QuantizedTokens:
+    """See `api.quantized_norm`."""
+    return quantize(rms_norm(x_TD, norm))
 
 
 def gate(product: Product, activation: str, *, quantised: bool = False) -> Activations:
