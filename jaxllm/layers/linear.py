@@ -116,7 +116,8 @@ class RowLinear(nnx.Module):
             return api.fused(x_TD, weight, bias_F=bias_D, residual=residual_TD)
         except NotImplementedError:
             pass
-        if not rows.adds(residual_TD):
+        quantised = isinstance(x_TD, QuantizedTokens) or api.multiplies_e4m3(x_TD, weight)
+        if not rows.adds(residual_TD, quantised=quantised):
             return api.linear(x_TD, weight, bias_F=bias_D, residual=residual_TD)
         parts = 1 if bias_D is not None else parts_of(residual_TD.shape[0], residual_TD.shape[1], x_TD.shape[1])
         return Unadded(api.product(x_TD, weight, bias_F=bias_D, parts=parts), residual_TD)

@@ -45,7 +45,7 @@ def test_a_sum_that_waits_for_the_norm(monkeypatch: pytest.MonkeyPatch, bias: bo
     x, residual = (jnp.asarray(rng.standard_normal((5, n)), F32) for n in (4096, 64))
     at_once = linear(x, residual=residual)
     assert isinstance(at_once, jax.Array)
-    monkeypatch.setattr(rows, "adds", lambda residual: True)
+    monkeypatch.setattr(rows, "adds", lambda residual, quantised: True)
     waits = linear(x, residual=residual)
     assert isinstance(waits, Unadded) and waits.product.sums.ndim == (2 if bias else 3)
     assert (like(waits).shape, like(waits).dtype) == (at_once.shape, at_once.dtype)

@@ -270,7 +270,7 @@ def linear(
     if residual is not None and residual.dtype != x_TD.dtype:
         raise NotImplementedError("a residual of another dtype")
     if norm is not None and registers(x_TD.shape[0], x_TD.shape[1], True) > WIDE_REGISTERS:
-        x_TD, norm = rows.normed(x_TD, norm), None
+        x_TD, norm = reference.rms_norm(x_TD, norm), None
     norm_D, eps = (None, None) if norm is None else norm
     run = implementation(
         x_TD, weight.shape[0], eps=eps, activation=activation, residual=residual is not None, out_dtype=dtype

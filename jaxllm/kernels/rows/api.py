@@ -32,10 +32,13 @@ def residual_norm(
     return lax.platform_dependent(product, residual_TD, weight_D, cuda=kernel, default=plain)
 
 
-def adds(residual_TD: jax.Array) -> bool:
-    """Whether `residual_norm` has a kernel for such residuals: then a sum had better wait for the norm after it."""
+def adds(residual_TD: jax.Array, *, quantised: bool) -> bool:
+    """Whether `residual_norm` has a kernel for such residuals: then a sum had better wait for the norm after it.
+
+    quantised: products of operands in e4m3.
+    """
     try:
-        cuda.require_residual_norm(residual_TD)
+        cuda.require_residual_norm(residual_TD, quantised=quantised)
     except NotImplementedError:
         return False
     return True
