@@ -6,21 +6,19 @@
 // and fewer, whose products are done 64 rows at a time all the same, memory decides.
 //
 // An item of work is a row's tile of 64 query heads; see shares.cuh. One CTA stays on each SM, of four warpgroups:
-//   copy     brings blocks of BLOCK tokens into STAGES stages, each in two halves of their columns; each half has a warp
-//            of its own, so that none waits for others
+//   copy     brings blocks of BLOCK tokens into STAGES stages; each has warps of its own, so that none waits for others
 //   scores   queries @ latents, softmax; leaves the weights, and by how much older results shrink
 //   values   two of them: result = result * shrinking + weights @ latents, half of the VALUES numbers each
-// so that the products of scores overlap with those of values of the block before, and the softmax with both. There is
-// room for two blocks beside the queries, and from the end of a block's last product to the first one of the block that
-// takes its place, half of that room is idle. So it is given back and filled in halves: scores begin with the half that
-// came first, and values are done with it first.
+// so that the products of scores overlap with those of values of the block before, and the softmax with both.
 //
-// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
+// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, which keeps more under way
+// and makes more of the same reads of shared memory; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST;
+// AHEAD 1: the second-level cache is told of a block two before it.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #include "cluster.cuh"
 #include "hopper.cuh"
 
-constexpr int TILE = 64, BLOCK = 64, STAGES = 2, HALVES = 2, Q = 1;
+constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE - 1) / TILE, M = HEADS < TILE ? HEADS : TILE;
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 #include "shares.cuh"
@@ -28,33 +26,27 @@ constexpr int WARPS = 16, THREADS = WARPS * 32;
 // Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables. Queries and
 // latents lie in panels of 64 columns, rows of 128 bytes with the hardware's swizzle.
 constexpr int PANELS = H / 64, ROW = 128, PANEL = BLOCK * ROW, STAGE = PANELS * PANEL, QUERY_PANEL = TILE * ROW;
+constexpr int COPIERS = 128 / STAGES, AT_ONCE = COPIERS / 8;  // threads that fill a stage, and tokens of one turn
 constexpr int KV_AT = PANELS * QUERY_PANEL, WEIGHTS_AT = KV_AT + STAGES * STAGE;
 constexpr int FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
 constexpr int LSE_AT = FACTORS_AT + TILE * 4, BARRIERS_AT = LSE_AT + TILE * 4;
-constexpr int TABLES_AT = BARRIERS_AT + 8 * (2 * STAGES * HALVES + 2);
+constexpr int TABLES_AT = BARRIERS_AT + 8 * (2 * STAGES + 2);
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-static_assert(H == 576 && VALUES == 512 && HEADS % M == 0 && O % 8 == 0, "not what this kernel was written for");
+static_assert(H % 64 == 0 && VALUES == 512 && HEADS % M == 0 && O % 8 == 0, "not what this kernel was written for");
 
 struct Barriers {
   u32 at;
 
-  DEVICE u32 full(int stage, int half) const { return at + (stage * HALVES + half) * 16; }
-  DEVICE u32 freed(int stage, int half) const { return at + (stage * HALVES + half) * 16 + 8; }
-  DEVICE u32 weights() const { return at + STAGES * HALVES * 16; }
-  DEVICE u32 weights_freed() const { return at + STAGES * HALVES * 16 + 8; }
+  DEVICE u32 full(int stage) const { return at + stage * 16; }
+  DEVICE u32 freed(int stage) const { return at + stage * 16 + 8; }
+  DEVICE u32 weights() const { return at + STAGES * 16; }
+  DEVICE u32 weights_freed() const { return at + STAGES * 16 + 8; }
 };
 
-// The panels of a half, in the order in which scores take them: of both warpgroups of values those that each multiplies
-// first, and what is no value; then the others.
-DEVICE constexpr int panels_of(int half) { return half == 0 ? 5 : 4; }
-DEVICE constexpr int panel_of(int half, int i) {
-  return half == 0 ? (i == 0 ? 8 : (i - 1) / 2 * 4 + (i - 1) % 2) : i / 2 * 4 + 2 + i % 2;
-}
-
-// A warp that fills a half of stage `stage`: every STAGES-th block.
-template <int HALF>
+// Warps that fill stage `stage`: every STAGES-th block.
 DEVICE void copy(
-    u32 smem, const Barriers& barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int stage, int lane
+    u32 smem, const Barriers& barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int stage,
+    int thread
 ) {
   Run run = walk.take(rows, 0x7fffffff);
   int block = 0;
@@ -67,37 +59,36 @@ DEVICE void copy(
   };
   // A lane has the page of eight tokens.
   auto load_pages = [&]() {
-    const int at = run.token + block * BLOCK + lane % (BLOCK / 8) * 8;
+    const int at = run.token + block * BLOCK + thread % (BLOCK / 8) * 8;
     return run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : 0;
   };
-  const int column = lane % 8, above = lane / 8;
+  const int column = thread % 8, above = thread / 8;
   const u32 to = smem + KV_AT + stage * STAGE;
   for (int i = 0; i < stage && run.blocks; ++i) step();
   int page = load_pages();
 #pragma unroll 1
   for (int turn = 0; run.blocks; ++turn) {
     const int token = run.token + block * BLOCK + above, last = run.last;
-    barrier_wait(barriers.freed(stage, HALF), turn & 1 ^ 1);
+    barrier_wait(barriers.freed(stage), turn & 1 ^ 1);
 #pragma unroll
-    for (int i = 0; i < BLOCK / 4; ++i) {
-      const int row = above + i * 4, at = token + i * 4;
-      const u16* from = kv + ((size_t)__shfl_sync(~0u, page, i / 2) * O + at % O) * H + column * 8;
+    for (int i = 0; i < BLOCK / AT_ONCE; ++i) {
+      const int row = above + i * AT_ONCE, at = token + i * AT_ONCE;
+      const u16* from = kv + ((size_t)__shfl_sync(~0u, page, i * AT_ONCE / 8) * O + at % O) * H + column * 8;
       const u32 here = to + row * ROW + ((column ^ row % 8) << 4), bytes = at <= last ? 16 : 0;
 #pragma unroll
-      for (int j = 0; j < panels_of(HALF); ++j)
-        cp_async_16(here + panel_of(HALF, j) * PANEL, from + panel_of(HALF, j) * 64, bytes);
+      for (int panel = 0; panel < PANELS; ++panel) cp_async_16(here + panel * PANEL, from + panel * 64, bytes);
     }
     cp_async_commit();
 #pragma unroll 1
     for (int i = 0; i < STAGES && run.blocks; ++i) step();
     page = load_pages();
-    // The second-level cache fetches already what will come here next.
-    const int next = run.token + block * BLOCK + lane * 8;
-    if (HALF == 0 && lane < BLOCK / 8 && run.blocks && next <= run.last)
+    // What will come here next, where there is no room for it yet.
+    const int next = run.token + block * BLOCK + thread * 8;
+    if (AHEAD && thread < BLOCK / 8 && run.blocks && next <= run.last)
       prefetch(kv + ((size_t)page * O + next % O) * H, 8 * H * 2);
     cp_async_wait<0>();
     fence_products();
-    barrier_arrive(barriers.full(stage, HALF));
+    barrier_arrive(barriers.full(stage));
   }
 }
 
@@ -134,20 +125,16 @@ DEVICE void make_weights(
 #pragma unroll 1
     for (int block = 0; block < run.blocks; ++block, ++blocks) {
       const int stage = blocks % STAGES;
+      barrier_wait(barriers.full(stage), blocks / STAGES & 1);
       const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
+      wgmma_pin(s);
+      wgmma_fence();
 #pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        barrier_wait(barriers.full(stage, half), blocks / STAGES & 1);
-        wgmma_pin(s);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < panels_of(half) * 4; ++i) {
-          const int panel = panel_of(half, i / 4), inside = i % 4 * 32;
-          const u64 of_query = query + (panel * QUERY_PANEL + inside) / 16, of_keys = keys + (panel * PANEL + inside) / 16;
-          Wgmma<BLOCK>::ss(s, of_query, of_keys, half > 0 || i > 0);
-        }
-        wgmma_commit();
+      for (int i = 0; i < H / 16; ++i) {
+        const int inside = i % 4 * 32;
+        Wgmma<BLOCK>::ss(s, query + (i / 4 * QUERY_PANEL + inside) / 16, keys + (i / 4 * PANEL + inside) / 16, i > 0);
       }
+      wgmma_commit();
       wgmma_wait<0>();
       wgmma_pin(s);
       const int token = run.token + block * BLOCK + lane % 4 * 2;
@@ -253,26 +240,22 @@ DEVICE void multiply_values(
         }
       }
       const int stage = blocks % STAGES;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) barrier_wait(barriers.full(stage, half), blocks / STAGES & 1);
+      barrier_wait(barriers.full(stage), blocks / STAGES & 1);
       const u64 values =
           matrix_descriptor(smem + KV_AT + stage * STAGE + group * (VALUES / 2 / 64) * PANEL, ROW, PANEL, 8 * ROW);
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
       wgmma_fence();
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
+      for (int i = 0; i < BLOCK / 16; ++i)
 #pragma unroll
-        for (int i = 0; i < BLOCK / 16; ++i)
+        for (int side = 0; side < 2; ++side)
           Wgmma<VALUES / 4>::rs(o[side], p[i], values + (side * (VALUES / 4 / 64) * PANEL + i * 16 * ROW) / 16);
-        wgmma_commit();
-      }
-      wgmma_wait<1>();
-      wgmma_pin(o[0]);
-      if (lane == 0) barrier_arrive(barriers.freed(stage, 0));
+      wgmma_commit();
       wgmma_wait<0>();
+      wgmma_pin(o[0]);
       wgmma_pin(o[1]);
-      if (lane == 0) barrier_arrive(barriers.freed(stage, 1));
+      if (lane == 0) barrier_arrive(barriers.freed(stage));
     }
     barrier_wait(barriers.weights(), messages & 1);
     const float inverse[2] = {factors[row], factors[row + 8]}, log[2] = {logs[row], logs[row + 8]};
@@ -333,11 +316,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
   if (cta >= CTAS) return;
   const Barriers barriers = {smem + BARRIERS_AT};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage)
-      for (int half = 0; half < HALVES; ++half) {
-        barrier_init(barriers.full(stage, half), 32);
-        barrier_init(barriers.freed(stage, half), 8);  // the warps of values
-      }
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(barriers.full(stage), COPIERS);
+      barrier_init(barriers.freed(stage), 8);  // the warps of values
+    }
     barrier_init(barriers.weights(), 128);
     barrier_init(barriers.weights_freed(), 8);
     barrier_init_fence();
@@ -355,8 +337,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
   }
   if (group == 0) {
     registers_fewer<40>();
-    if (thread / 32 % 2 == 0) copy<0>(smem, barriers, rows, work.walk, kv, pages, thread / 64, thread % 32);
-    else copy<1>(smem, barriers, rows, work.walk, kv, pages, thread / 64, thread % 32);
+    copy(smem, barriers, rows, work.walk, kv, pages, thread / COPIERS, thread % COPIERS);
   } else if (group == 1) {
     registers_fewer<104>();
     make_weights(shared, smem, barriers, rows, work.walk, q, first, thread);
