@@ -337,7 +337,7 @@ class EngineConfig(Strict):
         skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
         dtype: of weights and activations; "auto" = the checkpoint's on a GPU, float32 on a CPU.
         quantization: matrices of attention, MLPs and experts in fewer bits, rounded while they are loaded: "fp8" (e4m3,
-            a scale for each row; activations too, in steps of many tokens in bfloat16), "int8" (a scale for each row)
+            a scale for each row; in bfloat16 activations too, a scale for each token), "int8" (a scale for each row)
             or "int4" (one for 128 inputs); None = as the checkpoint has them.
         quantize_lm_head: the output matrix too. It is a small part of most models, and rounding it moves every logit.
         dequantize_weights: expand quantised blocks to dtype when loading. Otherwise, on a CPU, Q4_0, Q4_1 and Q8_0

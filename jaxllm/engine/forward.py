@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.engine.batch import BatchShape
 from jaxllm.kernels.all_reduce.api import Group
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
-from jaxllm.kernels.linear.quantized import FEW, QuantizedWeight, Weight
+from jaxllm.kernels.linear import fp8_cuda
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.layers.embedding import greedy, vocab_logits
 from jaxllm.layers.sampling import SampleOutput, token_logprobs
 from jaxllm.models.config import ModelConfig
@@ -29,9 +30,9 @@ from jaxllm.parallel.mesh import partition
 from jaxllm.parallel.params import ParamSpec
 
 KV_AXES = ("pages", None, "kv_heads", None, None)
+"""Logical axes of kv_PYKOH."""
 MANY = 64
 """Tokens of a step whose bfloat16 products are left to cuBLAS; see `StepFunctions.compiler_options`."""
-"""Logical axes of kv_PYKOH."""
 
 
 class StepFunctions:
@@ -159,8 +160,9 @@ class StepFunctions:
         options: dict[str, str | bool] = {}
         if not shape.bucket.tiles:
             options["xla_disable_hlo_passes"] = "rematerialization"
+        rows = shape.lanes * shape.bucket.decodes
         fp8 = any(spec.dtype == jnp.float8_e4m3fn for spec in self.specs.values())
-        if shape.bucket.tiles or shape.lanes * shape.bucket.decodes > (FEW if fp8 else MANY - 1):
+        if shape.bucket.tiles or rows > (fp8_cuda.FEW if fp8 else MANY - 1):
             options["xla_gpu_enable_triton_gemm"] = False
         return options
 

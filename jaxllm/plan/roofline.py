@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 
 from jaxllm.kernels.grouped_matmul.tiles_cuda import MEAN
-from jaxllm.kernels.linear.quantized import FEW
 from jaxllm.mapping import CpType
 from jaxllm.plan.collectives import collectives
 from jaxllm.plan.gpus import Gpu
@@ -110,7 +109,7 @@ class Roofline:
             tokens = 1  # only the last token of a prompt is sampled from
         # Tokens are split over the devices that do not split the weight itself.
         over = set(self.sizes.layout.axes("tokens" if prompt else "requests")) - weight.split()
-        share, small = 1.0, tokens <= FEW
+        share, small = 1.0, False
         if weight.choice is not None:
             share = weight.choice[0] / weight.choice[1]
             small = tokens * share < MEAN  # an expert's tokens

@@ -74,9 +74,9 @@ def test_activations_that_come_quantised() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((40, 256)), BF16)
     weight = quantize(jnp.asarray(rng.standard_normal((512, 256)), F32), Format("fp8"))
-    assert api.multiplies_e4m3(x, weight)
-    for few, kept in ((x[:32], weight), (x.astype(F32), weight), (x, quantize(jnp.ones((512, 256)), Format("int8")))):
-        assert not api.multiplies_e4m3(few, kept)
+    assert api.multiplies_e4m3(x, weight) and api.multiplies_e4m3(x[:1], weight)
+    for other, kept in ((x.astype(F32), weight), (x, quantize(jnp.ones((512, 256)), Format("int8")))):
+        assert not api.multiplies_e4m3(other, kept)
     norm = jnp.linspace(0.5, 1.5, 256), 1e-5
     wanted = api.linear(x, weight, norm=norm)
     found = api.linear(rows.quantized_norm(x, norm), weight)

@@ -140,13 +140,7 @@ def multiplies_e4m3(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight) -
         return False
     if fp8_cuda.is_chosen(x_TD, weight_FD):
         return not fp8_cuda.is_wide(x_TD.size // x_TD.shape[-1], x_TD.shape[-1])
-    if not quantized.multiplies_e4m3(x_TD, weight_FD):
-        return False
-    try:
-        quantized_cuda.choose(x_TD, weight_FD)
-    except NotImplementedError:
-        return True
-    return False
+    return quantized.multiplies_e4m3(x_TD, weight_FD)
 
 
 def num_rows(weight_FD: Weight) -> int:

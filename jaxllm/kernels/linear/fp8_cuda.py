@@ -35,8 +35,13 @@ WIDE_REGISTERS = 112
 SLACK = 8192
 """Bytes after the stages, which products may read and make nothing of."""
 
-MEGABYTES: tuple[tuple[int, int, int], ...] = ()
-"""Where the kernel is used: for so many tokens and more, up to so many, weights of up to so many megabytes."""
+FEW = 8
+"""Tokens up to which the kernel is the fastest."""
+MEGABYTES: tuple[tuple[int, int, int], ...] = ((1, FEW, 600),)
+"""Where the kernel is used: for so many tokens and more, up to so many, weights of up to so many megabytes.
+
+Measured on an H200 (jax 0.11.2), the products of a layer of Llama-3.1-8B with what is around them: at 1 token 68 us,
+where a kernel that widens the weight to bfloat16 takes 73; at 8 tokens 88, XLA 91; at 16 tokens 89 and 88."""
 
 Operands = tuple[jax.Array, QuantizedWeight, jax.Array | None, jax.Array | None]
 """x, weight, the norm's weight and the residual."""
@@ -196,11 +201,6 @@ def implementation(
         return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=split.threads, shared=shared)[0]
 
     return run
-
-
-def is_used() -> bool:
-    """Whether there are products that the kernel is used for."""
-    return bool(MEGABYTES) or call.asked_for(KERNEL)
 
 
 def is_chosen(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> bool:

@@ -124,36 +124,30 @@ def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(wide * inverse, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale
 
 
-FEW = 32
-"""Tokens up to which reading the weight takes the time, and activations stay as they are."""
-
-
 def multiplies_e4m3(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> bool:
-    """Whether the product quantises activations."""
-    if weight.format.group is not None or weight.zero is not None or weight.format.kind != "fp8":
-        return False
-    return x.dtype == jnp.bfloat16 and x.size // x.shape[-1] > FEW
+    """Whether the product quantises activations: of however many tokens, so that none depends on how many there are."""
+    return x.dtype == jnp.bfloat16 and weight.format == Format("fp8") and weight.zero is None
 
 
 def product(x: QuantizedTokens, weight: QuantizedWeight) -> Product:
     """The product of e4m3 activations and weights, whose scales are still to be multiplied with."""
-    y = lax.dot_general(x.values, weight.values, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    return Product(y, x.scale, weight.scale[:, 0], x.dtype)
+    # Of one row XLA would make a product with a vector, for which it widens the whole weight in memory.
+    values = jnp.pad(x.values, [(0, 1), (0, 0)]) if x.shape[0] == 1 else x.values
+    y = lax.dot_general(values, weight.values, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    return Product(y[: x.shape[0]], x.scale, weight.scale[:, 0], x.dtype)
 
 
 def matmul(x: jax.Array, weight: QuantizedWeight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """See `api.matmul`.
 
-    In bfloat16 and for more than a few tokens, activations are quantised to e4m3, each token by its largest, and
-    multiplied with e4m3 weights as they are. Otherwise the values of the weight are widened in the product.
+    In bfloat16, activations are quantised to e4m3, each token by its largest, and multiplied with e4m3 weights as they
+    are. Otherwise the values of the weight are widened in the product.
     """
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     if weight.format.group is not None or weight.zero is not None:
         return lax.dot_general(x, dequantize(weight, x.dtype), contract, preferred_element_type=dtype)
-    scale_F = weight.scale[:, 0]
     if multiplies_e4m3(x, weight):
-        x, scale = quantize_tokens(x)
-        y = lax.dot_general(x, weight.values, contract, preferred_element_type=dtype)
-        return (y.astype(jnp.float32) * scale * scale_F).astype(dtype)
+        values, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+        return product(QuantizedTokens(values, scale, jnp.dtype(dtype)), weight).finish().reshape(*x.shape[:-1], -1)
     y = lax.dot_general(x, unpack(weight).astype(x.dtype), contract, preferred_element_type=jnp.float32)
-    return (y * scale_F).astype(dtype)
+    return (y * weight.scale[:, 0]).astype(dtype)
