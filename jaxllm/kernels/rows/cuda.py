@@ -38,8 +38,8 @@ whether what goes on is e4m3.
 
 Measured on an H200 (jax 0.11.2) in the engine with Llama-3.1-8B's shapes, all three beside none. In e4m3: 256 requests
 decode in 6.59 ms, not 6.85, and prompts go from 64,306 to 67,358 tokens per second; 64 requests take 4.39 ms, not 4.03.
-In bfloat16: 8 requests 4.45 ms, not 4.39; 64 5.47, not 5.54; 256 9.76, not 10.21; and with cuBLAS in place of Triton 5.29
-and 9.45. Products of many tokens in cuBLAS add the residual themselves."""
+In bfloat16: 8 requests 4.45 ms, not 4.39; 64 5.47, not 5.54; 256 9.76, not 10.21; and with cuBLAS in place of Triton
+5.29 and 9.45. Products of many tokens in cuBLAS add the residual themselves."""
 
 
 def is_used(kernel: str) -> bool:
