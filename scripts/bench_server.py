@@ -47,7 +47,7 @@ def offline(model: str, settings: dict[str, Any], loads: list[list[dict[str, Any
             params = SamplingParams(max_tokens=bodies[0]["max_tokens"], ignore_eos=True, temperature=0.0)
             for _ in range(2):
                 began = time.perf_counter()
-                outputs = llm.generate(prompts, params)
+                outputs = llm.generate(prompts, params, use_tqdm=False)
                 seconds = time.perf_counter() - began
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             found.append({"duration": seconds, "output_throughput": tokens / seconds})

@@ -16,13 +16,11 @@ import contextlib
 import json
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from server_under_test import SHAPES, MemoryWatch, Server, idle, memory_problems, total, write_model
+from server_under_test import MemoryWatch, Server, add_options, idle, memory_problems, run, total
 
 from jaxllm.serve.http_client import Client
 
@@ -166,6 +164,7 @@ async def hostile(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     if left > 2:
         problems.append(f"{left} more files are open than before")
     return {
+        "streams": args.streams,
         "hostile_requests": sum(counts.values()) - counts["good streams"], "seconds": seconds, "answers": dict(counts),
         "good_streams": counts["good streams"], "good_streams_changed": len(wrong), "files_more_after": left,
         "memory": memory, "problems": problems,
@@ -174,40 +173,17 @@ async def hostile(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="(default: %(default)s)")
-    parser.add_argument("--random-weights", choices=SHAPES, help="serve such a model with random weights instead")
+    add_options(parser)
     parser.add_argument("--requests", type=int, default=10_000, help="bad ones (default: %(default)s)")
     parser.add_argument("--attackers", type=int, default=48, help="at a time (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=32, help="good ones beside them (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="no attack begins later (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="results")
-    parser.add_argument("options", nargs="*", help="more options of jaxllm serve, after --")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
-        config: dict[str, Any] = {
-            "kv_cache_config": {"max_tokens": 32768}, "max_batch_size": 64, "max_seq_len": 2048, "log_level": "error",
-            "max_num_tokens": 512, "batch_buckets": [64], "progress": False,
-        }  # fmt: skip
-        model = args.model
-        if args.random_weights:
-            model = directory
-            write_model(Path(directory), args.random_weights)
-            config["load_format"] = "dummy"
-        path = Path(directory) / "serve.yml"
-        path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-        server = Server(model, ["--config", str(path), *args.options])
-        try:
-            found = asyncio.run(hostile(server, args))
-        finally:
-            code = server.end()
-    if code:
-        found["problems"].append(f"the server ended with {code}")
-    content = {"command": sys.argv, "streams": args.streams, **found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(content, indent=1))
-    print("all well" if not found["problems"] else f"{len(found['problems'])} things are wrong")
-    return int(bool(found["problems"]))
+    config = {
+        "kv_cache_config": {"max_tokens": 32768}, "max_batch_size": 64, "max_num_tokens": 512, "batch_buckets": [64],
+        "max_seq_len": 2048, "log_level": "error", "progress": False,
+    }  # fmt: skip
+    return run(args, config, hostile)
 
 
 if __name__ == "__main__":

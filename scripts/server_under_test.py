@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -133,6 +137,44 @@ async def idle(client: Client, seconds: float = 60.0) -> dict[str, float]:
         running = total(found, "jaxllm_num_requests_running") + total(found, "jaxllm_num_requests_waiting")
         if not running or time.monotonic() > end:
             return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model to serve and how, and where the results go."""
+    parser.add_argument("--model", default="smollm2-135m", help="(default: %(default)s)")
+    parser.add_argument("--random-weights", choices=SHAPES, help="serve such a model with random weights instead")
+    parser.add_argument("--json", type=Path, help="results")
+    parser.add_argument("options", nargs="*", help="more options of jaxllm serve, after --")
+
+
+def run(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    load: Callable[[Server, argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]],
+) -> int:
+    """Starts a server with these settings, loads it, ends it and tells; 1 when the findings' `problems` are some."""
+    with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
+        model = args.model
+        if args.random_weights:
+            model, config = directory, {**config, "load_format": "dummy"}
+            write_model(Path(directory), args.random_weights)
+        path = Path(directory) / "serve.yml"
+        path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+        server = Server(model, ["--config", str(path), *args.options])
+        try:
+            found = asyncio.run(load(server, args))
+        finally:
+            code = server.end()
+    if code:
+        found["problems"].append(f"the server ended with {code}")
+    content = {"command": sys.argv, "cpus": os.cpu_count(), **found}
+    if args.json is not None:
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(content))
+    for problem in found["problems"]:
+        print(f"wrong: {problem}")
+    print("all well" if not found["problems"] else f"{len(found['problems'])} things are wrong")
+    return int(bool(found["problems"]))
 
 
 class MemoryWatch:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import string
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from server_under_test import SHAPES, MemoryWatch, Server, idle, memory_problems, total, write_model
+from server_under_test import MemoryWatch, Server, add_options, idle, memory_problems, run, total
 
 from jaxllm.serve.http_client import Client
 
@@ -108,6 +105,7 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         problems.append(f"{left} more files are open than before")
     problems += [f"{count} x {what}" for what, count in counts.items() if what.startswith(("status 5", "broken"))]
     return {
+        "minutes": args.minutes, "users": args.users, "batch": args.batch,
         "requests": dict(counts), "requests_counted": answered, "tokens": tokens, "kv_usage_after": held[0],
         "running_after": held[1], "tokens_per_second": tokens / 60 / args.minutes, "files_before": files,
         "files_more_after": left, "memory": memory, "problems": problems,
@@ -116,40 +114,16 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="(default: %(default)s)")
-    parser.add_argument("--random-weights", choices=SHAPES, help="serve such a model with random weights instead")
+    add_options(parser)
     parser.add_argument("--minutes", type=float, default=20, help="(default: %(default)s)")
     parser.add_argument("--users", type=int, default=24, help="at a time (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="slots of the server (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="results")
-    parser.add_argument("options", nargs="*", help="more options of jaxllm serve, after --")
     args = parser.parse_args()
-    options = ["--log_level", "error", "--max_batch_size", str(args.batch), "--max_seq_len", "2048", *args.options]
-    with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
-        config: dict[str, Any] = {
-            "kv_cache_config": {"max_tokens": 2048 * args.batch}, "max_num_tokens": 512, "batch_buckets": [args.batch],
-            "progress": False,
-        }  # fmt: skip
-        model = args.model
-        if args.random_weights:
-            model = directory
-            write_model(Path(directory), args.random_weights)
-            config["load_format"] = "dummy"
-        path = Path(directory) / "serve.yml"
-        path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-        server = Server(model, ["--config", str(path), *options])
-        try:
-            found = asyncio.run(soak(server, args))
-        finally:
-            code = server.end()
-    if code:
-        found["problems"].append(f"the server ended with {code}")
-    content = {"command": sys.argv, "minutes": args.minutes, "users": args.users, "batch": args.batch, **found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(content, indent=1))
-    print("all well" if not found["problems"] else f"{len(found['problems'])} things are wrong")
-    return int(bool(found["problems"]))
+    config = {
+        "kv_cache_config": {"max_tokens": 2048 * args.batch}, "max_batch_size": args.batch, "max_num_tokens": 512,
+        "batch_buckets": [args.batch], "max_seq_len": 2048, "log_level": "error", "progress": False,
+    }  # fmt: skip
+    return run(args, config, soak)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.engine.request import Logprob, Request, Update
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve import wire
-from jaxllm.serve.child import Boot, exit_code_of, start_logging
+from jaxllm.serve.child import Boot, exit_code_of, start_logging, without_torch
 
 if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine
@@ -262,6 +262,7 @@ def _flat(row: dict[int, Logprob]) -> list[float | int | None]:
 def main() -> int:
     boot = Boot.read()
     start_logging(boot)
+    without_torch()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxllm.serve.child import Boot, exit_code_of, start_logging
+from jaxllm.serve.child import Boot, exit_code_of, start_logging, without_torch
 from jaxllm.serve.errors import unavailable
 
 logger = logging.getLogger("jaxllm.serve.frontend")
@@ -27,6 +27,7 @@ _GRACE_SECONDS = 2
 def main() -> int:
     boot = Boot.read()
     start_logging(boot)
+    without_torch()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
     with exit_code_of(boot) as ended:
         import uvicorn

@@ -181,11 +181,12 @@ def test_openapi_describes_what_is_there(live: Live) -> None:
 def test_only_the_engine_has_jax(live: Live) -> None:
     """What speaks HTTP shares no interpreter, and no fate, with XLA."""
 
-    def has_jax(pid: int) -> bool:
-        return "jaxlib" in Path(f"/proc/{pid}/maps").read_text()
+    def has(pid: int, library: str) -> bool:
+        return library in Path(f"/proc/{pid}/maps").read_text()
 
     pids = children_of(live.process.pid)
-    assert len(pids) == 3 and [pid for pid in pids if has_jax(pid)] == [live.engine_pid]
+    assert len(pids) == 3 and [pid for pid in pids if has(pid, "jaxlib")] == [live.engine_pid]
+    assert not any(has(pid, "libtorch") for pid in pids)  # which transformers would bring
 
 
 def test_iteration_stats_have_any_number_of_readers(live: Live) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -230,3 +232,25 @@ def test_options_beat_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["kv_cache_config"]["tokens_per_block"] == 16 and found["tensor_parallel_size"] == 2
     assert found["kv_cache_config"]["free_gpu_memory_fraction"] == 0.5
     assert found["disable_overlap_scheduler"] is True and "secret" not in out
+
+
+@pytest.mark.slow
+def test_tls(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl program to make a certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
+    subprocess.run([*command, "-out", str(cert), *names], check=True, capture_output=True)
+    with serving(tmp_path / "server", "--ssl_certfile", str(cert), "--ssl_keyfile", str(key)) as live:
+        assert live.url.startswith("https://127.0.0.1:")
+        context = ssl.create_default_context(cafile=str(cert))
+        with httpx.Client(base_url=live.url, verify=context, timeout=60) as http:
+            answer = http.post("/v1/completions", json=SHORT).raise_for_status().json()
+            assert answer["usage"]["completion_tokens"] == 5
+        with pytest.raises(httpx.ConnectError, match="certificate"):
+            httpx.get(live.url + "/health")  # nobody vouches for it
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(live.url.replace("https", "http") + "/health")
+        assert live.end() == 0
