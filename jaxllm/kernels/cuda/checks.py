@@ -65,7 +65,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     first, second = prefill_cuda.CHECKS.items()
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
-    checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if any(narrow_cuda.MEGABYTES.values()) else {}
+    checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}
