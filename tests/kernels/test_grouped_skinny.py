@@ -103,10 +103,10 @@ def scaled(wide: np.ndarray, group: int | None, seed: int) -> QuantizedWeight:
 
 QUANTIZED = [
     # kind, T, X, E, D, F, group, splits
-    ("elsewhere", 30, 3, 5, 512, 128, None, (Tiling(2, 2, 2, 2, 2, 2), Tiling(2, 4, 2, 1, 1, 2))),
     ("elsewhere", 7, 4, 6, 384, 192, 128, None),
 ]
 MORE_QUANTIZED = [
+    ("elsewhere", 30, 3, 5, 512, 128, None, (Tiling(2, 2, 2, 2, 2, 2), Tiling(2, 4, 2, 1, 1, 2))),
     ("even", 1, 8, 16, 192, 64, None, (Tiling(1, 1, 1, 2, 1, 2), Tiling(1, 2, 1, 1, 1, 1))),
     ("one", 20, 2, 3, 256, 64, 64, (Tiling(2, 2, 4, 2, 1, 2), Tiling(1, 1, 2, 1, 1, 2))),
     ("even", 40, 2, 3, 320, 128, None, None),
