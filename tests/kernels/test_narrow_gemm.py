@@ -164,3 +164,11 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         found = narrow_cuda.linear(x, weight, residual_TF=None, **options)
         np.testing.assert_array_equal(found, reference.linear(x, weight, **options))
+    monkeypatch.setenv("JAXLLM_CUDA", "+narrow_gemm")
+    for T, used in ((1, False), (7, True), (128, True), (129, False)):
+        x = jnp.zeros((T, 512), BF16)
+        if used:
+            narrow_cuda.choose(x, weight, gated=False)
+        else:
+            with pytest.raises(NotImplementedError, match=f"{T} tokens"):
+                narrow_cuda.choose(x, weight, gated=False)
