@@ -58,6 +58,7 @@ class Job:
 
 def work() -> int:
     """A group's process: imports, then waits for a line with what it is to do, or the end."""
+    import jaxllm.engine.engine
     import jaxllm.llm  # noqa: F401
 
     line = sys.stdin.readline()

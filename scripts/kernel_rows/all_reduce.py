@@ -25,10 +25,10 @@ TIMEOUT_MS = 2000
 Sum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def open_group() -> tuple[Mesh, api.Group]:
+def open_group(numbered: bool = True) -> tuple[Mesh, api.Group]:
     """Over all GPUs."""
     mesh = make_mesh(Mapping(tp=len(jax.devices())))
-    group = api.Group.open(mesh, ("tp",))
+    group = api.Group.open(mesh, ("tp",), numbered=numbered)
     if group is None:
         raise RuntimeError("no group: the warning says why")
     return mesh, group
@@ -54,11 +54,11 @@ def parts(mesh: Mesh, tokens: int, width: int, dtype: Any) -> jax.Array:
     return jax.device_put(jnp.asarray(values, dtype), NamedSharding(mesh, PartitionSpec("tp")))
 
 
-def right(dtype: Any, shots: int) -> dict[str, Any]:
+def right(dtype: Any, shots: int, numbered: bool = True) -> dict[str, Any]:
     """200 sums in a row of a program, of several sizes, and 50 programs in a row: the exact sums; and norms."""
-    mesh, group = open_group()
+    mesh, group = open_group(numbered)
     ranks, wrong = group.ranks, 0
-    add_up = partial(api.all_reduce, ranks=ranks, shots=shots, timeout_ms=TIMEOUT_MS)
+    add_up = partial(api.all_reduce, ranks=ranks, shots=shots, numbered=numbered, timeout_ms=TIMEOUT_MS)
     try:
         for tokens in (1, 3, 32):
 
@@ -96,9 +96,9 @@ def right(dtype: Any, shots: int) -> dict[str, Any]:
     return {"ranks": ranks, "wrong_elements": wrong, "wrong": wrong > 0}
 
 
-def times(tokens: int, width: int, *, alone: bool = False, norm: bool = False) -> dict[str, Any]:
+def times(tokens: int, width: int, *, alone: bool = False, norm: bool = False, numbered: bool = True) -> dict[str, Any]:
     """Microseconds of a sum of [T, D] bfloat16 with a residual; alone: in a program without collectives of XLA."""
-    mesh, group = open_group()
+    mesh, group = open_group(numbered)
     by = (jnp.full(width, 0.5, jnp.float32), 1e-5) if norm else None
 
     def chain(add_up: Sum, words: jax.Array, x: jax.Array) -> jax.Array:
@@ -108,7 +108,8 @@ def times(tokens: int, width: int, *, alone: bool = False, norm: bool = False) -
         return y if alone else y + lax.psum(y[:1, :8].sum(), "tp").astype(y.dtype)
 
     def own(shots: int, y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
-        out, normed = api.all_reduce(y, x, words, group.ranks, by, shots=shots, timeout_ms=TIMEOUT_MS)
+        options: dict[str, Any] = {"shots": shots, "numbered": numbered, "timeout_ms": TIMEOUT_MS}
+        out, normed = api.all_reduce(y, x, words, group.ranks, by, **options)
         return out if normed is None else normed
 
     def xla(y: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
@@ -141,6 +142,13 @@ def rows() -> Iterator[Row]:
     for shots in WAYS if ranks > 2 else (1,):
         yield Row(f"all-reduce bf16 right, {shots} shots", partial(right, jnp.bfloat16, shots))
         yield Row(f"all-reduce f32 right, {shots} shots", partial(right, jnp.float32, shots))
+    for shots in WAYS if ranks > 2 else (1,):
+        name = f"all-reduce bf16 right, {shots} shots, data only"
+        yield Row(name, partial(right, jnp.bfloat16, shots, numbered=False))
+    for tokens in (64, 256, 1):
+        width = 4096 if ranks == 2 else 8192
+        row = partial(times, tokens, width, norm=True, alone=True, numbered=False)
+        yield Row(f"all-reduce and norm T={tokens} D={width}, no NCCL, data only", row)
     for width in (4096, 8192) if ranks > 2 else (4096,):
         for tokens in (1, 16, 64, 256):
             # As the engine's steps have them: nothing but these sums in a program.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +47,16 @@ class Group:
     Attributes:
       axes: those with more than one rank.
       ranks: of each group.
+      numbered: the packets of its sums.
       array: uint32 [devices, words], a row on each device; of a mesh that is only described, its shape.
     """
 
-    def __init__(self, mesh: Mesh, axes: Axes, *, described: bool = False):
+    def __init__(self, mesh: Mesh, axes: Axes, *, described: bool = False, numbered: bool = cuda.NUMBERED):
         self.mesh = mesh
         self.axes = axes
         self.ranks = math.prod(mesh.shape[axis] for axis in axes)
         self.spec = PartitionSpec(mesh.axis_names)
+        self.numbered = numbered
         self._memory: driver.PeerMemory | None = None
         shape = (mesh.devices.size, cuda.group_words(self.ranks))
         sharding = NamedSharding(mesh, self.spec)
@@ -61,7 +64,9 @@ class Group:
         if described:
             return
         ordinals = np.vectorize(lambda device: device.local_hardware_id, otypes=[int])(mesh.devices)
-        self._memory = memory = driver.PeerMemory(ordinals.reshape(-1).tolist(), cuda.memory_bytes(self.ranks))
+        ones_from = None if numbered else cuda.counter_bytes(self.ranks)
+        memory = driver.PeerMemory(ordinals.reshape(-1).tolist(), cuda.memory_bytes(self.ranks), ones_from)
+        self._memory = memory
         words = np.empty((ordinals.size, self.ranks + 2), np.uint64)
         names = mesh.axis_names
         for number, place in enumerate(np.ndindex(ordinals.shape)):
@@ -75,7 +80,7 @@ class Group:
         self.array = jax.device_put(words.view(np.uint32), sharding)
 
     @classmethod
-    def open(cls, mesh: Mesh, axes: Axes) -> Group | None:
+    def open(cls, mesh: Mesh, axes: Axes, *, numbered: bool = cuda.NUMBERED) -> Group | None:
         """The checked group for the axes that have more than one rank; None where there is none, or no use of it."""
         wide = tuple(axis for axis in axes if mesh.shape[axis] > 1)
         devices = list(mesh.devices.flat)
@@ -86,7 +91,7 @@ class Group:
             return None
         try:
             call.require(cuda.KERNEL)
-            group = cls(mesh, wide, described=described)
+            group = cls(mesh, wide, described=described, numbered=numbered)
         except NotImplementedError:
             return None
         except driver.DriverError as error:
@@ -116,7 +121,8 @@ class Group:
                     part = ((at * 7 + rank * 5 + number + wrong) % 15).astype(dtype)
                     residual = ((at + number + wrong) % 9).astype(dtype)
                     norm = (jnp.full(4096, 0.5, jnp.float32), 1e-5) if dtype == jnp.bfloat16 else None
-                    found, normed = all_reduce(part, residual, group, self.ranks, norm, timeout_ms=3000)
+                    options: dict[str, Any] = {"numbered": self.numbered, "timeout_ms": 3000}
+                    found, normed = all_reduce(part, residual, group, self.ranks, norm, **options)
                     wanted = lax.psum(part.astype(jnp.float32), self.axes) + residual.astype(jnp.float32)
                     wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
                     if norm is not None and normed is not None:

@@ -23,6 +23,8 @@ TWO_SHOTS: dict[int, int] = {}
 """By ranks, the bytes from which sums go in two shots. Those of two ranks never: they would send as much.
 
 In one shot a GPU sends 2 * (ranks - 1) times the bytes of a sum, in two 4 * (ranks - 1) / ranks, and waits twice."""
+NUMBERED = True
+"""Whether packets carry the number of their sum, or only data: half as many bytes, and places that must be emptied."""
 MOST_THREADS = 1024
 TIMEOUT_MS = 10_000
 """Time that a GPU waits for another. They differ most when a program runs first and loads its kernels."""
@@ -45,7 +47,12 @@ def slots(ranks: int) -> int:
 
 def memory_bytes(ranks: int) -> int:
     """Of the memory of each GPU: counters, and two phases of places for the packets of each shot and rank."""
-    return -(-slots(ranks) * 4 // 128) * 128 + 2 * 2 * ranks * 2 * limit(ranks)
+    return counter_bytes(ranks) + 2 * 2 * ranks * 2 * limit(ranks)
+
+
+def counter_bytes(ranks: int) -> int:
+    """Of the counters, after which the places begin."""
+    return -(-slots(ranks) * 4 // 128) * 128
 
 
 def group_words(ranks: int) -> int:
@@ -60,10 +67,11 @@ def macros_of(
     residual: bool,
     eps: float | None = None,
     shots: int | None = None,
+    numbered: bool = NUMBERED,
     slot: int = SLOT,
     timeout_ms: int = TIMEOUT_MS,
 ) -> dict[str, object]:
-    """eps: of a norm of the result; None for none. shots: 1 or 2; None for the better way.
+    """eps: of a norm of the result; None for none. shots: 1 or 2; None for the better way. numbered: as the group is.
 
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -80,6 +88,7 @@ def macros_of(
             raise NotImplementedError(f"the norm of rows of {x.shape[-1]} {x.dtype}")
     threads = -(-row // slot) * slot
     macros = {"RANKS": ranks, "SHOTS": shots, "UNITS": size // UNIT, "ROW": row, "THREADS": threads, "SLOT": slot}
+    macros["NUMBERED"] = int(numbered)
     macros |= {"SLOTS": slots(ranks), "FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
     if grid_of(macros)[0] * threads // slot > slots(ranks):
         raise NotImplementedError(f"{x.shape[0]} rows of {threads} threads")
@@ -109,6 +118,7 @@ def run(
     norm: Norm | None = None,
     *,
     shots: int | None = None,
+    numbered: bool = NUMBERED,
     timeout_ms: int = TIMEOUT_MS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One launch; see `api.all_reduce`. Raises NotImplementedError where XLA must do the work."""
@@ -117,7 +127,7 @@ def run(
     call.require(KERNEL)
     weight, eps = (None, None) if norm is None else norm
     macros: dict[str, Any] = macros_of(
-        x, ranks, residual=residual is not None, eps=eps, shots=shots, timeout_ms=timeout_ms
+        x, ranks, residual=residual is not None, eps=eps, shots=shots, numbered=numbered, timeout_ms=timeout_ms
     )
     second = jax.ShapeDtypeStruct(x.shape if norm is not None else (UNIT,), x.dtype)
     out, normed = call.launch(

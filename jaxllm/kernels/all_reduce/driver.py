@@ -42,12 +42,14 @@ def _device(ordinal: int) -> ctypes.c_int:
 
 
 class PeerMemory:
-    """`size` bytes of zeros on each of some GPUs, which all of them can write to, and one word of host memory.
+    """`size` bytes on each of some GPUs, which all of them can write to, and one word of host memory.
+
+    They begin as zeros, those from `ones_from` on as ones.
 
     Raises DriverError where one of the GPUs cannot reach another's memory.
     """
 
-    def __init__(self, ordinals: Sequence[int], size: int):
+    def __init__(self, ordinals: Sequence[int], size: int, ones_from: int | None = None):
         self.ordinals = list(ordinals)
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._addresses: dict[int, int] = {}
@@ -76,6 +78,9 @@ class PeerMemory:
                     _do("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
                     self._addresses[ordinal] = address.value
                     _do("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+                    if ones_from is not None:
+                        rest = ctypes.c_uint64(address.value + ones_from), ctypes.c_ubyte(0xFF)
+                        _do("cuMemsetD8_v2", *rest, ctypes.c_size_t(size - ones_from))
                     _do("cuCtxSynchronize")
             with self._current(self.ordinals[0]):
                 _do("cuMemHostAlloc", ctypes.byref(self._word), ctypes.c_size_t(64), ctypes.c_uint(PORTABLE_MAPPED))

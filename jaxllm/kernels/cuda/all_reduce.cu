@@ -5,23 +5,27 @@
 //            TensorRT-LLM and vLLM call it)
 //   SHOTS 2  each GPU adds up a share of the sum, and sends the others its result: two trips, with 2 / RANKS of the bytes
 //
-// A thread takes a unit of 16 bytes, which is two packets (peer.cuh); with two shots one of each GPU's share. SLOT threads
-// of a block are a slot. The memory of a GPU begins with one counter for each slot; then come the places of packets, two
-// sets (phases) of one for each shot, sender, slot and thread. The counter says how many sums a slot has taken part in.
-// It is the number in the slot's packets, and its parity their phase. The kernel counts by itself, so that a CUDA graph
-// can be launched again and again.
+// A thread takes a unit of 16 bytes; with two shots one of each GPU's share. SLOT threads of a block are a slot. The memory
+// of a GPU begins with one counter for each slot; then come the places of packets (peer.cuh), two sets (phases) of one for
+// each shot, sender, slot and thread. The counter says how many sums a slot has taken part in; its parity is the phase of
+// the slot's packets. The kernel counts by itself, so that a CUDA graph can be launched again and again.
+//
+//   NUMBERED 1  a unit is two packets, with the sum's number in every second word: who finds the number has the data
+//   NUMBERED 0  a unit is one packet, and half as many bytes cross the wire: a place begins with words of ones, which no
+//               data has (NaNs of all ones become others), and gets them back from who has read it
 //
 // Why two phases are enough. All GPUs launch the same sums in the same order, one after the other, so that their counters
 // agree. When a GPU sends in sum n of a slot, it has ended sum n - 1, for which every GPU's part of that slot was needed;
 // each of the others had therefore begun sum n - 1, and so ended sum n - 2, the last one that read the places which are
-// written now. And a place of the phase never holds the number n before: it has that of an older sum, or 0.
+// written now. And a place of the phase never holds the number n before: it has that of an older sum, or 0; or else ones,
+// since sum n - 2 ended.
 //
 // No GPU waits for ever: after TIMEOUT_MS the result is NaN and the group's word in host memory tells the engine; who
 // finds it there while waiting gives up as well.
 //
 // With NORM a block takes a row, or one of each GPU's share, and also writes what a norm makes of it, as rounded.
 //
-// Macros: RANKS; SHOTS; UNITS of this sum; ROW: those of a block, or of a block and a GPU's share; THREADS of a block, a
+// Macros: RANKS; SHOTS; NUMBERED; UNITS of this sum; ROW: those of a block, or of a block and a GPU's share; THREADS of a block, a
 // multiple of SLOT; SLOT; SLOTS that the memory has places for; FLOAT (float32, else bfloat16); RESIDUAL (there is one);
 // NORM, EPS; TIMEOUT_MS. Grid: enough blocks for the units.
 #include "peer.cuh"
@@ -34,6 +38,8 @@ DEVICE u32 own_slot() { return blockIdx.x * (THREADS / SLOT) + threadIdx.x / SLO
 constexpr int PARTS = SHOTS == 2 ? RANKS : 1;    // units of a thread
 constexpr int TOGETHER = RANKS < 4 ? RANKS : 4;  // senders that a thread waits for at a time: more take registers
 constexpr int WARPS = THREADS / 32;
+constexpr int HALVES = NUMBERED ? 2 : 1;  // packets of a unit
+constexpr u64 ONES = ~0ull;
 
 // What a thread needs to know of a sum.
 struct Sum {
@@ -45,35 +51,51 @@ struct Sum {
 
 // Where a thread's packets of one sender lie: `half` of its unit.
 DEVICE u8* place_of(u8* memory, u32 phase, int shot, int sender, int half) {
-  const size_t row = ((((size_t)phase * 2 + shot) * RANKS + sender) * SLOTS + own_slot()) * 2 + half;
+  const size_t row = ((((size_t)phase * 2 + shot) * RANKS + sender) * SLOTS + own_slot()) * HALVES + half;
   return memory + COUNTER_BYTES + (row * SLOT + threadIdx.x % SLOT) * PACKET;
 }
 
+// Data that is not words of ones.
+DEVICE u32 other(u32 word) { return word == ~0u ? ~0u - 1 : word; }
+
 DEVICE void send(const Sum& sum, u8* to, int shot, const uint4& data) {
-  const u64 mark = (u64)sum.number << 32;
-  packet_send(place_of(to, sum.phase, shot, sum.rank, 0), mark | data.x, mark | data.y);
-  packet_send(place_of(to, sum.phase, shot, sum.rank, 1), mark | data.z, mark | data.w);
+  u8* const place = place_of(to, sum.phase, shot, sum.rank, 0);
+  if (NUMBERED) {
+    const u64 mark = (u64)sum.number << 32;
+    packet_send(place, mark | data.x, mark | data.y);
+    packet_send(place + SLOT * PACKET, mark | data.z, mark | data.w);
+  } else {
+    packet_send(place, (u64)other(data.y) << 32 | other(data.x), (u64)other(data.w) << 32 | other(data.z));
+  }
+}
+
+// Whether both words of half of a packet have come.
+DEVICE bool there(const Sum& sum, u64 half) {
+  return NUMBERED ? (u32)(half >> 32) == sum.number : (u32)half != ~0u && (u32)(half >> 32) != ~0u;
 }
 
 // Waits for the units of those of the ranks first, first + 1, ... whose bits are set in `from`; true if in vain.
 DEVICE bool receive(const Sum& sum, int shot, int first, u32 from, uint4 (&units)[TOGETHER]) {
-  u64 got[TOGETHER][4], began = 0;
+  u64 got[TOGETHER][2 * HALVES], began = 0;
   for (u32 round = 1;; ++round) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < TOGETHER; ++i) {
       if (!(from >> (first + i) & 1)) continue;
-      packet_receive(place_of(sum.memory, sum.phase, shot, first + i, 0), got[i][0], got[i][1]);
-      packet_receive(place_of(sum.memory, sum.phase, shot, first + i, 1), got[i][2], got[i][3]);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+        packet_receive(place_of(sum.memory, sum.phase, shot, first + i, half), got[i][2 * half], got[i][2 * half + 1]);
     }
 #pragma unroll
     for (int i = 0; i < TOGETHER; ++i) {
       if (!(from >> (first + i) & 1)) continue;
 #pragma unroll
-      for (int word = 0; word < 4; ++word) all = all && (u32)(got[i][word] >> 32) == sum.number;
-      units[i] = make_uint4((u32)got[i][0], (u32)got[i][1], (u32)got[i][2], (u32)got[i][3]);
+      for (int word = 0; word < 2 * HALVES; ++word) all = all && there(sum, got[i][word]);
+      const u64* const data = got[i];
+      units[i] = NUMBERED ? make_uint4((u32)data[0], (u32)data[1], (u32)data[2 * HALVES - 2], (u32)data[2 * HALVES - 1])
+                          : make_uint4((u32)data[0], (u32)(data[0] >> 32), (u32)data[1], (u32)(data[1] >> 32));
     }
-    if (all) return false;
+    if (all) break;
     if (round % 1024 == 0) {  // the word is far away
       const u64 now = clock_nanoseconds();
       if (!began) began = now;
@@ -82,6 +104,12 @@ DEVICE bool receive(const Sum& sum, int shot, int first, u32 from, uint4 (&units
     }
     poll_again();
   }
+  if (!NUMBERED) {
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i)
+      if (from >> (first + i) & 1) packet_send(place_of(sum.memory, sum.phase, shot, first + i, 0), ONES, ONES);
+  }
+  return false;
 }
 
 DEVICE void add(float (&sum)[4], u32 a, u32 b) {
