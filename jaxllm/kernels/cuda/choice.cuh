@@ -51,18 +51,15 @@ DEVICE void choose(float (&score)[PER_LANE], const float* __restrict__ bias, int
   for (int k = 0; k < CHOSEN; k++) {
     u32 best = key[0];
     int place = 0;
+    float found = score[0];
 #pragma unroll
     for (int i = 1; i < PER_LANE; i++)
-      if (key[i] > best) best = key[i], place = i;
+      if (key[i] > best) best = key[i], place = i, found = score[i];
     const u32 most = __reduce_max_sync(~0u, best);
     const int expert = (int)__reduce_min_sync(~0u, best == most ? (u32)(place * 32 + lane) : ~0u);
-    float found = 0.f;
+    const int taken = lane == expert % 32 ? place : -1;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++)
-      if (i == expert / 32) {
-        found = score[i];
-        if (lane == expert % 32) key[i] = 0u;
-      }
+    for (int i = 0; i < PER_LANE; i++) key[i] = i == taken ? 0u : key[i];
     found = __shfl_sync(~0u, found, expert % 32);
     if (lane == k) my_expert = expert, my_score = found;
   }

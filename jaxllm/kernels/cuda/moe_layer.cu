@@ -25,9 +25,8 @@ static_assert(HEADS % KV == 0 && GROUP <= 8 && O % UNIT == 0 && PARTS > 0 && ATT
 struct Qkv {
   static constexpr int ITEMS = QKV_ROWS / 2, PIECES = WIDTH / PIECE;
   const u16* weight;
-  DEVICE const u16* at(int item, int piece, int row) const {
-    return weight + (size_t)(2 * item + row) * WIDTH + piece * PIECE;
-  }
+  DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * WIDTH; }
+  DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 
 // By a warp: a head of the token, normed and rotated where it has to be; `to` may be global memory.

@@ -25,38 +25,39 @@ static_assert(WIDTH % PIECE == 0 && FFN % PIECE == 0 && ATTENDED % PIECE == 0, "
 struct Output {
   static constexpr int ITEMS = ATTENDED ? WIDTH / 2 : 0, PIECES = ATTENDED ? ATTENDED / PIECE : 1;
   const u16* weight;
-  DEVICE const u16* at(int item, int piece, int row) const {
-    return weight + (size_t)(2 * item + row) * ATTENDED + piece * PIECE;
-  }
+  DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * ATTENDED; }
+  DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 struct Route {
   static constexpr int ITEMS = (EXPERTS + 1) / 2, PIECES = WIDTH / PIECE;
   const u16* weight;
-  DEVICE const u16* at(int item, int piece, int row) const {
-    return weight + (size_t)min(2 * item + row, EXPERTS - 1) * WIDTH + piece * PIECE;
-  }
+  DEVICE const u16* start(int item, int row) const { return weight + (size_t)min(2 * item + row, EXPERTS - 1) * WIDTH; }
+  DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 struct GateUp {
   static constexpr int ITEMS = CHOSEN * FFN, PIECES = WIDTH / PIECE;
   const u16* weight;
   const int* chosen;
-  DEVICE const u16* at(int item, int piece, int row) const {
-    return weight + ((size_t)chosen[item / FFN] * (2 * FFN) + row * FFN + item % FFN) * WIDTH + piece * PIECE;
+  DEVICE const u16* start(int item, int row) const {
+    return weight + ((size_t)chosen[item / FFN] * (2 * FFN) + row * FFN + item % FFN) * WIDTH;
   }
+  DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 struct Down {
   static constexpr int ITEMS = WIDTH / 2, PIECES = CHOSEN * OF_EXPERT;
   const u16* weight;
   const int* chosen;
-  DEVICE const u16* at(int item, int piece, int row) const {
-    return weight + ((size_t)chosen[piece / OF_EXPERT] * WIDTH + 2 * item + row) * FFN + piece % OF_EXPERT * PIECE;
+  DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * FFN; }
+  DEVICE size_t offset(int piece) const {
+    return (size_t)chosen[piece / OF_EXPERT] * WIDTH * FFN + piece % OF_EXPERT * PIECE;
   }
 };
 
 // No product: after the last one of a ring.
 struct Nothing {
   static constexpr int ITEMS = 0, PIECES = 1;
-  DEVICE const u16* at(int, int, int) const { return nullptr; }
+  DEVICE const u16* start(int, int) const { return nullptr; }
+  DEVICE size_t offset(int) const { return 0; }
 };
 
 DEVICE float activation(float x) {

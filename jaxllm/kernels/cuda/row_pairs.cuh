@@ -6,7 +6,8 @@
 // A product is a type with
 //   ITEMS   pairs of rows; warp w of block b has items w * BLOCKS + b, and so on, by WORKERS
 //   PIECES  of 256 inputs in a row
-//   const u16* at(int item, int piece, int row)   where a piece of row 0 or 1 of a pair is
+//   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
+//   size_t offset(int piece)              of a piece from there
 // Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring.
 #pragma once
 #include "ptx.cuh"
@@ -27,6 +28,7 @@ struct Ring {
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
   bool on_second;
+  const u16* from[2];  // this lane's part of the rows of the next copy
 
   // Begins with all slots but one.
   DEVICE Ring(const First& first, const Second& second, u8* rings) : first(first), second(second) {
@@ -44,13 +46,17 @@ struct Ring {
   DEVICE bool copy(const Product& product) {
     if (item >= Product::ITEMS) return true;
     const u32 to = shared_address(slots + filled * SLOT);
+    if (stage == 0)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) from[row] = product.start(item, row) + lane * 8;
+    size_t offsets[STAGE];  // all before the first copy, over which the compiler moves no loads
+#pragma unroll
+    for (int i = 0; i < STAGE; ++i) offsets[i] = product.offset(min(stage * STAGE + i, Product::PIECES - 1));
 #pragma unroll
     for (int i = 0; i < STAGE; ++i) {
-      const int piece = stage * STAGE + i;
-      if (Product::PIECES % STAGE && piece >= Product::PIECES) break;
+      if (Product::PIECES % STAGE && stage * STAGE + i >= Product::PIECES) break;
 #pragma unroll
-      for (int row = 0; row < 2; ++row)
-        cp_async_16(to + (i * 2 + row) * PIECE * 2, product.at(item, piece, row) + lane * 8, 16);
+      for (int row = 0; row < 2; ++row) cp_async_16(to + (i * 2 + row) * PIECE * 2, from[row] + offsets[i], 16);
     }
     if (++filled == SLOTS) filled = 0;
     if (++stage == stages_of<Product>()) {

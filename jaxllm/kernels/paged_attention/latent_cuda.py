@@ -41,8 +41,9 @@ def configure(
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
-    block: tokens worked on at once. ahead: whether the second-level cache fetches what there is no room for yet. whole, min_share: in blocks, of the longest rows that are not shared, and that are
-    worth sharing a row for; None: 256 tokens.
+    block: tokens worked on at once. ahead: whether the second-level cache fetches what there is no room for yet.
+    whole, min_share: in blocks, of the longest rows that are not shared, and that are worth sharing a row for; None:
+    256 tokens.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
