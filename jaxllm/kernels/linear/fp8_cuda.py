@@ -112,6 +112,9 @@ class Split:
         # A block reads at up to 45 bytes per nanosecond, tokens from the second-level cache; all together the weight at
         # 4,560, and what they read of both at about 6,000.
         alone = part * (self.rows + tokens) / 45
+        # A step is a barrier, and products one after the other, which all warpgroups' read shared memory for.
+        product = (64 + self.rows // self.across) * 32 * self.across * self.deep / 225
+        alone = max(alone, self.steps(inputs) * (170 + self.panels * 4 * product))
         chip = min(blocks, together) * part * max(self.rows / 4560, (self.rows + tokens) / 6000)
         under_way = (self.stages(tokens, inputs, wide) - 1) * self.lines * 128 * self.rows
         sums = 0 if self.cluster == 1 else 500 + 250 * self.cluster + self.rows * tokens * 4 / 40
