@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) residual_norm(
       if (NORM) squares += v[i][j] * v[i][j];
       if (QUANT) largest = max(largest, fabsf(NORM ? v[i][j] * by[i][j] : v[i][j]));
     }
-  const float2 total = of_block(squares, largest);
+  const float2 total = of_block<NORM, QUANT>(squares, largest);
   const float factor = NORM ? rsqrtf(total.x / COLUMNS + (float)EPS) : 1.f;
   // The largest as rounded; by one product instead of two, which may be the next number, and then the values' own limit
   // holds.

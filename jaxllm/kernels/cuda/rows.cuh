@@ -76,14 +76,16 @@ DEVICE void load_product(
   if (SPLITS || SCALED) round_unit(v);
 }
 
-// The sum, and the largest, of what the threads of the block have; to be called once. Shared memory: 8 bytes a warp.
+// The sum, and the largest, of what the threads of the block have, or one of them; to be called once. Shared memory: 8
+// bytes a warp.
+template <bool WITH_SUM, bool WITH_LARGEST>
 DEVICE float2 of_block(float sum, float largest) {
   DYNAMIC_SHARED(bytes);
   float2* const of_warp = (float2*)bytes;
 #pragma unroll
   for (int by = 16; by; by /= 2) {
-    sum += __shfl_xor_sync(~0u, sum, by);
-    largest = max(largest, __shfl_xor_sync(~0u, largest, by));
+    if (WITH_SUM) sum += __shfl_xor_sync(~0u, sum, by);
+    if (WITH_LARGEST) largest = max(largest, __shfl_xor_sync(~0u, largest, by));
   }
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = make_float2(sum, largest);
   __syncthreads();

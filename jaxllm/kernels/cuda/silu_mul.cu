@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) silu_mul(
 #pragma unroll
       for (int j = 0; j < 8; ++j) largest = max(largest, fabsf(v[i][j]));
     }
-    largest = of_block(0.f, largest).y;
+    largest = of_block<false, true>(0.f, largest).y;
   }
   const float2 scale = scales_of(largest);
 #pragma unroll
