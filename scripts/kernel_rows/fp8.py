@@ -134,12 +134,17 @@ def layer(T: int) -> dict[str, Any]:
     norm = (jnp.ones(4096, F32), EPS)
 
     def program(linear: Callable[..., jax.Array], x: jax.Array, given: list[list[QuantizedWeight]]) -> jax.Array:
-        for qkv, o, gate_up, down in given:
-            y = linear(x, qkv, norm=norm)[:, :4096]
-            x = linear(y, o, residual=x)
-            y = linear(x, gate_up, norm=norm, activation="silu")
-            x = linear(y, down, residual=x)
+        for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
+            y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
+            x = linear(y, o, residual=x, ahead=gate_up)
+            y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
+            x = linear(y, down, residual=x, ahead=following)
         return x
+
+    def apart(
+        matmul: Any, x: jax.Array, weight: QuantizedWeight, *, ahead: QuantizedWeight, **options: Any
+    ) -> jax.Array:
+        return reference.linear(x, weight, **options, matmul=matmul)
 
     def eight(x: jax.Array, weight: QuantizedWeight, dtype: Any) -> jax.Array:
         numbers, of_token = quantize_tokens(x)
@@ -147,16 +152,20 @@ def layer(T: int) -> dict[str, Any]:
         return run(numbers, of_token, weight.values, weight.scale)
 
     def own(
+        fetched: int,
         x: jax.Array,
         weight: QuantizedWeight,
         *,
+        ahead: QuantizedWeight,
         norm: reference.Norm | None = None,
         activation: str | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        eps, has = None if norm is None else EPS, residual is not None
-        run = fp8_cuda.implementation(x, weight.shape[0], eps=eps, activation=activation, residual=has)
-        return run(x, None, weight.values, weight.scale, None if norm is None else norm[0], residual)
+        eps, has, following = None if norm is None else EPS, residual is not None, ahead.values if fetched else None
+        run = fp8_cuda.implementation(
+            x, weight.shape[0], eps=eps, activation=activation, residual=has, ahead=following, fetched=fetched
+        )
+        return run(x, None, weight.values, weight.scale, None if norm is None else norm[0], residual, following)
 
     x = values(0, T, 4096)
     moved = sum(weight.values.nbytes for weight in given[0])
@@ -165,12 +174,11 @@ def layer(T: int) -> dict[str, Any]:
         run = jax.jit(partial(program, linear), compiler_options=OPTIONS)
         return time_call(run, x, given, calls=LAYERS, seconds=0.02)
 
-    found: dict[str, Any] = rate(
-        timed(own if T <= WIDE_TOKENS else partial(reference.linear, matmul=eight)), moved=moved
-    )
+    found: dict[str, Any] = rate(timed(partial(own, 0) if T <= WIDE_TOKENS else partial(apart, eight)), moved=moved)
     if T <= WIDE_TOKENS:
-        found["apart_us"] = timed(partial(reference.linear, matmul=eight)) * 1e6
-    found["xla_us"] = timed(partial(reference.linear, matmul=quantized.matmul)) * 1e6
+        for fetched in (48, 96):
+            found[f"ahead_{fetched}_us"] = timed(partial(own, fetched * 1024)) * 1e6
+    found["xla_us"] = timed(partial(apart, quantized.matmul)) * 1e6
     return found
 
 

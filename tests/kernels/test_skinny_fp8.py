@@ -33,13 +33,14 @@ class Case:
     eps: float | None = None
     activation: str | None = None
     residual: bool = False
+    ahead: bool = False
     out: np.dtype = F32
 
 
 CASES = [
     # rows of a tile, blocks of a cluster; warpgroups over the rows, and over the inputs; panels
     Case(3, 72, 640, Split(32, 1, 1, 1, 2), out=BF16),  # rows and lines that are not there
-    Case(21, 128, 1408, Split(64, 2, 1, 2, 1)),
+    Case(21, 128, 1408, Split(64, 2, 1, 2, 1), ahead=True),
     Case(3, 192, 2048, Split(64, 1, 1, 2, 1), wide=True, eps=1e-2, activation="silu", residual=True),
 ]
 SLOW_CASES = [
@@ -55,7 +56,10 @@ SLOW_CASES = [
 
 
 def operands(case: Case, seed: int) -> list[np.ndarray]:
-    """x, its scales, the weight, its scales, the norm and the residual; those that the case does not have hold NaNs."""
+    """x, its scales, the weight, its scales, the norm, the residual and the weight ahead.
+
+    Those that the case does not have hold NaNs.
+    """
     rng, (T, F, D) = np.random.default_rng(seed), (case.tokens, case.features, case.inputs)
     x, weight = (np.clip(rng.standard_normal(shape) * 100, -448, 448) for shape in ((T, D), (F, D)))
     scales = [rng.uniform(0.001, 0.002, (n, 1)).astype(np.float32) for n in (T, F)]
@@ -64,11 +68,12 @@ def operands(case: Case, seed: int) -> list[np.ndarray]:
     if case.wide:
         x, scales[0] = x / 100, np.full(8, np.nan, np.float32)
     first = [x.astype(BF16 if case.wide else E4M3), scales[0], weight.astype(E4M3), scales[1]]
-    return [*first, norm.astype(np.float32), residual.astype(BF16)]
+    ahead = np.zeros((24, 128), E4M3)  # 512 bytes of each block and a little more
+    return [*first, norm.astype(np.float32), residual.astype(BF16), ahead]
 
 
 def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:
-    x, x_scale, weight, scale, norm, residual = (a.astype(np.float64) for a in arguments)
+    x, x_scale, weight, scale, norm, residual, _ = (a.astype(np.float64) for a in arguments)
     if case.eps is not None:
         x = x / np.sqrt((x * x).mean(1, keepdims=True) + case.eps) * norm
     if case.wide:
@@ -102,6 +107,7 @@ def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.
         eps=case.eps,
         activation=case.activation,
         residual=case.residual,
+        ahead=jax.ShapeDtypeStruct(arguments[-1].shape, E4M3) if case.ahead else None,
         out_dtype=case.out,
         split=case.split,
     )

@@ -21,6 +21,8 @@
 //   GATED      0: no; 1: silu; 2: gelu with tanh
 //   RESIDUAL   1: bf16, is added to the result
 //   OUT_FLOAT  1: float32 results; 0: bf16
+//   AHEAD      bytes of `ahead`, the weight that is read next, that each block lets the second-level cache fetch when it
+//              has asked for all of its own
 #include "cluster.cuh"
 #include "hopper_e4m3.cuh"
 #include "stream.cuh"
@@ -54,6 +56,7 @@ static_assert(ROWS % ACROSS == 0 && OWN_ROWS * CLUSTER == ROWS && OWN_ROWS % (GA
 static_assert(THREADS % PIECES == 0 && AT_ONCE % 8 == 0 && ROWS % AT_ONCE == 0, "copies");
 static_assert(NOTES_AT + (WIDE ? 16 + WARPS * 8 : 0) <= SHARED, "shared memory");
 static_assert(DEEP * TOKENS * SUM_STRIDE * 4 <= STAGES * STAGE, "sums");
+static_assert(AHEAD % 512 == 0, "16 bytes of each lane");
 static_assert(!WIDE || (WHOLE && TOKENS <= 4 && WARPS >= 8), "wide tokens");
 
 #if OUT_FLOAT
@@ -211,11 +214,11 @@ typedef u16 X;
 typedef u8 X;
 #endif
 
-// x_scale, norm and residual are read where the macros say that there are any.
+// x_scale, norm, residual and ahead are read where the macros say that there are any.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) skinny_fp8(
     const X* __restrict__ x, const float* __restrict__ x_scale, const u8* __restrict__ weight,
     const float* __restrict__ scale, const float* __restrict__ norm, const u16* __restrict__ residual,
-    Four* __restrict__ out) {
+    const u8* __restrict__ ahead, Four* __restrict__ out) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32, across = thread / 128 % ACROSS, deep = thread / 128 / ACROSS;
@@ -246,7 +249,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) ski
         cp_async_16_ahead(stage + to + i * AT_ONCE * 128, from + by + further * INPUTS, bytes);
       }
       if (++next_slot == STAGES) next_slot = 0;
-      next++;
+      if (++next == STEPS && AHEAD && thread < 32)
+        prefetch(ahead + ((size_t)blockIdx.x * 32 + lane) * (AHEAD / 32), AHEAD / 32);
     }
     cp_async_commit();
   };

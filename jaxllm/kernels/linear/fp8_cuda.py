@@ -32,6 +32,8 @@ WIDE_INPUTS = 16384
 """More do not fit in shared memory beside enough of the weight."""
 WIDE_REGISTERS = 112
 """Of a thread, for its part of these, and of a norm's weight."""
+AHEAD = 96 * 1024
+"""Bytes of the weight that is read next, for each block to bring to the second-level cache."""
 SLACK = 8192
 """Bytes after the stages, which products may read and make nothing of."""
 
@@ -154,14 +156,17 @@ def implementation(
     activation: str | None = None,
     residual: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
+    fetched: int = AHEAD,
     split: Split | None = None,
 ) -> Callable[..., jax.Array]:
-    """The kernel for such an x, as a function of (x, x_scale, weight, scale, norm_D, residual_TF), for an H100 or H200.
+    """The kernel for an x: a function of (x, x_scale, weight, scale, norm_D, residual_TF, ahead), for an H100 or H200.
 
     It computes what `api.linear` does, [T, F] (half of F with an activation) in out_dtype, bfloat16 or float32. The
     weight is [F, D] in e4m3 with a float32 scale of each row. x is so, too, with a scale of each token; or bfloat16 of
     up to 4 tokens, which the kernel norms where there is an eps, and quantises as `quantize_tokens`. The norm's weight
-    is float32 and the residual bfloat16. Operands that there are not are None.
+    is float32 and the residual bfloat16; ahead is a weight that is read next, in e4m3, of which the second-level cache
+    fetches up to `fetched` bytes for each block while this product ends. Operands that there are not are None.
 
     Sums are float32, of 128 or 256 inputs at a time, which the tensor cores add up with about 14 bits. A token's result
     does not depend on the others.
@@ -186,6 +191,7 @@ def implementation(
         "WIDE": int(wide), "NORM": int(eps is not None), "EPS": f"{float(eps or 0.0)!r}f",
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual),
         "OUT_FLOAT": int(out_dtype == jnp.float32), "SHARED": shared,
+        "AHEAD": 0 if ahead is None else min(fetched, ahead.size // split.grid(features)) // 512 * 512,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     result = jax.ShapeDtypeStruct((T, features // 2 if activation else features), out_dtype)
@@ -197,10 +203,11 @@ def implementation(
         scale: jax.Array,
         norm_D: jax.Array | None = None,
         residual_TF: jax.Array | None = None,
+        ahead: jax.Array | None = None,
     ) -> jax.Array:
         # What the kernel does not read must still be a pointer.
-        x_scale, norm_D, residual_TF = (x if other is None else other for other in (x_scale, norm_D, residual_TF))
-        arguments, grid = [x, x_scale, weight, scale, norm_D, residual_TF], (split.grid(features),)
+        given = (x, x_scale, weight, scale, norm_D, residual_TF, ahead)
+        arguments, grid = [x if operand is None else operand for operand in given], (split.grid(features),)
         return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=split.threads, shared=shared)[0]
 
     return run
