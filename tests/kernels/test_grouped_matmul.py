@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jaxllm.bins import Bins
 from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.grouped_matmul import api, reference
+from jaxllm.kernels.grouped_matmul import api, cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.linear.quantized import QuantizedWeight, dequantize, quantize
 
 CHOICES = ("even", "one", "few", "elsewhere")
@@ -164,20 +165,41 @@ def test_kernels_for_e4m3_are_turned_off_apart(turned_off: str, hopper, monkeypa
     assert kernels_of(30, 128, jnp.bfloat16) == (["grouped_list", *SKINNY] if turned_off.endswith("quantized") else [])
 
 
+@pytest.mark.parametrize("module", [cuda, ring_cuda, tiles_cuda])
+def test_checks_are_of_what_a_kernel_can_do(module: ModuleType, hopper, monkeypatch) -> None:
+    """One that cannot do what its check at start wants is refused as if it were wrong."""
+    done = []
+
+    def compare(kernel: str, implementation: Any, sizes: Any, format: Format | None = None, **_: float) -> None:
+        for T, X, E, D, F in sizes:
+            x, chosen = jax.ShapeDtypeStruct((T, D), jnp.bfloat16), jax.ShapeDtypeStruct((T, X), jnp.int32)
+            both = (weight(format or jnp.bfloat16, *shape) for shape in ((E, 2 * F, D), (E, D, F)))
+            implementation(x, chosen, *both, activation="silu", of=E + 2)
+            done.append(kernel)
+
+    monkeypatch.setattr(cuda, "compare", compare)
+    module.check()
+    module.check_quantized()
+    assert set(done) == {module.KERNEL, module.QUANTIZED}
+
+
+def weight(kept: Any, *shape: int) -> Any:
+    """A weight that is kept in a dtype or format."""
+    if not isinstance(kept, Format):
+        return jax.ShapeDtypeStruct(shape, kept)
+    scale = jax.ShapeDtypeStruct((*shape[:2], kept.groups(shape[2])), jnp.float32)
+    return QuantizedWeight(jax.ShapeDtypeStruct(shape, kept.dtype), scale, None, kept)
+
+
 def kernels_of(T: int, F: int, kept: Any) -> list[str]:
     """The kernels of experts whose weights are kept in a dtype or format."""
     D, E, X = 256, 8, 2
     dtype = jnp.bfloat16 if isinstance(kept, Format) else kept
 
-    def weight(*shape: int) -> Any:
-        if not isinstance(kept, Format):
-            return jax.ShapeDtypeStruct(shape, kept)
-        scale = jax.ShapeDtypeStruct((*shape[:2], kept.groups(shape[2])), jnp.float32)
-        return QuantizedWeight(jax.ShapeDtypeStruct(shape, kept.dtype), scale, None, kept)
-
     shapes = ((T, D), dtype), ((T, X), jnp.int32), ((T, X), jnp.float32)
     run = jax.jit(lambda *a: api.experts(*a, activation="silu", of=E))
-    traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), weight(E, 2 * F, D), weight(E, D, F))
+    arguments = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    traced = run.trace(*arguments, weight(kept, E, 2 * F, D), weight(kept, E, D, F))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(r'name = "(grouped_\w+)"', text)
 
