@@ -63,8 +63,9 @@ class Programs:
             content = self._file(name).read_bytes()
             if content[:32] != hashlib.sha256(content[32:]).digest():
                 return None
+            executable, arguments, results = pickle.loads(content[32:])
             program = serialize_executable.deserialize_and_load(
-                *pickle.loads(content[32:]), backend=self._devices[0].client, execution_devices=self._devices
+                executable, arguments, results, backend=self._devices[0].client, execution_devices=self._devices
             )
         except FileNotFoundError:
             return None

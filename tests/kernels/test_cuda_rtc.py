@@ -206,6 +206,7 @@ def test_a_process_checks_what_none_has_checked_before(gpu, monkeypatch) -> None
         return checks.begin_checks().join()
 
     monkeypatch.setattr(checks.prefill_cuda, "CHECKS", {"first": check("first"), "second": check("second")})
+    monkeypatch.setattr(checks.rows, "is_used", lambda kernel: False)
     for module in (checks.decode_cuda, checks.rope_write, checks.linear_cuda, checks.narrow_cuda):
         monkeypatch.setattr(module, "check", check(module.KERNEL))
     wrong.add("rope_write")
