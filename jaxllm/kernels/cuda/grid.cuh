@@ -35,10 +35,8 @@ DEVICE void word_wait(const int* p, int x) {
 // all see after it.
 DEVICE void grid_sync(int* words, int number, int blocks, int threads) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    word_release(words + blockIdx.x, number);
-  }
+  // A release has all that came before the block's own barrier, whichever thread did it.
+  if (threadIdx.x == 0) word_release(words + blockIdx.x, number);
   for (int i = threadIdx.x; i < blocks; i += threads) word_wait(words + i, number);
   __syncthreads();
 }

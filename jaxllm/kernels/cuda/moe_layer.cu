@@ -305,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
     grid_sync(words, ++number, BLOCKS, THREADS);
   }
   const NormWeight weight(norm);
-  fetch_inputs(inputs, attended, ATTENDED);
+  fetch_inputs<ATTENDED>(inputs, attended);
   multiply(second, ring, inputs, one, [&](int item, float a, float b) { add_to_stream(between, x, item, a, b); });
   const Route route = {router};
   const Nothing nothing;

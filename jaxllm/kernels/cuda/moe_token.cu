@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_token(
   const u16* stream = x;
   if (ATTENDED) {
     uint4* const inputs = (uint4*)(shared + INPUTS_AT);
-    fetch_inputs(inputs, attended, ATTENDED);
+    fetch_inputs<ATTENDED>(inputs, attended);
     multiply(first, ring, inputs, [](int) { return 1.f; }, [&](int item, float a, float b) {
       add_to_stream(between, x, item, a, b);
     });

@@ -154,7 +154,7 @@ DEVICE void through_experts(
     if (lane == 0) hidden[item] = (u16)pack_bf16(activation(gate) * up, 0.f);
   });
   grid_sync(words, number + 2, BLOCKS, THREADS);
-  fetch_inputs(inputs, hidden, CHOSEN * FFN);
+  fetch_inputs<CHOSEN * FFN>(inputs, hidden);
   auto weight = [&](int piece) { return weights[piece / OF_EXPERT]; };
   multiply(second, of_experts, inputs, weight, [&](int item, float a, float b) {
     add_to_stream(out, stream, item, a, b);

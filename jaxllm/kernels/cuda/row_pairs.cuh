@@ -118,8 +118,18 @@ DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor f
   }
 }
 
-// By all threads: `count` bf16, a multiple of 8, to shared memory; what other blocks wrote.
-DEVICE void fetch_inputs(uint4* inputs, const u16* from, int count) {
-  for (int i = threadIdx.x; i < count / 8; i += THREADS) inputs[i] = __ldcg((const uint4*)from + i);
+// By all threads: COUNT bf16, a multiple of 8, to shared memory; what other blocks wrote.
+template <int COUNT>
+DEVICE void fetch_inputs(uint4* inputs, const u16* from) {
+  constexpr int EACH = COUNT ? (COUNT / 8 + THREADS - 1) / THREADS : 1, AT_ONCE = EACH < 8 ? EACH : 8;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < COUNT / 8; first += AT_ONCE * THREADS) {
+    uint4 x[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) x[i] = __ldcg((const uint4*)from + min(first + i * THREADS, COUNT / 8 - 1));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * THREADS < COUNT / 8) inputs[first + i * THREADS] = x[i];
+  }
   __syncthreads();
 }
