@@ -290,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
   fetch_normed(shared, x, NormWeight(first_norm));
-  multiply(first, ring, inputs, one, [&](int item, float a, float b) {
+  multiply(first, ring, inputs, one, [](int) { return 0u; }, [&](int item, float a, float b, u32) {
     if (lane == 0) ((u32*)qkv)[item] = pack_bf16(a, b);
   });
   const int part = blockIdx.x / KV;
@@ -306,7 +306,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
   }
   const NormWeight weight(norm);
   fetch_inputs<ATTENDED>(inputs, attended);
-  multiply(second, ring, inputs, one, [&](int item, float a, float b) { add_to_stream(between, x, item, a, b); });
+  auto before = [&](int item) { return __ldcg((const u32*)x + item); };
+  multiply(second, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
+    add_to_stream(between, item, a, b, known);
+  });
   const Route route = {router};
   const Nothing nothing;
   Ring<Route, Nothing> of_router(route, nothing, shared);

@@ -35,8 +35,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_token(
   if (ATTENDED) {
     uint4* const inputs = (uint4*)(shared + INPUTS_AT);
     fetch_inputs<ATTENDED>(inputs, attended);
-    multiply(first, ring, inputs, [](int) { return 1.f; }, [&](int item, float a, float b) {
-      add_to_stream(between, x, item, a, b);
+    auto one = [](int) { return 1.f; };
+    auto before = [&](int item) { return __ldcg((const u32*)x + item); };
+    multiply(first, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
+      add_to_stream(between, item, a, b, known);
     });
     grid_sync(words, 1, BLOCKS, THREADS);
     stream = between;

@@ -115,11 +115,9 @@ DEVICE void fetch_normed(u8* shared, const u16* stream, const NormWeight& weight
   __syncthreads();
 }
 
-// What a product that ends in the residual stream does with its sums.
-DEVICE void add_to_stream(u16* to, const u16* stream, int item, float a, float b) {
-  if (threadIdx.x % 32) return;
-  const u32 before = __ldcg((const u32*)stream + item);
-  ((u32*)to)[item] = pack_bf16(low_of(before) + a, high_of(before) + b);
+// What a product that ends in the residual stream does with its sums; before: two numbers of the stream.
+DEVICE void add_to_stream(u16* to, int item, float a, float b, u32 before) {
+  if (threadIdx.x % 32 == 0) ((u32*)to)[item] = pack_bf16(low_of(before) + a, high_of(before) + b);
 }
 
 // From the stream after attention, which all blocks see, to `out`. ring: has the router's rows. number: of the barriers
@@ -134,8 +132,9 @@ DEVICE void through_experts(
   int* const chosen = (int*)(shared + CHOICE_AT) + warp * 2 * CHOSEN;
   float* const weights = (float*)chosen + CHOSEN;
   auto one = [](int) { return 1.f; };
+  auto none = [](int) { return 0u; };
   fetch_normed(shared, stream, norm);
-  multiply(route, ring, inputs, one, [&](int item, float a, float b) {
+  multiply(route, ring, inputs, one, none, [&](int item, float a, float b, u32) {
     if (lane) return;
     logits[2 * item] = a;
     if (2 * item + 1 < EXPERTS) logits[2 * item + 1] = b;
@@ -150,14 +149,15 @@ DEVICE void through_experts(
   const GateUp first = {gate_up, chosen};
   const Down second = {down, chosen};
   Ring<GateUp, Down> of_experts(first, second, shared);
-  multiply(first, of_experts, inputs, one, [&](int item, float gate, float up) {
+  multiply(first, of_experts, inputs, one, none, [&](int item, float gate, float up, u32) {
     if (lane == 0) hidden[item] = (u16)pack_bf16(activation(gate) * up, 0.f);
   });
   grid_sync(words, number + 2, BLOCKS, THREADS);
   fetch_inputs<CHOSEN * FFN>(inputs, hidden);
   auto weight = [&](int piece) { return weights[piece / OF_EXPERT]; };
-  multiply(second, of_experts, inputs, weight, [&](int item, float a, float b) {
-    add_to_stream(out, stream, item, a, b);
+  auto before = [&](int item) { return __ldcg((const u32*)stream + item); };
+  multiply(second, of_experts, inputs, weight, before, [&](int item, float a, float b, u32 known) {
+    add_to_stream(out, item, a, b, known);
   });
   cp_async_wait<0>();
 }

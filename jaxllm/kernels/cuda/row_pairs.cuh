@@ -89,13 +89,14 @@ DEVICE float dot(u32 a, u32 x, float sum) { return high_of(a) * high_of(x) + (lo
 DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y, x.y, dot(a.x, x.x, 0.f)))); }
 
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
-// part of the sum. finish(item, sums of its two rows) is called by whole warps; sums are float32.
-template <class Product, class Source, class Factor, class Finish>
-DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor factor, Finish finish) {
+// part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
+template <class Product, class Source, class Factor, class Before, class Finish>
+DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * BLOCKS + blockIdx.x; item < Product::ITEMS; item += WORKERS) {
     float sum[2] = {};
+    const u32 known = before(item);
 #pragma unroll 1
     for (int stage = 0; stage < stages_of<Product>(); ++stage) {
       const uint4* const weights = ring.next();
@@ -114,7 +115,7 @@ DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor f
     for (int by = 16; by; by /= 2)
 #pragma unroll
       for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
-    finish(item, sum[0], sum[1]);
+    finish(item, sum[0], sum[1], known);
   }
 }
 
