@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         kernel = Kernel(attend, self.window, self.layout, None if self.sinks is None else self.sinks[...])
         kind = self.layout.cp_type
         if kind is None:
-            product = self.qkv.product(x_TD, norm, spread, in_parts=finishes(T))
+            product = self.qkv.product(x_TD, norm, spread, in_parts=finishes(T, scaled=False))
             out_TNH, kv = self._attend(product, rope, kv, batch, kernel)
             return out_TNH.reshape(T, -1), kv
         # ULYSSES: one group of heads for each rank of cp

@@ -152,6 +152,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the table; elsewhere XLA does the same."""
     monkeypatch.setattr(call, "require", lambda kernel: None)
     monkeypatch.setattr(call, "compile_or_refuse", lambda kernel, source, macros: "")
+    monkeypatch.setitem(narrow_cuda.MEGABYTES, "plain", ())
     monkeypatch.setitem(narrow_cuda.MEGABYTES, "gated", ((8, 64, 1),))
     rng = np.random.default_rng(0)
     weight, norm_D = jnp.asarray(rng.standard_normal((256, 512)), BF16), jnp.asarray(rng.uniform(1, 2, 512), np.float32)

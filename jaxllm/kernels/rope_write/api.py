@@ -38,7 +38,7 @@ def rope_write(
     Returns:
       q_TNH in qkv's dtype, and the pool. To e4m3, what is larger than 448 becomes 448.
     """
-    if not finishes(qkv.shape[0]):
+    if not finishes(qkv.shape[0], scaled=qkv.token_scale is not None):
         qkv = Product.of(qkv.finish())
     arguments = (qkv, cos, sin, kv_PYKOH, page_T, slot_T, q_norm_H, k_norm_H)
     default = partial(reference.rope_write, eps=eps)
