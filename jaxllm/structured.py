@@ -45,6 +45,10 @@ class StructuredOutputs:
     begin_after: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool | None):
+            raise StructuredOutputsError(
+                f"structured outputs: json_object = {self.json_object!r} must be true or false"
+            )
         given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             said = " and ".join(given) or "none of them"

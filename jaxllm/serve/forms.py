@@ -49,7 +49,7 @@ def form_of(body: HasForm) -> StructuredOutputs | None:
 
 
 def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
-    kind = given.get("type", "text")
+    kind = given.get("type")
     if kind not in FORMATS:
         raise bad_request(f"response_format.type = {kind!r} must be one of {', '.join(FORMATS)}", "response_format")
     if kind == "text":

@@ -138,7 +138,8 @@ def _chat(fields: Schema, rules: list[Schema]) -> None:
 
 
 def _responses(fields: Schema, rules: list[Schema]) -> None:
-    fields["input"] |= _any(STRING, array(_INPUT, minItems=1))
+    spoken = _any(*_INPUT["anyOf"][:-1])  # what was thought before is not said again
+    fields["input"] |= _any(STRING, array(_INPUT, minItems=1, contains=spoken))
     tool = struct({"type": {"const": "function"}, **_FUNCTION}, **_FUNCTION_PARAMETERS)
     fields["tools"] |= _nullable(array(tool, maxItems=MAX_TOOLS))
     fields["tool_choice"] |= _any(_CHOICES, struct({"type": {"const": "function"}, **_FUNCTION}), NULL)

@@ -50,7 +50,10 @@ class ResponsesRequest(BaseModel):
     def to_chat(self, before: list[dict[str, Any]]) -> dict[str, Any]:
         """The body of the same chat completion; `before`: messages of the answer that it follows. Raises ApiError."""
         messages = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        messages += [*before, *self.messages()]
+        said = self.messages()
+        if not said:
+            raise bad_request("input holds nothing but reasoning; give a message", "input")
+        messages += [*before, *said]
         chat: dict[str, Any] = {"messages": messages, "stream": bool(self.stream)}
         if self.max_output_tokens is not None:
             chat["max_completion_tokens"] = self.max_output_tokens
@@ -64,7 +67,9 @@ class ResponsesRequest(BaseModel):
         if self.reasoning is not None:
             chat["reasoning_effort"] = self.reasoning.effort
         form = (self.text or {}).get("format")
-        if isinstance(form, dict):
+        if not isinstance(form, dict | None):
+            raise bad_request(f"text.format = {form!r:.80} must be an object", "text.format")
+        if form is not None:
             is_schema = form.get("type") == "json_schema"
             if is_schema and not isinstance(form.get("name"), str):
                 raise bad_request("text.format.name must be a text", "text.format.name")

@@ -42,9 +42,11 @@ def _compiling(value: Any) -> Any:
 
 
 def _keep_rules(body: dict[str, Any]) -> dict[str, Any]:
-    for name in LIMITS:
-        if body.get(name) is not None:
-            body[name] = min(body[name], 8)
+    limits = [name for name in LIMITS if body.get(name) is not None]
+    for name in limits:
+        body[name] = min(body[name], 8)
+    if not limits:  # or it would go on to the end of the context
+        body["max_output_tokens" if "input" in body else "max_tokens"] = 8
     if body.get("min_tokens") is not None:
         body["min_tokens"] = min(body["min_tokens"], *(body[name] for name in LIMITS if body.get(name) is not None), 8)
     if body.get("n") is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.serve.live import KEY, ROOT, serving
-from tests.tiny_llm import MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -21,14 +18,17 @@ CONTEXT = 2048
 SECONDS = int(os.environ.get("JAXLLM_FUZZ_SECONDS", "150"))
 
 
-def test_the_document_and_the_server_agree(tmp_path: Path) -> None:
+def test_the_document_and_the_server_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from server_under_test import write_model
+
     model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    model.mkdir()
+    write_model(model, "tiny")  # its tokenizer has tokens for any text
     pages = {"tokens_per_block": 16, "max_tokens": 50 * CONTEXT}
-    settings = {"model": str(model), "load_format": "dummy", "max_seq_len": CONTEXT, "kv_cache_config": pages}
+    settings = {"model": str(model), "tokenizer": str(model), "load_format": "dummy", "max_seq_len": CONTEXT,
+                "kv_cache_config": pages}  # fmt: skip
     with serving(tmp_path, "--api_key", KEY, "--tool_parser", "hermes", settings=settings) as live:
         command = [
             sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
