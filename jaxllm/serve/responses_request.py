@@ -92,6 +92,8 @@ def messages_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for index, item in enumerate(items):
         kind = item.get("type", "message")
+        if kind in ("function_call", "function_call_output") and not isinstance(item.get("call_id"), str):
+            raise bad_request(f"input.{index}.call_id must be a text", "input")
         if kind == "message":
             found.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call":
