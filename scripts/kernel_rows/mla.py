@@ -106,5 +106,5 @@ def rows() -> Iterator[Row]:
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
     for count, tokens, heads in SPEEDS[:2]:
-        name = f"nothing ahead B={count} x {tokens}, {heads} heads"
-        yield Row(name, partial(speed, count, tokens, heads, False, ahead=False))
+        name = f"low blocks B={count} x {tokens}, {heads} heads"
+        yield Row(name, partial(speed, count, tokens, heads, False, block=32))

@@ -12,10 +12,8 @@
 // so that the products of scores overlap with those of values of the block before, and the softmax with both.
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, which keeps more under way
-// and makes more of the same reads of shared memory; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST;
-// AHEAD 1: the second-level cache is told of a block two before it.
+// and makes more of the same reads of shared memory; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
-#include "cluster.cuh"
 #include "hopper.cuh"
 
 constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
@@ -82,10 +80,6 @@ DEVICE void copy(
 #pragma unroll 1
     for (int i = 0; i < STAGES && run.blocks; ++i) step();
     page = load_pages();
-    // What will come here next, where there is no room for it yet.
-    const int next = run.token + block * BLOCK + thread * 8;
-    if (AHEAD && thread < BLOCK / 8 && run.blocks && next <= run.last)
-      prefetch(kv + ((size_t)page * O + next % O) * H, 8 * H * 2);
     cp_async_wait<0>();
     fence_products();
     barrier_arrive(barriers.full(stage));
