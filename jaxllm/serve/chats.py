@@ -59,7 +59,7 @@ class ChatJob(Job):
             server.check_length(prompt, body.token_limit, "messages")
         if body.token_limit is not None:
             params["max_tokens"] = body.token_limit
-        check_min_tokens(params)
+        check_min_tokens(params, server)
         self._speech = [self._new_speech(prompt) for _ in range(self.n)]
         if "structured_outputs" in params and self._reasons and server.end_think_id is not None:
             params["structured_outputs"]["begin_after"] = server.end_think_id

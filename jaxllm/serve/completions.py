@@ -36,7 +36,7 @@ class CompletionJob(Job):
             params["logprobs"] = body.logprobs
             if body.echo:
                 params["prompt_logprobs"] = body.logprobs
-        check_min_tokens(params)
+        check_min_tokens(params, server)
         prompts = []
         for given in body.prompts():
             if isinstance(given, str):

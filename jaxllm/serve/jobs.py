@@ -104,8 +104,13 @@ class Whole:
         return "".join(self.texts)
 
 
-def check_min_tokens(params: dict[str, Any]) -> None:
-    """ApiError where min_tokens is more than max_tokens."""
+def check_min_tokens(params: dict[str, Any], server: Server) -> None:
+    """ApiError where min_tokens is more than max_tokens, or than any answer can have."""
     most, least = params.get("max_tokens"), params.get("min_tokens")
-    if most is not None and least is not None and least > most:
+    if least is None:
+        return
+    if most is not None and least > most:
         raise bad_request(f"min_tokens = {least} is more than max_tokens = {most}", "min_tokens")
+    context = server.hello["max_seq_len"]
+    if least >= context:
+        raise bad_request(f"min_tokens = {least} does not fit the context of {context} tokens", "min_tokens")

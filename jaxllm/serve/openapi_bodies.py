@@ -47,9 +47,10 @@ _MESSAGE = _any(
     struct({"role": {"enum": [role for role in ROLES if role != "assistant"]}, "content": _CONTENT}, tool_calls=_CALLS),
     struct({"role": {"const": "assistant"}}, content=_any(_CONTENT, NULL), tool_calls=_CALLS),
 )
+_SAID = {"type": {"const": "message"}}
 _INPUT = _any(
-    {**_MESSAGE["anyOf"][0], "properties": {**_MESSAGE["anyOf"][0]["properties"], "type": {"const": "message"}}},
-    {**_MESSAGE["anyOf"][1], "properties": {**_MESSAGE["anyOf"][1]["properties"], "type": {"const": "message"}}},
+    struct({"role": {"enum": [role for role in ROLES if role != "assistant"]}, "content": _CONTENT}, **_SAID),
+    struct({"role": {"const": "assistant"}}, content=_any(_CONTENT, NULL), **_SAID),
     struct({"type": {"const": "function_call"}, "call_id": STRING, "name": STRING}, arguments=_ARGUMENTS),
     struct({"type": {"const": "function_call_output"}, "call_id": STRING, "output": _CONTENT}),
     struct({"type": {"const": "reasoning"}}),

@@ -81,7 +81,8 @@ def described(model: type[BaseModel], body: dict[str, Any]) -> bool:
         ),
         (
             ResponsesRequest,
-            [{"input": "Hi"}, {"input": HI}, {"input": HI, "text": {"format": {"type": "json_object"}}},
+            [{"input": "Hi"}, {"input": HI}, {"input": [{"role": "assistant", "content": None}]},
+             {"input": HI, "text": {"format": {"type": "json_object"}}},
              {"input": [*HI, {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
                         {"type": "function_call_output", "call_id": "1", "output": "5"}]},
              {"input": "Hi", "tools": [{"type": "function", "name": "f"}], "tool_choice": "auto"}],

@@ -291,6 +291,7 @@ def test_who_needs_no_key(live: Live) -> None:
         ("/v1/completions", b'{"prompt": "x", "stop_token_ids": [1000000]}', 400),
         ("/v1/completions", b'{"prompt": "x", "logit_bias": {"1000000": 1}}', 400),
         ("/v1/completions", b'{"prompt": "x", "min_tokens": 5, "max_tokens": 2}', 400),
+        ("/v1/chat/completions", json.dumps({**CHAT, "min_tokens": MAX_SEQ_LEN}).encode(), 400),
         ("/v1/completions", b'{"prompt": "x", "max_tokens": 0}', 400),
         ("/v1/completions", b'{"prompt": "x", "stream": true, "logit_bias": {"1000000": 1}}', 400),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
