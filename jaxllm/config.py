@@ -365,7 +365,6 @@ class EngineConfig(Strict):
         stream_interval: streaming requests are told about every this many tokens.
         seed: of dummy weights, and of requests that sample without a seed of their own.
         compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla (or $JAXLLM_CACHE/xla), "" = none.
-        keep_programs: keep whole programs on disk, beside XLA's cache: a start that finds them traces nothing.
         batch_buckets, token_buckets: decode batch sizes and prefill token counts to compile for; None = chosen.
         progress: show bars while loading and compiling, if stderr is a terminal.
     """
@@ -403,7 +402,6 @@ class EngineConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     compilation_cache_dir: str | None = None
-    keep_programs: bool = False
     batch_buckets: list[int] | None = None
     token_buckets: list[int] | None = None
     progress: bool = True

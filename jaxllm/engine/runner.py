@@ -21,7 +21,6 @@ from jaxllm.engine.batch import PackedStep, Packer
 from jaxllm.engine.buckets import Bucket, Picker
 from jaxllm.engine.clock import HostClock
 from jaxllm.engine.pipeline import ReturnedTokens, Stage
-from jaxllm.engine.programs import Programs
 from jaxllm.engine.request import Sequence
 from jaxllm.engine.slots import SlotTable, Variant
 from jaxllm.engine.step import Chunk, LaneSteps, Step
@@ -171,14 +170,11 @@ class Runner:
         """Programs that `compile` makes."""
         return len(self._jobs())
 
-    def compile(
-        self, workers: int, on_done: Callable[[str], None] = lambda name: None, kept: Programs | None = None
-    ) -> None:
-        """Makes every program, or takes it from `kept`, `workers` at a time; `on_done` is told the name of each."""
+    def compile(self, workers: int, on_done: Callable[[str], None] = lambda name: None) -> None:
+        """Compiles every program, `workers` at a time; `on_done` is told the name of each."""
 
         def run(job: tuple[Any, Callable[[], Callable[..., Any]]]) -> tuple[Any, Callable[..., Any]]:
-            program = None if kept is None else kept.load(self._name(job[0]))
-            program = job[1]() if program is None else program
+            program = job[1]()
             on_done(str(job[0]))
             return job[0], program
 
@@ -188,21 +184,10 @@ class Runner:
             stage.programs = {bucket: programs.pop((stage, bucket)) for bucket in self.buckets}
         self._programs = programs
 
-    def _name(self, key: Any) -> str:
-        """Of a program, the same in every process."""
-        if isinstance(key, tuple) and key[0] in self.stages:
-            key = ("step", self.stages.index(key[0]), *key[1:])
-        return repr(key)
-
-    @property
-    def programs(self) -> dict[str, Any]:
-        """All programs by name."""
-        steps = {(stage, bucket): program for stage in self.stages for bucket, program in stage.programs.items()}
-        return {self._name(key): program for key, program in (steps | self._programs).items()}
-
     def scratch_bytes(self) -> int:
         """Device memory that the hungriest program needs besides its arguments and the outputs that alias them."""
-        sizes = [program.memory_analysis() for program in self.programs.values()]
+        programs = [*self._programs.values(), *(p for stage in self.stages for p in stage.programs.values())]
+        sizes = [program.memory_analysis() for program in programs]
         return max(s.temp_size_in_bytes + max(0, s.output_size_in_bytes - s.alias_size_in_bytes) for s in sizes)
 
     def warm_up(self) -> None:

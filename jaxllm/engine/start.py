@@ -25,7 +25,6 @@ from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
-from jaxllm.engine.programs import Programs
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
@@ -150,20 +149,13 @@ def start(config: EngineConfig) -> Started:
         if balancer is not None and balancer.layer_updates_per_iter:
             moving = {"layers_per_step": balancer.layer_updates_per_iter, "every": balancer.iters_per_reading}
             runner.balancers = [Balancer(stage, **moving) for stage in runner.stages if stage.functions.mixtures]
-    kept = None
-    if config.keep_programs and len(stages) == 1 and balancer is None:
-        # Before all kernels are known to be right there is nothing to be kept, or taken from where it was.
-        parts = (config, cfg, sizes, placed, num_pages, max_seq_len, dtype, kv_dtype, stages[0].specs)
-        kept = Programs.made_from(parts, mesh.devices.flat)
     with phase("compile"):
-        _compile(runner, config.progress, kept if checking.agreed else None)
+        _compile(runner, config.progress)
     with phase("checks"):
         agreed = checking.join()
         if not agreed:  # programs that were traced meanwhile hold what has been turned off
             jax.clear_caches()
-            _compile(runner, config.progress, None)
-        elif kept is not None:
-            kept.save(runner.programs)
+            _compile(runner, config.progress)
     with phase("warm_up"):
         if platform != "cpu":
             _check_scratch(runner, mesh)
@@ -320,12 +312,12 @@ def _dtype(name: str) -> type:
         raise ConfigError(f"dtype {name!r} is not supported; use float32 or bfloat16") from None
 
 
-def _compile(runner: Runner, progress: bool, kept: Programs | None) -> None:
+def _compile(runner: Runner, progress: bool) -> None:
     from tqdm import tqdm
 
     # Tracing holds the interpreter's lock, XLA does not: one worker more than cores keeps the cores busy.
     with tqdm(desc="Compiling", unit=" programs", total=runner.num_programs, disable=None if progress else True) as bar:
-        runner.compile((os.cpu_count() or 1) + 1, lambda name: bar.update(), kept)
+        runner.compile((os.cpu_count() or 1) + 1, lambda name: bar.update())
 
 
 def enable_compilation_cache(directory: str | None) -> None:

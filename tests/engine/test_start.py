@@ -18,7 +18,7 @@ from tests.tiny_llm import make_llm
 
 class Checks:
     def __init__(self, outcome: bool):
-        self.outcome = self.agreed = outcome
+        self.outcome = outcome
 
     def join(self) -> bool:
         return self.outcome

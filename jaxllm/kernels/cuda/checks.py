@@ -33,11 +33,6 @@ class Checking:
         self._outcome = outcome
         self._over = over
 
-    @property
-    def agreed(self) -> bool:
-        """Whether it is known by now that all kernels are right."""
-        return self._outcome.done() and self._outcome.result()
-
     def join(self) -> bool:
         """Waits for the checks; False if a kernel was turned off that programs traced since `begin_checks` may hold."""
         return self._outcome.result() or self._over
