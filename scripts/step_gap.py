@@ -32,8 +32,8 @@ import numpy as np
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.bench.load import Lengths, random_load
+from jaxllm.bench.measures import MEASURES, bare_step, decode_input
 from jaxllm.bench.report import aligned
-from jaxllm.bench.suite import MEASURES, bare_step, decode_input
 
 SETTINGS = {
     "max_batch_size": 256,

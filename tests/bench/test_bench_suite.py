@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM
-from jaxllm.bench import suite as suite_module
-from jaxllm.bench.suite import BARE_TOKENS, Result, Row, Suite, choose, decode_input
+from jaxllm.bench import measures
+from jaxllm.bench.measures import BARE_TOKENS, decode_input
+from jaxllm.bench.suite import Result, Row, Suite, choose
 from jaxllm.config import ConfigError
 from jaxllm.engine.batch import PackedStep
 from tests.tiny_llm import MODEL
@@ -117,13 +118,13 @@ def test_rows_of_long_prompts_and_of_steps_alone(tmp_path: Path, monkeypatch: py
         Row("step-80", "step", "a", 1, 80, 1),
         Row("sums-4", "sums", "a", 4, 8, 1),
     ]
-    seen, launch = [], suite_module._launch_again
+    seen, launch = [], measures._launch_again
 
     def noted(llm: LLM, packed: PackedStep) -> list[float]:
         seen.append(packed)
         return launch(llm, packed)
 
-    monkeypatch.setattr(suite_module, "_launch_again", noted)
+    monkeypatch.setattr(measures, "_launch_again", noted)
     found = suite(tmp_path / "r.json", rows)
     assert found.run() == 1
     ttft, step, longer, sums = found.results
