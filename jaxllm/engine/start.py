@@ -32,8 +32,8 @@ from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.cuda.checks import begin_checks
 from jaxllm.kernels.linear import packed
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.models.fit import check_mapping, place_experts
 from jaxllm.models.quantization import choose
 from jaxllm.models.registry import config_from_gguf, config_from_hf

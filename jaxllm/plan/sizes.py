@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from jaxllm.config import EngineConfig
 from jaxllm.formats import Format
 from jaxllm.kernels.grouped_matmul.reference import ROOM
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import checkpoint_shapes, param_specs
+from jaxllm.models.decoder import param_specs
 from jaxllm.models.quantization import choose
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.params import ParamSpec

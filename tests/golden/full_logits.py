@@ -13,8 +13,8 @@ from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.mapping import Mapping
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import checkpoint_shapes
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.weights.experts import split_experts

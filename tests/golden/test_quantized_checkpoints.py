@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxllm.models.decoder import checkpoint_shapes
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.fields import ModelConfigError
 from jaxllm.models.registry import config_from_hf
 from jaxllm.weights.resolve import convert_model, resolve_model

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.rope import RopeConfig
-from jaxllm.models.decoder import checkpoint_shapes
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.registry import ModelConfigError, config_from_gguf, config_from_hf
 from jaxllm.weights.resolve import resolve_model
 

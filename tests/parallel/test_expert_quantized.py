@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.models.decoder import checkpoint_shapes
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.registry import config_from_hf
 from tests.golden import quantized_files
 

@@ -14,7 +14,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.pipeline import ReturnedTokens
 from jaxllm.mapping import Mapping
-from jaxllm.models.decoder import checkpoint_shapes
+from jaxllm.models.checkpoint import checkpoint_shapes
 from jaxllm.models.registry import config_from_hf
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxllm import LLM
 from jaxllm.mapping import Mapping
-from jaxllm.models.decoder import checkpoint_shapes, param_specs
+from jaxllm.models.checkpoint import checkpoint_shapes
+from jaxllm.models.decoder import param_specs
 from jaxllm.models.registry import config_from_hf
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh

@@ -17,7 +17,8 @@ from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import api, cuda, reference
 from jaxllm.kernels.linear.quantized import QuantizedWeight, dequantize, matmul, quantize, round_e4m3
 from jaxllm.mapping import Mapping
-from jaxllm.models.decoder import checkpoint_shapes, param_specs
+from jaxllm.models.checkpoint import checkpoint_shapes
+from jaxllm.models.decoder import param_specs
 from jaxllm.models.quantization import ONLINE, Quantization
 from jaxllm.models.registry import config_from_hf
 from jaxllm.parallel.layout import Layout
