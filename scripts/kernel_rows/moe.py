@@ -240,12 +240,40 @@ def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
     return rate(seconds, moved=moved)
 
 
+def layer_timeline(tokens: int) -> dict[str, Any]:
+    """Where the time of a layer goes: of each phase the shortest, the median and the longest of all warps, in us."""
+    E, X, D, F = SHAPES["qwen3-30b-a3b"]
+    calls = 8
+    operands = one_layer.random_operands(D, HEADS["qwen3-30b-a3b"], E, F, tokens)
+    choice = router.Choice(X, 1e-6)
+    kernel = one_layer.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True)
+    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
+
+    @jax.jit
+    def chain(operands: one_layer.Operands, routers: jax.Array) -> list[jax.Array]:
+        found = []
+        for weight in routers:
+            x, kv, times = kernel(operands._replace(router=weight))
+            operands = operands._replace(x=x, kv_PYKOH=kv)
+            found.append(times)
+        return found
+
+    for _ in range(20):
+        times = chain(operands, routers)
+    found = one_layer.phases(np.stack(jax.device_get(times))[2:])
+    for name, three in found.items():
+        print(f"    {name:20}" + "".join(f"{us:8.2f}" for us in three))
+    return {"us": found["all"][1]}
+
+
 def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("token right", token_right)
     for shape in A:
         yield Row(f"token {shape}", partial(token_speed, shape))
     yield Row("layer right", layer_right)
+    for tokens in (192, 1000):
+        yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
     for tokens in (192, 1000, 4000, 32_000):
         yield Row(f"layer qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens))
     yield Row("layer qwen3-30b-a3b at 1000 tokens, alone", partial(layer_speed, "qwen3-30b-a3b", 1000, alone=8))

@@ -97,6 +97,20 @@ def test_a_layer_equals_xla(case, seed: int, emulated, monkeypatch) -> None:
     assert np.abs(a - b).max() <= 0.01 * np.abs(b).max()
 
 
+def test_the_timeline_of_a_layer(emulated) -> None:
+    """Every warp's marks follow one another, and nothing else changes."""
+    choice, how = Choice(2, 1e-6), {"activation": "silu", "scale": 0.1, "slots": 3}
+    operands = layer_cuda.random_operands(256, (2, 1), 4, 256, 20, page=16)
+    out, _, times = layer_cuda.launcher(operands, choice, timeline=True, **how)(operands)
+    assert np.array_equal(out, layer_cuda.implementation(operands, choice, **how)(operands)[0])
+    marks = np.asarray(times)[:, :, : len(layer_cuda.PHASES) + 1].astype(np.int64)
+    assert (np.diff(marks) > 0).all()
+    found = layer_cuda.phases(np.asarray(times)[None])
+    assert list(found) == [*layer_cuda.PHASES, "begins late", "all"]
+    assert all(0 <= low <= middle <= high for low, middle, high in found.values())
+    assert found["all"][1] == 1e-3 * float(times[:, :, -1].max() - times[:, :, -2].min())
+
+
 def test_what_the_kernel_cannot_do() -> None:
     def of(T=1, D=256, F=256, dtype=jnp.bfloat16, A=256):
         shapes = ((T, D), (T, A), (D, A), (D,), (8, D), (8, 2 * F, D), (8, D, F))

@@ -19,6 +19,12 @@ DEVICE int word_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+// Of the multiprocessor's clock, modulo 2^32.
+DEVICE u32 cycles() {
+  u32 t;
+  asm volatile("mov.u32 %0, %clock;" : "=r"(t)::"memory");
+  return t;
+}
 // Waits for a word of at least x. After ten seconds the kernel fails, as barrier_wait; the clock is slow to read.
 DEVICE void word_wait(const int* p, int x) {
   u64 began = 0;

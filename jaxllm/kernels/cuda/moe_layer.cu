@@ -278,43 +278,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
     u16* between,                         // [WIDTH], the stream after attention
     float* logits,                        // [EXPERTS]
     u16* hidden,                          // [CHOSEN, FFN]
-    int* words                            // [BLOCKS], of the barrier
+    int* words,                           // [BLOCKS], of the barrier
+    u32* times                            // of timeline.cuh
 ) {
   DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32;
   uint4* const inputs = (uint4*)(shared + INPUTS_AT);
   auto one = [](int) { return 1.f; };
+  const Timeline timeline = {times};
+  timeline.mark(0);
+  timeline.mark_end(0);
   const Qkv first = {qkv_weight};
   const Output second = {output};
   Ring<Qkv, Output> ring(first, second, shared);
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
   fetch_normed(shared, x, NormWeight(first_norm));
+  timeline.mark(1);
   multiply(first, ring, inputs, one, [](int) { return 0u; }, [&](int item, float a, float b, u32) {
     if (lane == 0) ((u32*)qkv)[item] = pack_bf16(a, b);
   });
+  timeline.mark(2);
   const int part = blockIdx.x / KV;
   if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
   int number = 1;
   grid_sync(words, number, BLOCKS, THREADS);
+  timeline.mark(3);
   if (part < parts)
     attend(shared, qkv, q_norm, k_norm, cosine, sine, page, slot, pages, pool, attended, found, sums, tokens, part, parts);
+  timeline.mark(4);
   grid_sync(words, ++number, BLOCKS, THREADS);
   if (parts > 1) {
     merge(found, sums, attended, parts);
     grid_sync(words, ++number, BLOCKS, THREADS);
   }
+  timeline.mark(5);
   const NormWeight weight(norm);
   fetch_inputs<ATTENDED>(inputs, attended);
+  timeline.mark(6);
   auto before = [&](int item) { return __ldcg((const u32*)x + item); };
   multiply(second, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
     add_to_stream(between, item, a, b, known);
   });
+  timeline.mark(7);
   const Route route = {router};
   const Nothing nothing;
   Ring<Route, Nothing> of_router(route, nothing, shared);
   grid_sync(words, ++number, BLOCKS, THREADS);
+  timeline.mark(8);
   through_experts(
-      shared, of_router, route, between, weight, bias, gate_up, down, out, logits, hidden, words, number
+      shared, of_router, route, between, weight, bias, gate_up, down, out, logits, hidden, words, number, timeline
   );
 }

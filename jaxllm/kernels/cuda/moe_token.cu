@@ -43,5 +43,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_token(
     grid_sync(words, 1, BLOCKS, THREADS);
     stream = between;
   }
-  through_experts(shared, ring, second, stream, weight, bias, gate_up, down, out, logits, hidden, words, 1);
+  through_experts(shared, ring, second, stream, weight, bias, gate_up, down, out, logits, hidden, words, 1, {});
 }

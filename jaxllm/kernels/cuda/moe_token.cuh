@@ -13,6 +13,7 @@
 #include "choice.cuh"
 #include "grid.cuh"
 #include "row_pairs.cuh"
+#include "timeline.cuh"
 
 // Shared memory: the rings, inputs of a product, what each warp knows of the choice, sums of squares.
 constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -125,7 +126,8 @@ DEVICE void add_to_stream(u16* to, int item, float a, float b, u32 before) {
 template <class Source>
 DEVICE void through_experts(
     u8* shared, Source& ring, const Route& route, const u16* stream, const NormWeight& norm, const float* bias,
-    const u16* gate_up, const u16* down, u16* out, float* logits, u16* hidden, int* words, int number
+    const u16* gate_up, const u16* down, u16* out, float* logits, u16* hidden, int* words, int number,
+    const Timeline& timeline
 ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint4* const inputs = (uint4*)(shared + INPUTS_AT);
@@ -134,17 +136,21 @@ DEVICE void through_experts(
   auto one = [](int) { return 1.f; };
   auto none = [](int) { return 0u; };
   fetch_normed(shared, stream, norm);
+  timeline.mark(9);
   multiply(route, ring, inputs, one, none, [&](int item, float a, float b, u32) {
     if (lane) return;
     logits[2 * item] = a;
     if (2 * item + 1 < EXPERTS) logits[2 * item + 1] = b;
   });
+  timeline.mark(10);
   grid_sync(words, number + 1, BLOCKS, THREADS);
+  timeline.mark(11);
   float score[PER_LANE];
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) score[i] = __ldcg(logits + min(i * 32 + lane, EXPERTS - 1));
   choose(score, bias, lane, chosen, weights);  // each warp for itself
   __syncwarp();
+  timeline.mark(12);
 
   const GateUp first = {gate_up, chosen};
   const Down second = {down, chosen};
@@ -152,12 +158,17 @@ DEVICE void through_experts(
   multiply(first, of_experts, inputs, one, none, [&](int item, float gate, float up, u32) {
     if (lane == 0) hidden[item] = (u16)pack_bf16(activation(gate) * up, 0.f);
   });
+  timeline.mark(13);
   grid_sync(words, number + 2, BLOCKS, THREADS);
+  timeline.mark(14);
   fetch_inputs<CHOSEN * FFN>(inputs, hidden);
+  timeline.mark(15);
   auto weight = [&](int piece) { return weights[piece / OF_EXPERT]; };
   auto before = [&](int item) { return __ldcg((const u32*)stream + item); };
   multiply(second, of_experts, inputs, weight, before, [&](int item, float a, float b, u32 known) {
     add_to_stream(out, item, a, b, known);
   });
+  timeline.mark(16);
+  timeline.mark_end(1);
   cp_async_wait<0>();
 }

@@ -26,6 +26,14 @@ UNIT = 16
 ALONE = 4
 """Units for each warp of a block up to which a KV head's context is not shared: to merge takes as long as two."""
 
+PHASES = (
+    "norm", "qkv", "wait", "attention", "wait for heads", "heads", "output", "wait for stream", "second norm", "router",
+    "wait for scores", "choice", "gate and up", "wait for hidden", "hidden", "down",
+)  # fmt: skip
+"""Of the kernel, in their order; a timeline has the clock before the first and after each."""
+MARKS = 20
+"""Of a warp's timeline: see `cuda/timeline.cuh`."""
+
 
 class Operands(NamedTuple):
     """What the kernel reads.
@@ -84,6 +92,21 @@ def implementation(
     scale: on q.k. slots: of a warp's ring; None for as many as fit. alone: see ALONE.
     Raises NotImplementedError where there is none.
     """
+    run = launcher(operands, choice, activation=activation, scale=scale, slots=slots, alone=alone)
+    return lambda operands: run(operands)[:2]
+
+
+def launcher(
+    operands: Operands,
+    choice: Choice,
+    *,
+    activation: str,
+    scale: float,
+    slots: int | None = None,
+    alone: int = ALONE,
+    timeline: bool = False,
+) -> Callable[[Operands], tuple[jax.Array, jax.Array, jax.Array]]:
+    """As `implementation`; the third result is for `phases`, where a timeline is wanted."""
     _, _, K, O, H = operands.kv_PYKOH.shape
     D, A = operands.output.shape
     N, (rows, _) = A // H, operands.qkv.shape
@@ -99,7 +122,7 @@ def implementation(
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
-        "SCALE_QK": repr(float(scale)), "ALONE": alone,
+        "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     E, F, X = *operands.down.shape[::2], choice.chosen
@@ -114,13 +137,14 @@ def implementation(
         jax.ShapeDtypeStruct((E,), jnp.float32),
         jax.ShapeDtypeStruct((X, F), jnp.bfloat16),
         jax.ShapeDtypeStruct((call.SMS,), jnp.int32),
+        jax.ShapeDtypeStruct((call.SMS, cuda.WARPS, MARKS) if timeline else (1,), jnp.uint32),
     ]
 
-    def run(operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def run(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the kernel does not read must still be a pointer.
         arguments = [operands.x if operand is None else operand for operand in operands]
         arguments.append(jnp.zeros(call.SMS, jnp.int32))
-        out, kv, *_ = call.launch(
+        out, kv, *_, times = call.launch(
             KERNEL,
             ptx,
             arguments,
@@ -128,11 +152,33 @@ def implementation(
             grid=(call.SMS,),
             threads=cuda.WARPS * 32,
             shared=shared,
-            aliases={Operands._fields.index("kv_PYKOH"): 1, len(arguments) - 1: len(results) - 1},
+            aliases={Operands._fields.index("kv_PYKOH"): 1, len(arguments) - 1: len(results) - 2},
         )
-        return out, kv
+        return out, kv, times
 
     return run
+
+
+def phases(times: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Of each phase the shortest, the median and the longest time of a warp; how late blocks begin; all of a launch.
+
+    times: uint32 [L, blocks, warps, MARKS], the third results of L launches. In us, by the clocks of multiprocessors,
+    which are compared with the GPU's for that.
+    """
+    marks = times.reshape(len(times), -1, MARKS)
+    cycles = (marks[:, :, 1 : len(PHASES) + 1] - marks[:, :, : len(PHASES)]).astype(np.float64)
+    nanoseconds = (marks[:, :, -1] - marks[:, :, -2]).astype(np.float64)
+    each = 1e-3 * nanoseconds.mean() / cycles.sum(2).mean()
+    found = {
+        name: (float(us.min()), float(np.median(us)), float(us.max()))
+        for name, us in zip(PHASES, np.moveaxis(each * cycles, 2, 0), strict=True)
+    }
+    first = marks[:, :, -2].min(1)
+    late = 1e-3 * (marks[:, :, -2] - first[:, None])
+    whole = 1e-3 * (marks[:, :, -1] - first[:, None]).max(1)
+    found["begins late"] = (float(late.min()), float(np.median(late)), float(late.max()))
+    found["all"] = (float(whole.min()), float(np.median(whole)), float(whole.max()))
+    return found
 
 
 def plain(operands: Operands, choice: Choice, *, activation: str, scale: float) -> tuple[jax.Array, jax.Array]:
