@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm import placement
+from jaxllm.engine.forward import shapes_of
 from jaxllm.engine.pipeline import Stage
 from jaxllm.parallel.collectives import all_reduce, rank
 from jaxllm.parallel.expert import EP
@@ -81,8 +82,7 @@ class Balancer:
             check_vma=False,
         )
         slots = jax.ShapeDtypeStruct((PAIRS,), np.int32, sharding=self._everywhere)
-        stacks = [self._stage.weights[index] for index in self._layers[0].weights]
-        weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in stacks]
+        weights = shapes_of([self._stage.weights[index] for index in self._layers[0].weights])
         self._move = jax.jit(run, donate_argnums=0).lower(weights, slots, slots).compile()
         return self._move
 

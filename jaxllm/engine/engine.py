@@ -279,9 +279,9 @@ class Engine:
     def _launch(self, step: Step | LaneSteps) -> InFlight:
         for seq in step.started:
             self._start(seq)
-        masks = self._guides.masks(step, self._runner.mask_words)
+        masks = self._guides.masks(step, self._runner.sampler.mask_words)
         if masks is not None:
-            self._runner.set_masks(*masks)
+            self._runner.sampler.set_masks(*masks)
         self._counts["steps"] += step.repeats
         self._counts["decode_steps"] += 0 if step.prefills else step.repeats
         self.iterations.launched()
@@ -291,7 +291,7 @@ class Engine:
         self._slots.start(seq, self._bad[seq.request.request_id])
         params: Any = seq.request.params
         if params.has_penalties:
-            self._runner.reset_penalties(seq)
+            self._runner.sampler.reset_penalties(seq)
         if seq.index == 0 and seq.num_output == 0:
             self._counts["prompt_tokens"] += seq.num_prompt
 

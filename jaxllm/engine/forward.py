@@ -7,6 +7,7 @@ collective appears that nobody wrote.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,11 @@ class StepFunctions:
             return token_logprobs(logits_TV, token_T, cfg.vocab_size, num_logprobs=num_logprobs)
 
         return run
+
+
+def shapes_of(arrays: Any) -> Any:
+    """What a tree of arrays looks like to a compiler: shapes, dtypes and shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
 
 
 def _own_part(packed: jax.Array, prompts: Axes) -> jax.Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.engine.batch import BatchShape
-from jaxllm.engine.forward import KV_AXES, StepFunctions
-from jaxllm.engine.repeat import Sampler, repeated
+from jaxllm.engine.forward import KV_AXES, StepFunctions, shapes_of
+from jaxllm.engine.repeat import Sample, repeated
 from jaxllm.layers.attention import KVPages
 
 
@@ -77,7 +76,7 @@ class Stage:
         return lowered.compile(self.functions.compiler_options(shape))
 
     def compile_repeated(
-        self, shape: BatchShape, num_slots: int, steps: int, sampler: Sampler | None, *sampling: Any
+        self, shape: BatchShape, num_slots: int, steps: int, sampler: Sample | None, *sampling: Any
     ) -> Callable[..., Any]:
         """The program that does the step of a bucket `steps` times; the stage is the whole model. See `repeated`."""
         run = repeated(self.functions.forward(shape), shape, steps, sampler)
@@ -87,10 +86,9 @@ class Stage:
     def arguments(self, shape: BatchShape, num_slots: int) -> list[Any]:
         """What the step of a bucket takes, as shapes."""
         functions, layout, mesh = self.functions, self.functions.layout, self.mesh
-        abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         last_token = jax.ShapeDtypeStruct((num_slots,), np.int32, sharding=layout.sharding(mesh))
         args = [
-            *abstract((self.weights, self.kv)),
+            *shapes_of((self.weights, self.kv)),
             last_token if functions.first or functions.last else None,
             jax.ShapeDtypeStruct(shape.shape, np.int32, sharding=layout.sharding(mesh, "requests")),
         ]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from jaxllm.engine.batch import BatchShape
 
-Sampler = Callable[..., tuple[Any, jax.Array, Any]]
+Sample = Callable[..., tuple[Any, jax.Array, Any]]
 
 
 def repeated(
-    forward: Callable[..., tuple], shape: BatchShape, steps: int, sampler: Sampler | None = None
+    forward: Callable[..., tuple], shape: BatchShape, steps: int, sampler: Sample | None = None
 ) -> Callable[..., tuple]:
     """`steps` steps of a bucket of decodes alone, as a function of (weights, kv, last_token, packed).
 
