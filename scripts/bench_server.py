@@ -188,7 +188,7 @@ def main() -> int:
             "batch_buckets": sorted({count for count in args.concurrency if count < args.batch} | {args.batch}),
             "kv_cache_config": {"enable_block_reuse": False},
         }  # fmt: skip
-        if args.offline:  # on a CPU, where a cache would take nearly all memory, and large programs minutes to compile
+        if args.offline:  # two engines after each other, maybe on a CPU
             engine["kv_cache_config"]["max_tokens"] = (length + 64) * args.batch
             engine["max_num_tokens"] = 2048
         if model is None:

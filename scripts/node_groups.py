@@ -18,7 +18,6 @@ SETTINGS: dict[str, Any] = {
 CACHE: dict[str, Any] = {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.8}
 FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_config": CACHE | {"dtype": "fp8"}}
 BF16: dict[str, Any] = {"kv_cache_config": CACHE}
-FULL = {"free_gpu_memory_fraction": 0.9}
 LONGEST = 1_000_000
 BLOCK = 4096
 """Tokens of a block of star attention: a step computes one on every rank."""
@@ -70,10 +69,9 @@ def throughput(name: str, requests: int, peer: float | None = None) -> Row:
 def tensor_parallel(
     model: str, gpus: int, precision: str, batches: Sequence[int], seconds: float, **more: Any
 ) -> Group:
-    """A dense model over all of its GPUs. more: requests (of throughput), peer, prefill, cache."""
+    """A dense model over all of its GPUs. more: requests (of throughput), peer, prefill."""
     name = f"{model.lower()}-{precision}-tp{gpus}"
     made = engine(model, batches, FP8 if precision == "fp8" else BF16, tensor_parallel_size=gpus)
-    made.settings["kv_cache_config"] = made.settings["kv_cache_config"] | more.get("cache", {})
     rows = speeds(name, batches, prefill=more.get("prefill", True), sums=batches if gpus > 1 else ())
     rows += [throughput(name, more["requests"], more.get("peer"))] if "requests" in more else []
     return Group(name, gpus, seconds, {name: made}, rows)
@@ -183,9 +181,9 @@ def groups(gpus: int, lengths: Sequence[int], requests: int) -> list[Group]:
 
 def alone() -> Group:
     """Llama-3.3-70B in fp8 on one GPU, with as many requests as its memory holds."""
-    group = tensor_parallel(LARGE, 1, "fp8", [1, 64, 160], 200, prefill=False, cache=FULL)
+    group = tensor_parallel(LARGE, 1, "fp8", [1, 64, 144], 200, prefill=False)
     name = group.name
-    group.rows = [throughput(name, 160, ONE_H200_70B), *speeds(name, [64, 1], prefill=False)]
+    group.rows = [throughput(name, 144, ONE_H200_70B), *speeds(name, [64, 1], prefill=False)]
     return group
 
 

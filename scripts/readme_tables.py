@@ -154,18 +154,20 @@ def node(*names: str) -> str:
 
 
 def server(*names: str) -> str:
-    """scripts/bench_server.py: streams against one request that is answered whole."""
+    """scripts/bench_server.py: streams against one request that is answered whole, and against `LLM.generate`."""
     cells, notes = [], []
     for name in names:
         content = load(name)
         notes += [content["note"]] if content.get("note") else []
         for row in content["rows"]:
             streams, engine = row["streams"], row["engine"]
-            speed = [f"{number(found['output_throughput'])} tok/s" for found in (streams, engine)]
+            speed = [f"{number(found['output_throughput'])} tok/s" for found in (streams, engine, row["offline"])]
+            shares = f"{100 * row['throughput_ratio']:.1f}, {100 * row['throughput_ratio_to_offline']:.1f} %"
             steps = f"{streams['step_ms']:.2f}, {engine['step_ms']:.2f} ms"
             ttft = f"{number(streams['p50_ttft_ms'])}, {number(streams['p99_ttft_ms'])} ms"
-            cells.append([str(row["concurrency"]), *speed, f"{100 * row['throughput_ratio']:.1f} %", steps, ttft])
-    head = ["streams", "through the server", "the engine", "of it", "step: streams, engine", "TTFT p50, p99"]
+            cells.append([str(row["concurrency"]), *speed, shares, steps, ttft])
+    head = ["streams", "through the server", "the engine", "`LLM.generate`", "of both", "step: streams, engine"]
+    head.append("TTFT p50, p99")
     return table(head, cells) + "".join(f"\n{note}\n" for note in notes)
 
 

@@ -246,6 +246,8 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
         config.max_num_tokens or 8192,
     )
 
+    lanes = roofline.sizes.layout.size("requests")  # that compute a prompt each at a time
+
     def floor(row: Row) -> float | None:
         if row.kind == "sums":
             return None
@@ -253,8 +255,8 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
         if row.kind in ("decode", "step"):
             return 1e3 * speed.tpot
         if row.kind == "ttft":
-            return 1e3 * row.batch * speed.ttft
-        return row.input_len / speed.ttft if row.kind == "prefill" else speed.throughput
+            return 1e3 * -(-row.batch // lanes) * speed.ttft
+        return min(row.batch, lanes) * row.input_len / speed.ttft if row.kind == "prefill" else speed.throughput
 
     return floor
 
