@@ -27,6 +27,7 @@ from jaxllm.engine.pipeline import Stage
 from jaxllm.parallel.collectives import all_reduce, rank
 from jaxllm.parallel.expert import EP
 from jaxllm.parallel.mesh import partition
+from jaxllm.parallel.pace import paced
 
 PAIRS = 2
 """Slots that one program fills at a time, from as many others."""
@@ -83,7 +84,8 @@ class Balancer:
         )
         slots = jax.ShapeDtypeStruct((PAIRS,), np.int32, sharding=self._everywhere)
         weights = shapes_of([self._stage.weights[index] for index in self._layers[0].weights])
-        self._move = jax.jit(run, donate_argnums=0).lower(weights, slots, slots).compile()
+        program = jax.jit(run, donate_argnums=0).lower(weights, slots, slots).compile()
+        self._move = paced(program, self._stage.mesh)
         return self._move
 
     def after_step(self) -> None:

@@ -27,6 +27,7 @@ from jaxllm.engine.slots import SlotTable, Variant
 from jaxllm.engine.step import LaneSteps, Step
 from jaxllm.kernels.all_reduce.api import Group
 from jaxllm.layers.sampling import SampleOutput, SamplingBatch
+from jaxllm.parallel.pace import paced
 
 _REPEATED = (None, Variant.PLAIN)
 """What repeated steps can sample with; None: the likeliest tokens."""
@@ -139,7 +140,7 @@ class Runner:
         """Compiles every program, `workers` at a time; `on_done` is told the name of each."""
 
         def run(job: tuple[Any, Callable[[], Callable[..., Any]]]) -> tuple[Any, Callable[..., Any]]:
-            program = job[1]()
+            program = paced(job[1](), self.mesh)  # all stages have as many devices
             on_done(str(job[0]))
             return job[0], program
 
