@@ -17,15 +17,16 @@ The prompts that are there are spread over 2 G steps, or the last stage would wa
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import Literal, get_args
 
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.chunks import Chunks
+from jaxllm.engine.limits import Limits
 from jaxllm.engine.pages import Pages
 from jaxllm.engine.request import FinishReason, Request, Sequence, SequenceStatus
+from jaxllm.engine.running import Running
 from jaxllm.engine.step import Chunk, Event, LaneSteps, Step
 from jaxllm.engine.turns import whose_turn
 from jaxllm.engine.waiting import WaitingQueue
@@ -87,7 +88,8 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         # The last token of a sequence is never computed, so it needs no page.
-        self.max_seq_len = min(max_seq_len, pool.capacity * pool.page_size + 1)
+        room = pool.capacity * pool.page_size
+        self.max_seq_len = min(max_seq_len, room + 1)
         self.tile = tile
         self.max_tiles = max_tiles
         self.policy: CapacityPolicy = policy
@@ -104,22 +106,19 @@ class Scheduler:
             tile_counts=tile_counts,
             micro_batches=micro_batches,
         )
+        self._limits = Limits(self.max_seq_len, room, None if chunked_prefill else self._chunks)
         self._pages = Pages(pool, guaranteed=policy == "GUARANTEED_NO_EVICT")
         self._requests: dict[int, Request] = {}  # unfinished ones
         self._arrivals = 0
-        # Both lists are in order of rank, so that the last one is the next to be preempted.
-        self._decoding: list[Sequence] = []
-        self._prefilling: list[Sequence] = []
         self._waiting = WaitingQueue(by_priority=priority_queue)
-        self._slots = range(first_slot, first_slot + max_batch_size)
-        self._free_slots = list(reversed(self._slots))
+        self._running = Running(range(first_slot, first_slot + max_batch_size))
 
     # ---- requests come and go -------------------------------------------------------------------------------------
 
     @property
     def num_running(self) -> int:
         """Sequences that have a slot."""
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -129,7 +128,7 @@ class Scheduler:
     @property
     def num_free_slots(self) -> int:
         """Sequences that could start to run, if there are pages."""
-        return len(self._free_slots)
+        return len(self._running.free_slots)
 
     @property
     def num_tokens(self) -> int:
@@ -140,12 +139,12 @@ class Scheduler:
     @property
     def has_decodes(self) -> bool:
         """Whether any sequence is past its prompt."""
-        return bool(self._decoding)
+        return bool(self._running.decoding)
 
     @property
     def has_prompts(self) -> bool:
         """Whether prompt tokens could be computed now, if there are pages."""
-        return bool(self._prefilling or (self._waiting and self._free_slots))
+        return bool(self._running.prefilling or (self._waiting and self._running.free_slots))
 
     @property
     def pools(self) -> list[PagePool]:
@@ -179,28 +178,9 @@ class Scheduler:
 
     def validate(self, request: Request) -> None:
         """ValueError when a request can never run. Reads only what never changes, so any thread may call it."""
-        length, request_id = len(request.prompt_token_ids), request.request_id
-        if request_id in self._requests or request.arrival >= 0:
-            raise ValueError(f"request {request_id} was added before: use a new id")
-        if length > self.max_seq_len - 1:
-            room = self.pool.capacity * self.pool.page_size
-            if length > room:
-                raise ValueError(
-                    f"the prompt has {length} tokens, but the KV cache holds {room}: "
-                    "shorten it or raise kv_cache_config.max_tokens or free_gpu_memory_fraction"
-                )
-            raise ValueError(
-                f"the prompt has {length} tokens, but max_seq_len {self.max_seq_len} leaves room for "
-                f"{self.max_seq_len - 1} and one output token: shorten it or raise max_seq_len"
-            )
-        if not self.chunked_prefill and not self._chunks.fit_one_step(length):
-            limit = min(self.max_num_tokens, self.tile * self.max_tiles)
-            raise ValueError(
-                f"the prompt has {length} tokens, but one step computes {limit} and chunked prefill is off: "
-                "shorten it, raise max_num_tokens or set enable_chunked_prefill"
-            )
-        if request.params.max_tokens is not None and request.params.max_tokens < 1:
-            raise ValueError(f"max_tokens is {request.params.max_tokens}, but it has to be at least 1")
+        if request.request_id in self._requests or request.arrival >= 0:
+            raise ValueError(f"request {request.request_id} was added before: use a new id")
+        self._limits.check(request)
 
     def abort(self, request: Request) -> None:
         """Cancel a request at once: its pages and slots are free when this returns. No-op when it is not here."""
@@ -258,7 +238,7 @@ class Scheduler:
         if self.micro_batches > 1 and self.chunked_prefill:
             tokens = min(tokens, self._prompt_share())
         tiles = self.max_tiles
-        for seq in self._prefilling:
+        for seq in self._running.prefilling:
             if tokens == 0 or tiles == 0 or not prompts:
                 break
             count = self._add_chunk(step, seq, tokens, tiles)
@@ -272,8 +252,7 @@ class Scheduler:
         for chunk in step.prefills:
             if chunk.samples:
                 seq = chunk.seq
-                self._prefilling.remove(seq)
-                insort(self._decoding, seq, key=_rank)
+                self._running.decode(seq)
                 seq.num_pending += 1
                 seq.last_step = self._num_steps
                 seq.prompt_ready = True  # from the next step on, hence not before everybody is admitted
@@ -300,12 +279,13 @@ class Scheduler:
         may wait for pages or tokens alone. Pages for it have to be free: no sequence is preempted for tokens that may
         turn out to come after its end.
         """
-        if step.prefills or self._prefilling or self.micro_batches > 1:
+        if step.prefills or self._running.prefilling or self.micro_batches > 1:
             return False
         left = [seq.max_len - 1 - position for seq, position in zip(step.decodes, step.positions, strict=True)]
-        if self._waiting and (self._free_slots or len(left) < len(self._decoding) or min(left, default=0) < count):
+        running = self._running
+        if self._waiting and (running.free_slots or len(left) < len(running.decoding) or min(left, default=0) < count):
             return False
-        if (left and max(left) < count) or any(seq.wait_for_token for seq in self._decoding):
+        if (left and max(left) < count) or any(seq.wait_for_token for seq in running.decoding):
             return False
         pages = (
             self.pool.pages_for(position + min(count, rest)) - len(seq.pages)
@@ -331,7 +311,7 @@ class Scheduler:
         decodes, positions = step.decodes, step.positions
         page_size, budget, number = self.pool.page_size, self.max_num_tokens, self._num_steps
         # Preemption takes the last in rank, never what the loop has passed.
-        for seq in self._decoding if self.micro_batches == 1 else self._whose_turn(ahead):
+        for seq in self._running.decoding if self.micro_batches == 1 else self._whose_turn(ahead):
             if seq.slot < 0:
                 continue  # it was preempted for one before it
             position = seq.num_computed
@@ -354,13 +334,13 @@ class Scheduler:
 
     def _whose_turn(self, ahead: bool) -> list[Sequence]:
         turns, most = self.micro_batches, self.max_num_tokens
-        return whose_turn(self._decoding, number=self._num_steps, turns=turns, most=most, ahead=ahead)
+        return whose_turn(self._running.decoding, number=self._num_steps, turns=turns, most=most, ahead=ahead)
 
     def _prompt_share(self) -> int:
         """Prompt tokens of one micro-batch."""
-        known = sum(len(seq.tokens) - seq.num_computed for seq in self._prefilling)
+        known = sum(len(seq.tokens) - seq.num_computed for seq in self._running.prefilling)
         known += self._waiting.num_tokens(self._chunks.most_known)
-        return self._chunks.share(known, under_way=bool(self._prefilling))
+        return self._chunks.share(known, under_way=bool(self._running.prefilling))
 
     def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
         start = seq.num_computed
@@ -370,7 +350,7 @@ class Scheduler:
         return count
 
     def _admit(self, step: Step, tokens: int, tiles: int) -> None:
-        while self._free_slots and tokens > 0 and tiles > 0:
+        while self._running.free_slots and tokens > 0 and tiles > 0:
             seq = self._waiting.peek()
             if seq is None:
                 break
@@ -379,9 +359,7 @@ class Scheduler:
             if not self._take_pages(seq, tokens, tiles):
                 break
             self._waiting.pop()
-            seq.move(_RUNNING)
-            seq.slot = self._free_slots.pop()
-            insort(self._prefilling, seq, key=_rank)
+            self._running.enter(seq)
             step.started.append(seq)
             count = self._add_chunk(step, seq, tokens, tiles)
             tokens -= count
@@ -461,9 +439,7 @@ class Scheduler:
             return True
         self._pages.shared.strip_until(count)
         while pool.num_free < count:
-            victim = self._decoding[-1]
-            if self._prefilling and self._prefilling[-1].rank > victim.rank:
-                victim = self._prefilling[-1]
+            victim = self._running.lowest
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -477,31 +453,18 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         """Take a running sequence out of the batch: pages, slot and reservation are free afterwards."""
-        (self._decoding if seq in self._decoding else self._prefilling).remove(seq)
-        self._free_slots.append(seq.slot)
-        seq.slot = -1
+        self._running.leave(seq)
         self._pages.give_back(seq)
 
     def check(self) -> None:
         """Verify the invariants of the scheduler and its pool; RuntimeError names one that is broken. For tests."""
-        running = self._decoding + self._prefilling
+        self._running.check()
+        running = self._running.decoding + self._running.prefilling
         self.pool.check([seq.pages for seq in running + self._pages.shared.heirs])
-        slots = [seq.slot for seq in running] + self._free_slots
-        if sorted(slots) != list(self._slots):
-            raise RuntimeError(f"slots are lost or given twice: {sorted(slots)}")
-        if any(seq.status is not _RUNNING for seq in running):
-            raise RuntimeError("a sequence in the batch is not running")
         if self._pages.reserved != sum(seq.max_pages for seq in running):
             raise RuntimeError(
                 f"{self._pages.reserved} pages reserved, but the running sequences do not add up to that"
             )
-        for group in (self._decoding, self._prefilling):
-            if group != sorted(group, key=_rank):
-                raise RuntimeError("the running sequences are not in order of rank")
         self._waiting.check()
         if not self._requests and (running or self._pages.shared.heirs or self._waiting):
             raise RuntimeError("no request is left, but some of their sequences are")
-
-
-def _rank(seq: Sequence) -> tuple[float, int, int]:
-    return seq.rank

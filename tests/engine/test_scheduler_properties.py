@@ -136,7 +136,7 @@ class FakeDevice:
         rows = step.decodes + [chunk.seq for chunk in step.prefills]
         slots = [seq.slot for seq in rows]
         assert len(set(slots)) == len(rows) <= scheduler.max_batch_size
-        assert set(slots) <= set(scheduler._slots)
+        assert set(slots) <= set(scheduler._running.slots)
         assert len(step.positions) == len(step.decodes)
         for seq in step.started:
             self.last[seq.slot] = None
@@ -441,7 +441,7 @@ def test_micro_batches_are_balanced(turns, count, budget, data) -> None:
         harness.add([2] * data.draw(st.integers(1, 30)), Params(max_tokens=250, ignore_eos=True))
         for _ in range(data.draw(st.integers(0, 3))):
             harness.advance()
-    while scheduler.num_waiting or scheduler._prefilling:
+    while scheduler.num_waiting or scheduler._running.prefilling:
         harness.advance()
     taken: list[list[Sequence]] = []
     run = harness.device.run
@@ -469,7 +469,7 @@ def test_no_decode_starves(turns, load) -> None:
         for number in range(arrivals_now):
             harness.add([2 + number] * 3, Params(max_tokens=length, ignore_eos=True))
         harness.advance()
-        for seq in scheduler._decoding:
+        for seq in scheduler._running.decoding:
             if seq.num_computed < seq.max_len - 1:
                 waited = scheduler._num_steps - seq.last_step
                 assert waited <= 3 * turns + 1, f"{seq} has waited for {waited} steps"
