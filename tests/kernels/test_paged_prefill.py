@@ -142,15 +142,16 @@ def test_stripes_of_a_context(kernel: str) -> None:
 
 
 BROKEN = {
-    "score_descriptor": (
-        "8 * PANEL_ROW);\n#pragma unroll\n    for (int i = 0; i < HEAD_DIM",
-        "4 * PANEL_ROW);\n#pragma unroll\n    for (int i = 0; i < HEAD_DIM",
-    ),
+    "score_descriptor": ("smem + K_AT, PANEL_ROW, 16, 8 * PANEL_ROW", "smem + K_AT, PANEL_ROW, 16, 4 * PANEL_ROW"),
     "value_panels": ("PANEL_ROW, KV_ATOMS, 8 * PANEL_ROW", "PANEL_ROW, 8 * PANEL_ROW, KV_ATOMS"),
     "keys_freed_early": ("      start_scores();\n      wgmma_wait<0>();", "      start_scores();"),
+    "queries_freed_early": ("block == first) free_buffer(rings.q)", "block == last - 1) free_buffer(rings.q)"),
     "scores_read_early": ("wgmma_wait<1>();", ""),
-    "copies_not_fenced": ("    fence_products();\n", ""),
-    "copies_not_waited_for": ("    cp_async_wait<LATER>();\n", ""),
+    "keys_not_waited_for": ("        wait_for(rings.k);\n", ""),
+    "copies_not_fenced": ("        if (!FP8) fence_products();\n", ""),
+    "e4m3_not_fenced": ("    fence_products();\n    barrier_arrive(full);", "    barrier_arrive(full);"),
+    "e4m3_not_waited_for": ("    cp_async_wait<LATER>();\n", ""),
+    "not_rescaled": ("if (softmax.rescaled) rescale(o, softmax.keep);", ""),
     "wrong_phase": ("barrier_wait(ring.freed(), ring.phase() ^ 1)", "barrier_wait(ring.freed(), ring.phase())"),
     "turns_not_given": ("if (PINGPONG) named_arrive(2 - group, 256);", ""),
 }
@@ -167,6 +168,8 @@ def test_the_emulator_finds_mistakes(what: str, tmp_path, monkeypatch) -> None:
     (tmp_path / "paged_prefill.cu").write_text(source.replace(right, wrong))
     monkeypatch.setattr(rtc, "SOURCES", tmp_path)
     arguments, scale = mixed(128), 128**-0.5
+    if "e4m3" in what:
+        arguments = (arguments[0], arguments[1].astype(jnp.float8_e4m3fn), *arguments[2:])
     with pytest.raises((AssertionError, EmulatorError)):
         for seed in (0, 1):
             found = emulate(variant_of("paged_prefill", 128), arguments, scale=scale, seed=seed)

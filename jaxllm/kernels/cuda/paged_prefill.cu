@@ -44,46 +44,46 @@ struct Rings {
       : q{barriers, 0, 1}, k{barriers + 16, 0, STAGES}, v{barriers + 16 + STAGES * 16, 0, STAGES} {}
 };
 
-// The warpgroup that copies. A copy is under way while the next one is prepared.
+// The warpgroup that copies. Copies of bf16 tell that they have landed themselves, so that as many are under way as there
+// are buffers; those of e4m3 have to be converted, one while the next is under way.
 struct Copier {
   u8* memory;
   u32 smem;
   const u16* kv;
   const Tile* tile;
   int thread;
-  u32 full, freed, phase;  // of the copy under way: what to tell, and (e4m3) what to wait for before it is converted
-  u32 to;                  // where it then goes; 0: it is in its place
+  u32 full, freed, phase;  // of the copy that is to be converted: what to tell, and what to wait for before
+  u32 to;                  // where it then goes; 0: there is none
   int copies;
 
   template <int LATER>
-  DEVICE void finish() {
-    if (!full) return;
+  DEVICE void convert() {
+    if (!FP8 || !to) return;
     cp_async_wait<LATER>();
-    if (FP8 && to) {
-      barrier_wait(freed, phase);
-      unpack_block<128>(memory + to, memory + PACKED_AT + (copies - 1) % 2 * PACKED_BYTES, thread);
-    }
+    barrier_wait(freed, phase);
+    unpack_block<128>(memory + to, memory + PACKED_AT + (copies - 1) % 2 * PACKED_BYTES, thread);
     fence_products();
     barrier_arrive(full);
   }
   DEVICE void begin(const Ring& ring) { barrier_wait(ring.freed(), ring.phase() ^ 1); }
-  DEVICE void end(Ring& ring, u32 place) {
-    cp_async_commit();
-    finish<1>();
-    full = ring.full(), freed = ring.freed(), phase = ring.phase() ^ 1, to = place;
-    copies += place != 0;
+  DEVICE void end(Ring& ring) {
+    cp_async_arrive(ring.full());
     ring.count++;
   }
   DEVICE void block(Ring& ring, u32 buffers, const Pages& pages, int part) {
     const u32 place = buffers + ring.slot() * KV_BYTES;
-    if (FP8) {
-      const u32 packed = smem + PACKED_AT + copies % 2 * PACKED_BYTES;
-      load_packed<128>(packed, reinterpret_cast<const u8*>(kv), pages, part, *tile, thread);
-    } else {
+    if (!FP8) {
       begin(ring);
       load_block<128>(smem + place, kv, pages, part, *tile, thread);
+      return end(ring);
     }
-    end(ring, FP8 ? place : 0);
+    const u32 packed = smem + PACKED_AT + copies % 2 * PACKED_BYTES;
+    load_packed<128>(packed, reinterpret_cast<const u8*>(kv), pages, part, *tile, thread);
+    cp_async_commit();
+    convert<1>();
+    full = ring.full(), freed = ring.freed(), phase = ring.phase() ^ 1, to = place;
+    copies++;
+    ring.count++;
   }
 };
 
@@ -100,9 +100,6 @@ DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, c
     Pages pages(page_table, tile);
     const int last = tile.last_block(), first = tile.first_block();
     pages.fetch(last, thread % 32);
-    copier.begin(rings.q);
-    load_queries<128>(smem, q, tile, thread);
-    copier.end(rings.q, 0);
     Pages before = pages;  // of the values, which come one block after the keys
     for (int block = last; block >= first - 1; block--) {
       const Pages here = pages;
@@ -110,11 +107,17 @@ DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, c
         pages.fetch(block - 1, thread % 32);
         copier.block(rings.k, K_AT, here, 0);
       }
-      if (block < last) copier.block(rings.v, V_AT, before, 1);
+      if (block == last) {  // after the keys: their buffers are free before that of the queries is
+        copier.begin(rings.q);
+        load_queries<128>(smem, q, tile, thread);
+        copier.end(rings.q);
+      } else {
+        copier.block(rings.v, V_AT, before, 1);
+      }
       before = here;
     }
   }
-  copier.finish<0>();
+  copier.convert<0>();
 }
 
 DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const int* __restrict__ firsts,
@@ -122,18 +125,20 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
                      int thread) {
   const int lane = thread % 32, row = group * 64 + thread / 32 * 16 + lane / 4;
   const u64 q_matrix = matrix_descriptor(smem + group * 64 * PANEL_ROW, PANEL_ROW, 16, 8 * PANEL_ROW);
+  const u64 k_matrices = matrix_descriptor(smem + K_AT, PANEL_ROW, 16, 8 * PANEL_ROW);
+  const u64 v_matrices = matrix_descriptor(smem + V_AT, PANEL_ROW, KV_ATOMS, 8 * PANEL_ROW);
 
   float o[HEAD_DIM / 2], s[BLOCK_N / 2];
   u32 p[BLOCK_N / 16][4];
   u32 queries[Q_REGISTERS ? HEAD_DIM / 16 : 1][4];
   Softmax softmax;
 
+  auto wait_for = [&](const Ring& ring) { barrier_wait(ring.full(), ring.phase()); };
   // Starts s = queries @ keys.
   auto start_scores = [&]() {
-    barrier_wait(rings.k.full(), rings.k.phase());
     wgmma_pin(s);
     wgmma_fence();
-    const u64 k_matrix = matrix_descriptor(smem + K_AT + rings.k.slot() * KV_BYTES, PANEL_ROW, 16, 8 * PANEL_ROW);
+    const u64 k_matrix = k_matrices + rings.k.slot() * (KV_BYTES / 16);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 16; i++) {
       const int in_panel = i % PER_PANEL * 32, panel = i / PER_PANEL;
@@ -148,11 +153,9 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
   };
   // Starts o += p @ values.
   auto start_output = [&]() {
-    barrier_wait(rings.v.full(), rings.v.phase());
     wgmma_pin(o);
     wgmma_fence();
-    const u64 v_matrix =
-        matrix_descriptor(smem + V_AT + rings.v.slot() * KV_BYTES, PANEL_ROW, KV_ATOMS, 8 * PANEL_ROW);
+    const u64 v_matrix = v_matrices + rings.v.slot() * (KV_BYTES / 16);
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++) Wgmma<HEAD_DIM>::rs(o, p[i], v_matrix + i * 16 * PANEL_ROW / 16);
     wgmma_commit();
@@ -180,7 +183,9 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.0f;
     if (!tile.empty()) {
       const int last = tile.last_block(), first = tile.first_block();
-      barrier_wait(rings.q.full(), rings.q.phase());
+      wait_for(rings.q);
+      wait_for(rings.k);
+      fence_products();
       if (Q_REGISTERS) {
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 16; i++) {
@@ -194,9 +199,13 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
       wgmma_wait<0>();
       wgmma_pin(s);
       free_buffer(rings.k);
+      if (!Q_REGISTERS && last == first) free_buffer(rings.q);
       softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
       pack();
       for (int block = last - 1; block >= first; block--) {
+        wait_for(rings.k);
+        wait_for(rings.v);
+        if (!FP8) fence_products();
         if (PINGPONG) named_sync(1 + group, 256);
         start_scores();
         start_output();
@@ -204,17 +213,19 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
         wgmma_wait<1>();
         wgmma_pin(s);
         free_buffer(rings.k);
+        if (!Q_REGISTERS && block == first) free_buffer(rings.q);
         softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
         wgmma_pin(s);
         hold_until_known(softmax.sum[0] + softmax.sum[1]);  // the exponentials overlap with the products
         wgmma_wait<0>();
         wgmma_pin(o);
         free_buffer(rings.v);
-        rescale(o, softmax.keep);
+        if (softmax.rescaled) rescale(o, softmax.keep);
         pack();
       }
-      if (!Q_REGISTERS) free_buffer(rings.q);
       next = Tile(schedule, min(item_of(turn + 1), items - 1));  // its loads are under way while this one ends
+      wait_for(rings.v);
+      if (!FP8) fence_products();
       start_output();
       wgmma_wait<0>();
       wgmma_pin(o);
@@ -232,8 +243,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
     const int* __restrict__ lasts, const int* __restrict__ firsts, const int* __restrict__ schedule,
     u16* __restrict__ out, float* __restrict__ lse) {
   DYNAMIC_SHARED(memory);
-  const u32 smem = shared_address(memory);
-  const int thread = threadIdx.x % 128, group = threadIdx.x / 128;
+  // What all threads of a warp know to be the same is computed in uniform registers: next to nothing then stands between a
+  // turn and its first product.
+  const u32 smem = __shfl_sync(0xffffffffu, shared_address(memory), 0);
+  const int thread = threadIdx.x % 128, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const Rings rings(smem + BARRIERS_AT);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 1 + 2 * STAGES; i++) {

@@ -19,11 +19,13 @@ constexpr int PANEL_ROW = PANEL * 2;  // bytes
 
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
 constexpr int KV_BYTES = BLOCK_N * HEAD_DIM * 2;
+constexpr int PAGE_ELEMENTS = 2 * KV_HEADS * PAGE * HEAD_DIM;  // of a page of the pool
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 #define NONE __uint_as_float(0xff800000u)  // minus infinity
 constexpr float SEES_NOTHING = -1e30f;
+constexpr float HEADROOM = 8.0f;
 // Scores are multiplied by this in the exponent; a soft cap has already scaled them.
 constexpr float EXPONENT = SOFTCAP > 0 ? 1.0f : SCALE_LOG2;
 
@@ -128,9 +130,24 @@ DEVICE long long pool_offset(const Pages& pages, const Tile& tile, int part, int
 // One block of keys (part 0) or values (part 1); keys after the last that the tile sees are zeros.
 template <int THREADS>
 DEVICE void load_block(u32 to, const u16* __restrict__ kv, const Pages& pages, int part,
-                     const Tile& tile, int thread) {
+                       const Tile& tile, int thread) {
   static_assert(BLOCK_N * CHUNKS % THREADS == 0, "threads must share a block evenly");
+  constexpr int STEP = THREADS / CHUNKS, ROWS = PAGE < BLOCK_N ? PAGE : BLOCK_N;  // ROWS follow each other in the pool
   const int base = pages.block * BLOCK_N;
+  if (THREADS % CHUNKS == 0 && STEP % 8 == 0 && ROWS % STEP == 0 && BLOCK_N % ROWS == 0 && PAGE % ROWS == 0) {
+    // An address for each page: what is left of the others fits into the instructions that copy.
+    const int r = thread / CHUNKS, c = thread % CHUNKS, left = tile.last_key - base - r;
+    const u16* mine = kv + ((part * KV_HEADS + tile.head) * PAGE + base % PAGE + r) * HEAD_DIM + c * 8;
+    const u32 at = to + chunk_offset(r, 0, c, BLOCK_N);
+#pragma unroll
+    for (int further = 0; further < BLOCK_N; further += ROWS) {
+      const u16* from = mine + (long long)__shfl_sync(0xffffffffu, pages.id, further / ROWS) * PAGE_ELEMENTS;
+#pragma unroll
+      for (int i = 0; i < ROWS; i += STEP)
+        cp_async_16(at + (further + i) * PANEL_ROW, from + i * HEAD_DIM, further + i <= left ? 16 : 0);
+    }
+    return;
+  }
 #pragma unroll 4
   for (int i = 0; i < BLOCK_N * CHUNKS / THREADS; i++) {
     const Chunk<THREADS> chunk(i, thread);
@@ -181,14 +198,18 @@ DEVICE void unpack_block(u8* to, const u8* from, int thread) {
 
 // Online softmax of the two rows that a thread has in an accumulator of 16 (64) rows: elements 0, 1 of each four are
 // columns 2 * (lane % 4) and the next of row lane / 4, elements 2, 3 of row lane / 4 + 8.
+//
+// Probabilities are relative to a maximum that a row had, not to the one it has: as long as no score of the warp's rows is
+// 2^HEADROOM times above, nothing that was accumulated is rescaled (as in FlashAttention-4). The quotient is the same.
 struct Softmax {
   float max[2], sum[2], keep[2];
+  bool rescaled;
 
   DEVICE void reset() {
     max[0] = max[1] = NONE, sum[0] = sum[1] = 0.0f;
   }
 
-  // Scores to probabilities; what was accumulated before is to be multiplied by keep.
+  // Scores to probabilities; what was accumulated before is to be multiplied by keep, if `rescaled`: else that is 1.
   template <int N>
   DEVICE void step(float (&s)[N], bool masked, int base, const Visible (&rows)[2], int lane) {
     if (SOFTCAP > 0) {
@@ -220,14 +241,27 @@ struct Softmax {
         float& top = tops[half][i % 2];
         top = fmaxf(top, fmaxf(s[i * 4 + half * 2], s[i * 4 + half * 2 + 1]));
       }
+    float top[2];
+    bool above = false;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float top = fmaxf(tops[half][0], tops[half][1]);
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float zero = top == NONE ? 0.0f : top * EXPONENT;  // a row may see nothing of this block
-      keep[half] = fast_exp2(max[half] * EXPONENT - zero);
-      max[half] = top;
+      top[half] = fmaxf(tops[half][0], tops[half][1]);
+      top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 1));
+      top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 2));
+      above |= !((top[half] - HEADROOM / EXPONENT) <= max[half]);
+    }
+    rescaled = __any_sync(0xffffffffu, above);
+    keep[0] = keep[1] = 1.0f;
+    if (rescaled) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        keep[half] = fast_exp2(max[half] * EXPONENT - (top[half] == NONE ? 0.0f : top[half] * EXPONENT));
+        max[half] = top[half];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float zero = max[half] == NONE ? 0.0f : max[half] * EXPONENT;  // a row may see nothing of this block
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < N / 4; i++)
