@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_rows._measure import Row, difference, rate, time_call
 
+from jaxllm.kernels.cuda import rtc
 from jaxllm.kernels.paged_attention import prefill_cuda, reference
 from jaxllm.kernels.paged_attention.prefill_cuda import VARIANTS, Variant, wgmma
 
@@ -24,13 +26,11 @@ LLAMA = (8, 4, 128)
 """K, G, H"""
 ALIVE = """
 from jaxllm.kernels.paged_attention import prefill_cuda as p
-for head_dim, variants in p.VARIANTS.items():
-    for variant in variants:
-        if variant.kernel == {kernel!r}:
-            for fp8 in (False, True)[: 1 + variant.persistent]:
-                print(head_dim, fp8, p.check(variant, head_dim, fp8=fp8), p.check(variant, head_dim, 20.0, fp8=fp8))
+for variant in p.VARIANTS[{head_dim}]:
+    if variant.kernel == {kernel!r}:
+        print(p.check(variant, {head_dim}), p.check(variant, {head_dim}, 20.0, fp8=variant.persistent))
 """
-SECONDS = 120
+SECONDS = 60
 """A kernel that waits for what never comes ends itself after ten seconds, and its process with it."""
 
 
@@ -66,11 +66,24 @@ COMPARED = ("8 x 2048", "fp8 8 x 2048", "8192 after 122880", "H=256 1 x 8192 sof
 SWEEP: dict[str, Variant] = {
     "queries in registers": wgmma(128, q_registers=True),
     "no turns": wgmma(128, pingpong=False),
-    "queries in registers, no turns": wgmma(128, pingpong=False, q_registers=True),
     "96 keys, 3 stages": wgmma(96, 3),
     "mma.sync": VARIANTS[128][1],
 }
 SWEPT = ("1 x 8000", "8 x 2048")
+PARTS: dict[str, tuple[tuple[str, str], ...]] = {
+    # what is replaced in the sources, to see what a part costs; the results are wrong but for the last
+    "without copies": (("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),),
+    "without exponentials": (("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),),
+    "without both": (
+        ("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),
+        ("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),
+    ),
+    "without fences": (("if (!FP8) fence_products();", ""),),
+    "without results": (
+        ("    store(o, softmax, rows, tile, row, lane, out, lse);", "    if (o[0] == 1.25f) out[0] = 1;"),
+    ),
+    "always rescaled": (("HEADROOM = 8.0f", "HEADROOM = 0.0f"), ("if (softmax.rescaled) rescale", "rescale")),
+}
 COUNTS = (
     # K, G, H, page, tokens of a row, softcap
     (8, 4, 128, 32, 128, None),
@@ -82,11 +95,11 @@ COUNTS = (
 
 
 @cache
-def run_checks(kernel: str) -> tuple[bool, str]:
+def run_checks(kernel: str, head_dim: int) -> tuple[bool, str]:
     """Whether a kernel's checks pass in a process of its own, and what it says: an illegal access ends that one."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": "0.05"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_TRACEBACK_FILTERING": "off"}
-    command = [sys.executable, "-c", ALIVE.format(kernel=kernel)]
+    command = [sys.executable, "-c", ALIVE.format(kernel=kernel, head_dim=head_dim)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -96,20 +109,21 @@ def run_checks(kernel: str) -> tuple[bool, str]:
     return True, done.stdout.strip().replace("\n", "; ")
 
 
-def alive(kernel: str) -> str:
+def alive(kernel: str, head_dim: int) -> str:
     """The errors that its checks found. Raises RuntimeError if it must not be run in this process."""
-    passed, said = run_checks(kernel)
+    passed, said = run_checks(kernel, head_dim)
     if not passed:
         raise RuntimeError(said)
     return said
 
 
 def prepare(variant: Variant, q: Any, kv: Any, pages: Any, *, softcap: float | None = None) -> Any:
-    alive(variant.kernel)
+    alive(variant.kernel, q.shape[-1])
     ptx = prefill_cuda.compile_variant(variant, q, kv, pages, scale=q.shape[-1] ** -0.5, softcap=softcap)
     return partial(prefill_cuda.run, variant=variant, ptx=ptx)
 
 
+@lru_cache(maxsize=1)
 def arguments(name: str) -> tuple[Any, ...]:
     """q, kv, pages, last and first visible keys."""
     last, count, (K, G, H), options = SHAPES[name]
@@ -133,30 +147,67 @@ def chain(attend: Any, calls: int, q: jax.Array, *others: jax.Array) -> jax.Arra
     return q
 
 
-def speed(name: str, variant: Variant | None = None) -> dict[str, Any]:
-    last, _, (K, G, H), options = SHAPES[name]
+@lru_cache(maxsize=1)
+def results(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of the variant that is used."""
+    inputs, options = arguments(name), SHAPES[name][3]
+    attend = prepare(VARIANTS[SHAPES[name][2][2]][0], *inputs[:3], softcap=options.get("softcap"))
+    out, lse = jax.jit(attend)(*inputs)
+    return np.asarray(out, np.float32), np.asarray(lse)
+
+
+def time_attention(name: str, attend: Any) -> dict[str, Any]:
+    K, G, H = SHAPES[name][2]
     inputs = arguments(name)
-    softcap = options.get("softcap")
-    attend = prepare(variant or VARIANTS[H][0], *inputs[:3], softcap=softcap)
-    seen = int(np.maximum(last - np.asarray(inputs[4]) + 1, 0).sum())
+    seen = int(np.maximum(SHAPES[name][0] - np.asarray(inputs[4]) + 1, 0).sum())
     calls = 4 if seen < 10**8 else 1
     flops = 4.0 * K * G * H * seen
     seconds = time_call(jax.jit(partial(chain, attend, calls)), *inputs, calls=calls)
-    found: dict[str, Any] = {**rate(seconds, flops=flops), "tflops": flops / seconds / 1e12}
-    if variant is None and name in COMPARED:
-        real = last >= 0
-        out, lse = jax.jit(attend)(*inputs)
+    return {**rate(seconds, flops=flops), "tflops": flops / seconds / 1e12}
+
+
+def speed(name: str, variant: Variant | None = None) -> dict[str, Any]:
+    """Of a variant, and how far it is from the reference (at some sizes) or (another variant) from the one in use."""
+    last, _, (_, _, H), options = SHAPES[name]
+    inputs = arguments(name)
+    softcap = options.get("softcap")
+    attend = prepare(variant or VARIANTS[H][0], *inputs[:3], softcap=softcap)
+    found = time_attention(name, attend)
+    if variant is None and name not in COMPARED:
+        return found
+    out, lse = (np.asarray(x, np.float32) for x in jax.jit(attend)(*inputs))
+    if variant is None:
         wide = (inputs[0], inputs[1].astype(BF16), *inputs[2:])
         wanted, wanted_lse = jax.jit(partial(reference.attend, scale=H**-0.5, softcap=softcap))(*wide)
-        found["difference"] = difference(np.asarray(out, np.float32)[real], np.asarray(wanted, np.float32)[real])
-        found["lse_error"] = float(np.abs(np.asarray(lse) - np.asarray(wanted_lse))[real].max())
-        found["wrong"] = not (found["difference"] < 0.02 and found["lse_error"] < 0.02)
+    else:
+        wanted, wanted_lse = results(name)
+    real = last >= 0
+    found["difference"] = difference(out[real], np.asarray(wanted, np.float32)[real])
+    found["lse_error"] = float(np.abs(lse - np.asarray(wanted_lse))[real].max())
+    found["wrong"] = not (found["difference"] < 0.02 and found["lse_error"] < 0.02)
     return found
 
 
-def right(kernel: str) -> dict[str, Any]:
-    """The checks of all head dims in a process of its own."""
-    return {"errors": alive(kernel)}
+def speed_of_parts(name: str, part: str) -> dict[str, Any]:
+    """Of the variant in use with a part of it left out."""
+    whole = rtc.SOURCES
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in whole.glob("*.cu*"):
+                text = path.read_text()
+                for old, new in PARTS[part] if "prefill" in path.name else ():
+                    text = text.replace(old, new)
+                (Path(folder) / path.name).write_text(text)
+            rtc.SOURCES = Path(folder)
+            attend = prepare(VARIANTS[SHAPES[name][2][2]][0], *arguments(name)[:3])
+    finally:
+        rtc.SOURCES = whole
+    return time_attention(name, attend)
+
+
+def right(kernel: str, head_dim: int) -> dict[str, Any]:
+    """The checks in a process of its own."""
+    return {"errors": alive(kernel, head_dim)}
 
 
 def right_counts(K: int, G: int, H: int, page: int, tokens: int, softcap: float | None) -> dict[str, Any]:
@@ -206,18 +257,18 @@ def cudnn(name: str) -> dict[str, Any]:
 
 
 def rows() -> Iterator[Row]:
-    for kernel in ("paged_prefill", "paged_prefill_mma"):
-        yield Row(f"right {kernel}", partial(right, kernel))
+    for head_dim, variants in VARIANTS.items():
+        for variant in variants:
+            yield Row(f"right {variant.kernel} H={head_dim}", partial(right, variant.kernel, head_dim))
     for name in SHAPES:
         yield Row(name, partial(speed, name))
-    for name in ("1 x 8000", "8 x 2048", "8192 after 122880"):
-        yield Row(f"{name} cuDNN", partial(cudnn, name))
-    for name in SWEPT:
-        for label, variant in SWEEP.items():
-            yield Row(f"{name} {label}", partial(speed, name, variant))
-    yield Row(
-        "8192 after 122880 queries in registers", partial(speed, "8192 after 122880", SWEEP["queries in registers"])
-    )
+        if name in SWEPT:
+            for part in PARTS:
+                yield Row(f"{name} part {part}", partial(speed_of_parts, name, part))
+            for label, variant in SWEEP.items():
+                yield Row(f"{name} variant {label}", partial(speed, name, variant))
+            yield Row(f"{name} cuDNN", partial(cudnn, name))
+    yield Row("8192 after 122880 cuDNN", partial(cudnn, "8192 after 122880"))
     for case in COUNTS:
         K, G, H, page, tokens, softcap = case
         yield Row(f"counts K={K} G={G} H={H} O={page} Q={tokens} softcap={softcap}", partial(right_counts, *case))
