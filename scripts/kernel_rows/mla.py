@@ -23,9 +23,24 @@ CASES = (
     (16, 64, None),
     (64, 32, 700),
     (5, 16, None),
+    (32, 32, None),
 )
-SPEEDS = ((64, 4096, 128), (64, 4096, 16), (8, 4096, 128), (1, 4096, 16), (1, 131_072, 16), (128, 512, 16))
+SPEEDS = (
+    (64, 4096, 128),
+    (64, 4096, 16),
+    (64, 4096, 8),
+    (64, 4096, 32),
+    (8, 4096, 128),
+    (1, 4096, 16),
+    (1, 131_072, 16),
+    (128, 512, 16),
+)
 """Rows, tokens, query heads."""
+VARIANTS = (
+    ("many heads' kernel", (64, 4096, 16), {"few": False}),
+    ("shares of 4", (1, 4096, 16), {"min_share": 4}),
+    ("shares of 2", (8, 4096, 128), {"min_share": 2}),
+)
 
 
 def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
@@ -105,6 +120,5 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
-    for count, tokens, heads in SPEEDS[:2]:
-        name = f"low blocks B={count} x {tokens}, {heads} heads"
-        yield Row(name, partial(speed, count, tokens, heads, False, block=32))
+    for name, (count, tokens, heads), tuning in VARIANTS:
+        yield Row(f"{name} B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, False, **tuning))

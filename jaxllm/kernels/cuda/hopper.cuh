@@ -42,6 +42,7 @@ DEVICE void hold_until_known(float x) {
 // d += a @ b for a [64, 16], b [16, N], d [64, N] of the 128 threads of a warpgroup; warp w has rows 16w to 16w + 15 of
 // a and d, spread over its lanes as in `mma_bf16`, elements 4i to 4i + 3 of d being columns 8i to 8i + 7.
 //   ss: both operands in shared memory, K-major
+//   ss_mn: the same with a MN-major
 //   rs: a in registers, b in shared memory, MN-major; rs_k: K-major
 //   ss_e4m3: as ss for a [64, 32] and b [32, N] in e4m3, 32 bytes as well
 // accumulate 0: d = a @ b.
@@ -59,6 +60,14 @@ struct Wgmma<8> {
         : OUT4(0)
         : "l"(a), "l"(b), "r"(accumulate));
   }
+  DEVICE static void ss_mn(float (&d)[4], u64 a, u64 b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
+        "%4, %5, p, 1, 1, 1, 0;\n}"
+        : OUT4(0)
+        : "l"(a), "l"(b));
+  }
 };
 template <>
 struct Wgmma<16> {
@@ -69,6 +78,14 @@ struct Wgmma<16> {
         "%8, %9, p, 1, 1, 0, 0;\n}"
         : OUT8(0)
         : "l"(a), "l"(b), "r"(accumulate));
+  }
+  DEVICE static void ss_mn(float (&d)[8], u64 a, u64 b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "%8, %9, p, 1, 1, 1, 0;\n}"
+        : OUT8(0)
+        : "l"(a), "l"(b));
   }
 };
 template <>
@@ -81,6 +98,15 @@ struct Wgmma<32> {
         "}, %16, %17, p, 1, 1, 0, 0;\n}"
         : OUT8(0), OUT8(8)
         : "l"(a), "l"(b), "r"(accumulate));
+  }
+  DEVICE static void ss_mn(float (&d)[16], u64 a, u64 b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1, 1, 0;\n}"
+        : OUT8(0), OUT8(8)
+        : "l"(a), "l"(b));
   }
 };
 template <>

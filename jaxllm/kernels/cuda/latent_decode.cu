@@ -14,81 +14,25 @@
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, which keeps more under way
 // and makes more of the same reads of shared memory; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
-#include "hopper.cuh"
+#define GRID_BARRIER  // all CTAs run at once
 
 constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE - 1) / TILE, M = HEADS < TILE ? HEADS : TILE;
-constexpr int WARPS = 16, THREADS = WARPS * 32;
-#include "shares.cuh"
+constexpr int WARPS = 16, THREADS = WARPS * 32, COPIERS = 128 / STAGES;
+// Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables.
+constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
+#include "latent.cuh"
 
-// Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables. Queries and
-// latents lie in panels of 64 columns, rows of 128 bytes with the hardware's swizzle.
-constexpr int PANELS = H / 64, ROW = 128, PANEL = BLOCK * ROW, STAGE = PANELS * PANEL, QUERY_PANEL = TILE * ROW;
-constexpr int COPIERS = 128 / STAGES, AT_ONCE = COPIERS / 8;  // threads that fill a stage, and tokens of one turn
-constexpr int KV_AT = PANELS * QUERY_PANEL, WEIGHTS_AT = KV_AT + STAGES * STAGE;
+constexpr int WEIGHTS_AT = KV_AT + STAGES * STAGE;
 constexpr int FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
 constexpr int LSE_AT = FACTORS_AT + TILE * 4, BARRIERS_AT = LSE_AT + TILE * 4;
-constexpr int TABLES_AT = BARRIERS_AT + 8 * (2 * STAGES + 2);
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-static_assert(H % 64 == 0 && VALUES == 512 && HEADS % M == 0 && O % 8 == 0, "not what this kernel was written for");
-
-struct Barriers {
-  u32 at;
-
-  DEVICE u32 full(int stage) const { return at + stage * 16; }
-  DEVICE u32 freed(int stage) const { return at + stage * 16 + 8; }
-  DEVICE u32 weights() const { return at + STAGES * 16; }
-  DEVICE u32 weights_freed() const { return at + STAGES * 16 + 8; }
-};
-
-// Warps that fill stage `stage`: every STAGES-th block.
-DEVICE void copy(
-    u32 smem, const Barriers& barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int stage,
-    int thread
-) {
-  Run run = walk.take(rows, 0x7fffffff);
-  int block = 0;
-  auto step = [&]() {
-    ++block;
-    if (block >= run.blocks) {
-      run = walk.take(rows, 0x7fffffff);
-      block = 0;
-    }
-  };
-  // A lane has the page of eight tokens.
-  auto load_pages = [&]() {
-    const int at = run.token + block * BLOCK + thread % (BLOCK / 8) * 8;
-    return run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : 0;
-  };
-  const int column = thread % 8, above = thread / 8;
-  const u32 to = smem + KV_AT + stage * STAGE;
-  for (int i = 0; i < stage && run.blocks; ++i) step();
-  int page = load_pages();
-#pragma unroll 1
-  for (int turn = 0; run.blocks; ++turn) {
-    const int token = run.token + block * BLOCK + above, last = run.last;
-    barrier_wait(barriers.freed(stage), turn & 1 ^ 1);
-#pragma unroll
-    for (int i = 0; i < BLOCK / AT_ONCE; ++i) {
-      const int row = above + i * AT_ONCE, at = token + i * AT_ONCE;
-      const u16* from = kv + ((size_t)__shfl_sync(~0u, page, i * AT_ONCE / 8) * O + at % O) * H + column * 8;
-      const u32 here = to + row * ROW + ((column ^ row % 8) << 4), bytes = at <= last ? 16 : 0;
-#pragma unroll
-      for (int panel = 0; panel < PANELS; ++panel) cp_async_16(here + panel * PANEL, from + panel * 64, bytes);
-    }
-    cp_async_commit();
-#pragma unroll 1
-    for (int i = 0; i < STAGES && run.blocks; ++i) step();
-    page = load_pages();
-    cp_async_wait<0>();
-    fence_products();
-    barrier_arrive(barriers.full(stage));
-  }
-}
+constexpr int WEIGHTS_MADE = BARRIERS_AT + 16 * STAGES, WEIGHTS_FREED = WEIGHTS_MADE + 8;
+constexpr int UNMERGED_AT = WEIGHTS_FREED + 8, TABLES_AT = UNMERGED_AT + 48;
+static_assert(VALUES == 512 && HEADS % M == 0, "not what this kernel was written for");
 
 // A warpgroup that makes weights of scores.
 DEVICE void make_weights(
-    u8* shared, u32 smem, const Barriers& barriers, const Rows& rows, Walk walk, const u16* q, const int* first,
+    u8* shared, u32 smem, const Rows& rows, Walk walk, const u16* q, const int* first,
     int thread
 ) {
   const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
@@ -96,6 +40,7 @@ DEVICE void make_weights(
   float* const factors = (float*)(shared + FACTORS_AT);
   float* const logs = (float*)(shared + LSE_AT);
   const u64 query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
+  const u32 barriers = smem + BARRIERS_AT;
   float s[BLOCK / 2];
   int blocks = 0, messages = 0;
 #pragma unroll 1
@@ -119,7 +64,7 @@ DEVICE void make_weights(
 #pragma unroll 1
     for (int block = 0; block < run.blocks; ++block, ++blocks) {
       const int stage = blocks % STAGES;
-      barrier_wait(barriers.full(stage), blocks / STAGES & 1);
+      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
       const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
       wgmma_pin(s);
       wgmma_fence();
@@ -162,7 +107,7 @@ DEVICE void make_weights(
           }
         sum[half] = sum[half] * keep[half] + total;
       }
-      barrier_wait(barriers.weights_freed(), messages & 1 ^ 1);
+      barrier_wait(smem + WEIGHTS_FREED, messages & 1 ^ 1);
 #pragma unroll
       for (int i = 0; i < BLOCK / 16; ++i)
         weights[i * 128 + thread] =
@@ -172,7 +117,7 @@ DEVICE void make_weights(
         factors[row] = keep[0];
         factors[row + 8] = keep[1];
       }
-      barrier_arrive(barriers.weights());
+      barrier_arrive(smem + WEIGHTS_MADE);
       ++messages;
     }
     // At the end, what remains to be multiplied.
@@ -181,7 +126,7 @@ DEVICE void make_weights(
       sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
       sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
     }
-    barrier_wait(barriers.weights_freed(), messages & 1 ^ 1);
+    barrier_wait(smem + WEIGHTS_FREED, messages & 1 ^ 1);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -189,21 +134,23 @@ DEVICE void make_weights(
         logs[row + half * 8] = top[half] < UNSEEN ? MASKED : top[half] + fast_log2(sum[half]);
       }
     }
-    barrier_arrive(barriers.weights());
+    barrier_arrive(smem + WEIGHTS_MADE);
     ++messages;
   }
 }
 
 // A warpgroup that has columns group * VALUES / 2 and so on of the results.
 DEVICE void multiply_values(
-    u8* shared, u32 smem, const Barriers& barriers, const Rows& rows, const Work& work, u16* out, float* lse,
+    u8* shared, u32 smem, const Rows& rows, const Work& work, u16* out, float* lse,
     float* part_out, float* part_lse, int* finished, int group, int thread
 ) {
   const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   const uint4* const weights = (const uint4*)(shared + WEIGHTS_AT);
   const float* const factors = (const float*)(shared + FACTORS_AT);
   const float* const logs = (const float*)(shared + LSE_AT);
+  const u32 barriers = smem + BARRIERS_AT;
   Walk walk = work.walk;
+  Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
   // Two halves: one product of 256 columns wants more registers than a thread has when it begins.
   float o[2][VALUES / 8];
   int blocks = 0, messages = 0;
@@ -215,7 +162,7 @@ DEVICE void multiply_values(
     for (int i = 0; i < VALUES / 8; ++i) o[0][i] = o[1][i] = 0.f;
 #pragma unroll 1
     for (int block = 0; block < run.blocks; ++block, ++blocks) {
-      barrier_wait(barriers.weights(), messages & 1);
+      barrier_wait(smem + WEIGHTS_MADE, messages & 1);
       u32 p[BLOCK / 16][4];
 #pragma unroll
       for (int i = 0; i < BLOCK / 16; ++i) {
@@ -224,7 +171,7 @@ DEVICE void multiply_values(
       }
       const float keep[2] = {factors[row], factors[row + 8]};
       const bool shrinks = __any_sync(~0u, keep[0] != 1.f || keep[1] != 1.f);
-      if (lane == 0) barrier_arrive(barriers.weights_freed());
+      if (lane == 0) barrier_arrive(smem + WEIGHTS_FREED);
       ++messages;
       if (shrinks) {
 #pragma unroll
@@ -234,7 +181,7 @@ DEVICE void multiply_values(
         }
       }
       const int stage = blocks % STAGES;
-      barrier_wait(barriers.full(stage), blocks / STAGES & 1);
+      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
       const u64 values =
           matrix_descriptor(smem + KV_AT + stage * STAGE + group * (VALUES / 2 / 64) * PANEL, ROW, PANEL, 8 * ROW);
       wgmma_pin(o[0]);
@@ -249,12 +196,12 @@ DEVICE void multiply_values(
       wgmma_wait<0>();
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
-      if (lane == 0) barrier_arrive(barriers.freed(stage));
+      if (lane == 0) barrier_arrive(freed_of(barriers, stage));
     }
-    barrier_wait(barriers.weights(), messages & 1);
+    barrier_wait(smem + WEIGHTS_MADE, messages & 1);
     const float inverse[2] = {factors[row], factors[row + 8]}, log[2] = {logs[row], logs[row + 8]};
     __syncwarp();
-    if (lane == 0) barrier_arrive(barriers.weights_freed());
+    if (lane == 0) barrier_arrive(smem + WEIGHTS_FREED);
     ++messages;
     const Part part = work.part_of(rows, run);
     const size_t target = (size_t)run.row * HEADS + run.item * TILE;
@@ -276,22 +223,25 @@ DEVICE void multiply_values(
         else part_lse[slot] = log[half];
       }
     }
-    if (!part.complete()) {
-      __threadfence();
-      named_sync(2, 256);
-      if (group == 0 && thread == 0) rows.flags[0] = atomicAdd(finished + part.from, 1);
-      named_sync(2, 256);
-      if (rows.flags[0] == part.to - part.from) {  // all others have
-        __threadfence();
-        merge_parts<VALUES, M, 8>(part_out, part_lse, out, lse, part, group * 4 + thread / 32, lane, [&](int m) {
-          return target + m;
-        });
-      }
+    if (part.complete()) continue;
+    __threadfence();
+    named_sync(2, 256);
+    if (group == 0 && thread == 0) {
+      atomicAdd(finished + part.from, 1);
+      unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
     }
   }
+  named_sync(2, 256);
+  // All else that uses shared memory has been done: the last weights were.
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i)
+    merge_share<VALUES, M, 8>(
+        part_out, part_lse, out, lse, finished, unmerged[i], work.cta, shared, group * 4 + thread / 32, lane,
+        [] { named_sync(2, 256); }
+    );
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
     const u16* q,          // [R, HEADS, H]
     const u16* kv,         // [P, O, H]
     const int* pages,      // [R, W]
@@ -302,21 +252,23 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
     float* lse,            // [R, HEADS]
     float* part_out,       // [2 CTAS, M, VALUES]
     float* part_lse,       // [2 CTAS, M], to the base 2
-    int* finished          // [CTAS], of the item that begins in the CTA and does not end there: CTAs that have finished
+    int* finished          // [CTAS], of the item that begins in the CTA and does not end there: parts that are there
 ) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int cta = blockIdx.y * gridDim.x + blockIdx.x, group = threadIdx.x / 128, thread = threadIdx.x % 128;
   if (cta >= CTAS) return;
-  const Barriers barriers = {smem + BARRIERS_AT};
+  const u32 barriers = smem + BARRIERS_AT;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(barriers.full(stage), COPIERS);
-      barrier_init(barriers.freed(stage), 8);  // the warps of values
+      barrier_init(full_of(barriers, stage), COPIERS);
+      barrier_init(freed_of(barriers, stage), 8);  // the warps of values
     }
-    barrier_init(barriers.weights(), 128);
-    barrier_init(barriers.weights_freed(), 8);
+    barrier_init(smem + WEIGHTS_MADE, 128);
+    barrier_init(smem + WEIGHTS_FREED, 8);
     barrier_init_fence();
+    Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
+    unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
   const Rows rows(shared + TABLES_AT, gridDim.x);
   const Work work(rows, positions, first, cta);  // its barriers show those above, too
@@ -334,11 +286,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) latent_decode(
     copy(smem, barriers, rows, work.walk, kv, pages, thread / COPIERS, thread % COPIERS);
   } else if (group == 1) {
     registers_fewer<104>();
-    make_weights(shared, smem, barriers, rows, work.walk, q, first, thread);
+    make_weights(shared, smem, rows, work.walk, q, first, thread);
   } else {
     registers_more<184>();
-    multiply_values(
-        shared, smem, barriers, rows, work, out, lse, part_out, part_lse, finished, group - 2, thread
-    );
+    multiply_values(shared, smem, rows, work, out, lse, part_out, part_lse, finished, group - 2, thread);
   }
 }

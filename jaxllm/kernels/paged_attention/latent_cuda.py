@@ -1,4 +1,5 @@
-"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu`."""
+"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu` and, for few
+heads, `cuda/latent_few.cu`."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from jaxllm.kernels.paged_attention.types import Implementation
 KERNEL = "latent_decode"
 VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
+FEW = 32
+"""Query heads that `latent_few.cu` can have."""
 TILE = 64
 """Query heads of an item of work: the rows of one matrix instruction."""
 BLOCK = 64
@@ -24,6 +27,8 @@ BLOCK = 64
 given back in two halves, 177 and 101; where the second-level cache is told of blocks before, 167 and 102."""
 MAX_ROWS = 128
 """Rows of a launch; their tables lie in shared memory."""
+STAGES = 2
+"""Blocks of tokens that fit into shared memory beside few heads."""
 
 
 def configure(
@@ -37,11 +42,12 @@ def configure(
     block: int = BLOCK,
     whole: int | None = None,
     min_share: int | None = None,
+    few: bool | None = None,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
-    worth sharing a row for; None: 256 tokens.
+    worth sharing a row for; None: 256 tokens. few: whether by `latent_few.cu`; None: where it can.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -54,6 +60,7 @@ def configure(
         raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
+    few = N <= FEW if few is None else few
     ctas = call.SMS
     macros: dict[str, object] = {
         "HEADS": N,
@@ -63,24 +70,33 @@ def configure(
         "W": width,
         "CTAS": ctas,
         "BLOCK": block,
-        "MIN_SHARE": min_share or 256 // block,
+        "MIN_SHARE": min_share or (64 if few else 256) // block,
         "WHOLE": whole or 256 // block,
         "SCALE": repr(float(scale)),
         "FIRST": int(first),
     }
+    tables = (12 if first else 8) * R + 4
+    if few:
+        room = next(room for room in (8, 16, 32) if room >= N)
+        warps = 12 if room <= 16 else 8  # which leaves results of 32 heads registers enough
+        macros |= {"HEADS_ROOM": room, "STAGES": STAGES, "WARPS": warps}
+        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * warps * 4 + tables
+        return fitting(Launch(macros, (R, -(-ctas // R)), 32 * warps, shared), R)
     panels = 2 * (TILE + 128) * H  # queries and stages
-    shared = (
-        panels
-        + 2 * TILE * block
-        + 2 * 4 * TILE
-        + 8 * (2 * 128 // block + 2)
-        + 2 * 16 * 4
-        + (12 if first else 8) * R
-        + 4
-    )
-    if shared > call.MAX_SHARED:
-        raise NotImplementedError(f"{R} rows: their tables do not fit into shared memory")
-    return Launch(macros, (R, -(-ctas // R)), 512, shared)
+    shared = panels + 2 * TILE * block + 2 * 4 * TILE + 8 * (2 * 128 // block + 2) + 48 + 2 * 16 * 4 + tables
+    return fitting(Launch(macros, (R, -(-ctas // R)), 512, shared), R)
+
+
+def fitting(launch: Launch, rows: int) -> Launch:
+    """The launch, if its shared memory is not too much."""
+    if launch.shared > call.MAX_SHARED:
+        raise NotImplementedError(f"{rows} rows: their tables do not fit into shared memory")
+    return launch
+
+
+def source_of(launch: Launch) -> str:
+    """The kernel of a launch, and the name of its source."""
+    return "latent_few" if "HEADS_ROOM" in launch.macros else KERNEL
 
 
 def choose(
@@ -92,6 +108,10 @@ def choose(
         raise NotImplementedError(f"queries in {q_RQNH.dtype} and pages in {kv_PYKOH.dtype}")
     if softcap is not None:
         raise NotImplementedError("scores with a soft cap")
+    if jax.default_backend() == "gpu":
+        processors = getattr(jax.local_devices()[0], "core_count", call.SMS)
+        if processors < call.SMS:
+            raise NotImplementedError(f"{processors} multiprocessors, and each block wants one of {call.SMS}")
     return prepare(q_RQNH, kv_PYKOH, pages_RW, values=values, scale=scale)
 
 
@@ -119,9 +139,10 @@ def prepare(
             some = slice(start, start + MAX_ROWS)
             q, first = q_RQNH[some], None if first_RQ is None else first_RQ[some]
             launch = launch_of(q.shape[0], first is not None)
-            ptx = call.compile_or_refuse(KERNEL, KERNEL, launch.macros)
+            source = source_of(launch)
+            ptx = call.compile_or_refuse(KERNEL, source, launch.macros)
             shapes = results(launch, q.shape)
-            parts.append(attend(KERNEL, launch, ptx, shapes, q, kv_PYKOH, pages_RW[some], positions_RQ[some], first))
+            parts.append(attend(source, launch, ptx, shapes, q, kv_PYKOH, pages_RW[some], positions_RQ[some], first))
         out, lse = zip(*parts, strict=True)
         return (out[0], lse[0]) if len(parts) == 1 else (jnp.concatenate(out), jnp.concatenate(lse))
 
@@ -144,7 +165,7 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
 def check() -> None:
     """Raises ArithmeticError if the kernel differs from the reference on a small input."""
     rng = np.random.default_rng(0)
-    for N, windowed in ((128, False), (16, True)):
+    for N, windowed in ((128, False), (16, True), (32, False)):
         R, O, H, W = 5, 32, VALUES + 64, 40
         q = jnp.asarray(rng.standard_normal((R, 1, N, H)), jnp.bfloat16)
         kv = jnp.asarray(rng.standard_normal((R * W, 1, 1, O, H)), jnp.bfloat16)

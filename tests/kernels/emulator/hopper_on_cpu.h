@@ -54,12 +54,12 @@ struct Product { float* d; const u32* a; u64 a_matrix, b_matrix; bool accumulate
 
 // What one warp has of a product of N columns: 16 rows.
 template <int N>
-void multiply(const Product* lanes, u32 warp, bool mn_major) {
+void multiply(const Product* lanes, u32 warp, bool mn_major, bool a_mn_major) {
   static float A[16][16], B[16][N];
   const Product& first = lanes[0];
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < N; ++n) B[k][n] = operand(first.b_matrix, mn_major, n, k);
-    for (int m = 0; m < 16 && !first.a; ++m) A[m][k] = operand(first.a_matrix, false, (int)(warp % 4 * 16) + m, k);
+    for (int m = 0; m < 16 && !first.a; ++m) A[m][k] = operand(first.a_matrix, a_mn_major, (int)(warp % 4 * 16) + m, k);
   }
   for (int l = 0; l < 32; ++l)
     for (int part = 0; part < 4 && first.a; ++part)
@@ -75,7 +75,7 @@ void multiply(const Product* lanes, u32 warp, bool mn_major) {
 }
 
 template <int N>
-void issue(const char* what, Product mine, bool mn_major) {
+void issue(const char* what, Product mine, bool mn_major, bool a_mn_major = false) {
   if (current->unfenced) fail(std::string(what) + ": copies that products cannot see (fence_products)");
   meet(what, ~0u, &mine, [=](void** given) {
     std::vector<Product> lanes(32);
@@ -86,7 +86,7 @@ void issue(const char* what, Product mine, bool mn_major) {
     }
     const u32 warp = current->number / 32;
     if (warp / 4 * 4 + 4 > warps.size()) fail(std::string(what) + ": not in a whole warpgroup");
-    auto work = [=] { multiply<N>(lanes.data(), warp, mn_major); };
+    auto work = [=] { multiply<N>(lanes.data(), warp, mn_major, a_mn_major); };
     if (eager) return work();
     warps[warp].open_products.push_back(work);
   });
@@ -140,6 +140,9 @@ template <int N> void wgmma_wait() {
 template <int N> struct Wgmma {
   static void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
     emulator::issue<N>("wgmma_ss", {d, nullptr, a, b, accumulate != 0}, false);
+  }
+  static void ss_mn(float (&d)[N / 2], u64 a, u64 b) {
+    emulator::issue<N>("wgmma_ss_mn", {d, nullptr, a, b, true}, false, true);
   }
   static void ss_e4m3(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
     emulator::issue_e4m3<N>({d, nullptr, a, b, accumulate != 0});
