@@ -89,18 +89,41 @@ def test_equals_reference(case: str, seed: int) -> None:
     run_case(case, seed)
 
 
-BROKEN = {
-    "stage_freed_early": ("      wgmma_wait<0>();\n      wgmma_pin(o[0]);\n", ""),
-    "copies_not_fenced": ("    fence_products();\n    barrier_arrive", "    barrier_arrive"),
+BROKEN: dict[str, tuple[str, str, str, str]] = {
+    # case, file, right, wrong
+    "stage_freed_early": (
+        "two_tiles_shared",
+        "latent_decode.cu",
+        "      wgmma_wait<0>();\n      wgmma_pin(o[0]);\n",
+        "",
+    ),
+    "copies_not_fenced": (
+        "shared_window",
+        "latent.cuh",
+        "    fence_products();\n    barrier_arrive",
+        "    barrier_arrive",
+    ),
     "queries_not_fenced": (
+        "two_tiles_shared",
+        "latent_decode.cu",
         "    fence_products();\n    named_sync(1, 128);\n    const int lowest",
         "    const int lowest",
     ),
     "values_of_the_other_half": (
+        "two_tiles_shared",
+        "latent_decode.cu",
         "group * (VALUES / 2 / 64) * PANEL, ROW",
         "(1 - group) * (VALUES / 2 / 64) * PANEL, ROW",
     ),
-    "never_shrinks": ("if (shrinks) {", "if (false) {"),
+    "never_shrinks": ("two_tiles_shared", "latent_decode.cu", "if (shrinks) {", "if (false) {"),
+    "few_never_shrink": ("shared_window", "latent_few.cu", "if (__any_sync(~0u, shrinks)) {", "if (false) {"),
+    "weights_not_awaited": (
+        "shared_window",
+        "latent_few.cu",
+        "    named_sync(1, 128);\n  }\n\n  DEVICE void mul",
+        "  }\n\n  DEVICE void mul",
+    ),
+    "parts_not_awaited": ("many_parts", "latent.cuh", "  if (lane == 0) word_wait(finished + part.from, parts);\n", ""),
 }
 
 
@@ -109,14 +132,14 @@ BROKEN = {
 def test_the_emulator_finds_mistakes(what: str, tmp_path, monkeypatch) -> None:
     for path in rtc.SOURCES.glob("*.cu*"):
         (tmp_path / path.name).write_text(path.read_text())
-    right, wrong = BROKEN[what]
-    source = (rtc.SOURCES / "latent_decode.cu").read_text()
+    case, name, right, wrong = BROKEN[what]
+    source = (rtc.SOURCES / name).read_text()
     assert source.count(right) == 1
-    (tmp_path / "latent_decode.cu").write_text(source.replace(right, wrong))
+    (tmp_path / name).write_text(source.replace(right, wrong))
     monkeypatch.setattr(rtc, "SOURCES", tmp_path)
     with pytest.raises((AssertionError, EmulatorError)):
         for seed in (0, 1):
-            run_case("shared_window", seed)
+            run_case(case, seed)
 
 
 @pytest.fixture
