@@ -10,6 +10,7 @@ from flax import nnx
 from jaxllm.kernels.linear import api
 from jaxllm.kernels.linear.parts import parts_of
 from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.linear.wide_cuda import rows_for
 from jaxllm.kernels.rows import api as rows
 from jaxllm.layers.quantize import Declared, param
 from jaxllm.layers.stream import Stream, Unadded
@@ -63,7 +64,7 @@ class ColumnLinear(nnx.Module):
     def _around(self, x: Activations, norm: RMSNorm | None, tokens: Axes) -> tuple[Activations, dict[str, Any]]:
         """x with the rows of all ranks, and what is around its product."""
         if ranks(tokens) > 1:
-            assert not isinstance(x, QuantizedTokens)
+            assert isinstance(x, jax.Array)
             x, norm = gather_rows(x if norm is None else norm(x), tokens), None
         bias_F = None if self.bias is None else self.bias[...]
         return x, {"norm": None if norm is None else (norm.weight[...], norm.eps), "bias_F": bias_F}
@@ -71,6 +72,12 @@ class ColumnLinear(nnx.Module):
     def multiplies_e4m3(self, x_TD: jax.ShapeDtypeStruct, tokens: Axes = ()) -> bool:
         """Whether the product takes e4m3 in place of such activations."""
         return ranks(tokens) == 1 and api.multiplies_e4m3(x_TD, self.weight[...])
+
+    def blocks(self, x_TD: jax.ShapeDtypeStruct, activation: str, tokens: Axes = ()) -> int:
+        """Rows of the `BlockedTokens` that `gated` had better get such activations as; 0: as they are."""
+        if ranks(tokens) > 1 or self.bias is not None or not api.takes_blocks(x_TD, self.weight[...], activation):
+            return 0
+        return rows_for(x_TD.shape[0])
 
 
 class RowLinear(nnx.Module):
@@ -116,7 +123,8 @@ class RowLinear(nnx.Module):
             return api.fused(x_TD, weight, bias_F=bias_D, residual=residual_TD)
         except NotImplementedError:
             pass
-        quantised = isinstance(x_TD, QuantizedTokens) or api.multiplies_e4m3(x_TD, weight)
+        like = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
+        quantised = isinstance(x_TD, QuantizedTokens) or api.multiplies_e4m3(like, weight)
         if not rows.adds(residual_TD, quantised=quantised):
             return api.linear(x_TD, weight, bias_F=bias_D, residual=residual_TD)
         parts = 1 if bias_D is not None else parts_of(residual_TD.shape[0], residual_TD.shape[1], x_TD.shape[1])

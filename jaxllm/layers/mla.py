@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.kernels.linear.product import Activations, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.reference import rotate
 from jaxllm.layers.attention import METHODS
@@ -110,7 +110,7 @@ class MLA(nnx.Module):
         # ULYSSES: one group of heads for each rank of cp
         groups = self.heads.ranks // self.layout.size("heads")
         N = groups * self.heads.q_heads
-        assert not isinstance(x_TD, QuantizedTokens)
+        assert isinstance(x_TD, jax.Array)
         x_TD = gather_rows(x_TD if norm is None else norm(x_TD), spread)
         T, dtype = x_TD.shape[0], x_TD.dtype
         latents = self.latents(x_TD)

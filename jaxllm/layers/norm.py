@@ -22,10 +22,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, (self.weight[...], self.eps))
 
-    def settle(self, x: Stream, *, quantised: bool = False) -> tuple[jax.Array, Activations, RMSNorm | None]:
+    def settle(
+        self, x: Stream, *, quantised: bool = False, blocked: int = 0
+    ) -> tuple[jax.Array, Activations, RMSNorm | None]:
         """x, summed; what to go on with; and the norm of that, which is this one unless it was made with the sum.
 
-        quantised: what to go on with may be e4m3.
+        quantised: what to go on with may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not).
         """
-        x_TD, normed_TD = settle(x, (self.weight[...], self.eps), quantised=quantised)
+        x_TD, normed_TD = settle(x, (self.weight[...], self.eps), quantised=quantised, blocked=blocked)
         return (x_TD, x_TD, self) if normed_TD is None else (x_TD, normed_TD, None)

@@ -33,13 +33,15 @@ def like(x: Stream) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
 
 
-def settle(x: Stream, norm: Norm | None = None, *, quantised: bool = False) -> tuple[jax.Array, Activations | None]:
+def settle(
+    x: Stream, norm: Norm | None = None, *, quantised: bool = False, blocked: int = 0
+) -> tuple[jax.Array, Activations | None]:
     """The stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had with the sum.
 
-    quantised: the second may be e4m3.
+    quantised: the second may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not).
     """
     if not isinstance(x, Unadded):
         return collectives.settle(x, norm)
     if norm is not None:
-        return rows.residual_norm(x.product, x.residual_TD, norm, quantised=quantised)
+        return rows.residual_norm(x.product, x.residual_TD, norm, quantised=quantised, blocked=blocked)
     return x.residual_TD + x.product.finish(), None

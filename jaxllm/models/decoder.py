@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.kernels.linear.product import QuantizedTokens
 from jaxllm.layers import one_token
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
@@ -176,7 +175,8 @@ class Block(nnx.Module):
                 x_TD = settle(x)[0]
             else:
                 quantised = self.mlp.gate_up.multiplies_e4m3(like(x), tokens)
-                x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised)
+                blocked = self.mlp.gate_up.blocks(like(x), self.mlp.activation, tokens)
+                x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised, blocked=blocked)
             residual = x_TD if post_mlp is None else None
             if isinstance(self.mlp, MoE):
                 valid_T = self._valid(batch, spread, x_TD.shape[0]) if self.layout.counts_loads else None
@@ -259,7 +259,7 @@ class Decoder(nnx.Module):
             x_TD, normed_TD, norm = self.norm.settle(stream)
             if norm is not None:
                 normed_TD = norm(x_TD)
-            assert not isinstance(normed_TD, QuantizedTokens)
+            assert isinstance(normed_TD, jax.Array)
             return normed_TD, written
 
     def _embed(self, tokens_T: jax.Array) -> jax.Array:

@@ -93,6 +93,20 @@ def test_residual_and_norm(on_emulator: None, sizes: tuple) -> None:
     close(out, wanted, 2**-7 if dtype == BF16 else 1e-5)
 
 
+def test_norm_in_blocks(on_emulator: None) -> None:
+    T, D = 9, 320
+    rng = np.random.default_rng(0)
+    product, weight_D = product_of(T, D, BF16, 2, False), jnp.asarray(rng.uniform(-2, 2, D), F32)
+    residual_TD = jnp.asarray(rng.standard_normal((T, D)), BF16)
+    sums, outs = zip(*(
+        cuda.norm_kernel(product, eps=EPS, residual=True, quantised=False, blocked=rows)(product, residual_TD, weight_D)
+        for rows in (0, 64)
+    ), strict=True)  # fmt: skip
+    np.testing.assert_array_equal(*sums)
+    assert outs[1].values.shape == (5, 64, 64)
+    np.testing.assert_array_equal(outs[1].plain(), outs[0])
+
+
 @pytest.mark.parametrize("sizes", [
     # rows, columns of the result, dtype, sums, scaled, activation, quantised, units of a thread
     (17, 1000, BF16, 0, False, "gelu_tanh", False, None),

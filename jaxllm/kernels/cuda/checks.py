@@ -11,7 +11,7 @@ from jaxllm.kernels.cuda.verdicts import Verdicts
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
-from jaxllm.kernels.linear import fp8_cuda, narrow_cuda, quantized_cuda
+from jaxllm.kernels.linear import fp8_cuda, narrow_cuda, quantized_cuda, wide_cuda
 from jaxllm.kernels.moe_token import cuda as moe_token
 from jaxllm.kernels.moe_token import layer_cuda as moe_layer
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
@@ -66,6 +66,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
+    checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}

@@ -97,6 +97,28 @@ DEVICE void cluster_send_4(u32 address, u32 barrier, u32 rank, float4 v) {
       "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
+// Copies `bytes`, a multiple of 16, that lie together in global memory to the same place in the shared memory of every
+// block of the cluster whose bit of `blocks` is set, and tells the barrier that is at `barrier` in each of these of so many
+// bytes. All of them must have started. Products see what has come without `fence_products`.
+DEVICE void copy_to_blocks(u32 to, const void* from, u32 bytes, u32 barrier, u32 blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"((u16)blocks)
+      : "memory");
+}
+// Arrives at the barrier in the shared memory of block `rank` that is at `barrier` in this block's. That block must have
+// started, and not have ended. It says that what was there has been read: no writes are ordered by it.
+DEVICE void cluster_arrive(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 DEVICE bool cluster_barrier_ended(u32 barrier, u32 phase) {
   u32 ended;
   asm volatile(

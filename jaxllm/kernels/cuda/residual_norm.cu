@@ -2,7 +2,8 @@
 // rounded, and the norm is that of the rounded sum.
 //
 // Macros: those of rows.cuh; PER: units of a thread; RESIDUAL (there is one); NORM (without, the sum itself goes on);
-// SUM (it is a result); QUANT (what goes on is e4m3, with a scale for each row); EPS. Grid: rows.
+// SUM (it is a result); QUANT (what goes on is e4m3, with a scale for each row); EPS; BLOCKED (what goes on lies as
+// `BlockedTokens` of linear/product.py has it, in so many rows; 0: row by row). Grid: rows.
 #include "rows.cuh"
 
 constexpr int UNITS = COLUMNS / 8;
@@ -62,6 +63,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) residual_norm(
     if (QUANT) {
       if (NORM) round_unit(v[i]);
       store_e4m3(out, first + unit, v[i], scale.y);
+    } else if (NORM && BLOCKED) {
+      store_unit(out, ((size_t)(unit / 8) * BLOCKED + row) * 8 + (unit % 8 ^ row % 8), v[i]);
     } else if (NORM) {
       store_unit(out, first + unit, v[i]);
     }

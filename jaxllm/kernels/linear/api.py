@@ -5,10 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.linear import cpu, cuda, fp8_cuda, narrow_cuda, packed, quantized, quantized_cuda, reference
+from jaxllm.kernels.linear import (
+    cpu,
+    cuda,
+    fp8_cuda,
+    narrow_cuda,
+    packed,
+    quantized,
+    quantized_cuda,
+    reference,
+    wide_cuda,
+)
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.parts import partial_sums
-from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
 from jaxllm.kernels.rows import api as rows
@@ -95,6 +105,10 @@ def fused(
         raise NotImplementedError("no kernel has a bias")
     if isinstance(x_TD, QuantizedTokens):
         raise NotImplementedError("no kernel has e4m3 activations")
+    if isinstance(x_TD, BlockedTokens):
+        if isinstance(weight_FD, QuantizedWeight) or norm is not None or activation is None or residual is not None:
+            raise NotImplementedError("only gated products have activations in blocks")
+        return wide_cuda.gated(x_TD, weight_FD, activation)
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
         return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
@@ -113,6 +127,8 @@ def product(
     parts: int = 1,
 ) -> Product:
     """The product of x, normed, that its consumer finishes; of as many parts of the inputs, see `parts_of`."""
+    if isinstance(x_TD, BlockedTokens):
+        x_TD = x_TD.plain()
     if not isinstance(x_TD, QuantizedTokens):
         eight = multiplies_e4m3(x_TD, weight_FD)
         if norm is not None:
@@ -141,6 +157,17 @@ def multiplies_e4m3(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight) -
     if fp8_cuda.is_chosen(x_TD, weight_FD):
         return not fp8_cuda.is_wide(x_TD.size // x_TD.shape[-1], x_TD.shape[-1])
     return quantized.multiplies_e4m3(x_TD, weight_FD)
+
+
+def takes_blocks(x_TD: jax.ShapeDtypeStruct, weight_FD: Weight, activation: str) -> bool:
+    """Whether `gated` without a bias is fastest with such activations as `BlockedTokens`."""
+    if isinstance(weight_FD, QuantizedWeight) or packed.is_packed(weight_FD):
+        return False
+    try:
+        wide_cuda.choose(x_TD, weight_FD, activation)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def num_rows(weight_FD: Weight) -> int:

@@ -54,4 +54,44 @@ class QuantizedTokens:
         return self.values.shape
 
 
-Activations = jax.Array | QuantizedTokens
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tokens"])
+@dataclass(frozen=True, slots=True)
+class BlockedTokens:
+    """Activations [T, D] as products have them in shared memory, for copies of bytes that lie together.
+
+    values: [D / 64, P, 64], with P >= T rows, of which those beyond T hold anything: 64 inputs of all tokens after
+    another, and of each row 8 pieces of 8 inputs, piece c kept at c ^ (row mod 8). tokens: T.
+    """
+
+    values: jax.Array
+    tokens: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tokens, self.values.shape[0] * self.values.shape[2]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+    @classmethod
+    def of(cls, x_TD: jax.Array, rows: int) -> BlockedTokens:
+        """From activations, with so many rows, a multiple of 8."""
+        T, D = x_TD.shape
+        pieces = jnp.pad(x_TD, ((0, rows - T), (0, 0))).reshape(rows, D // 64, 8, 8)
+        pieces = jnp.take_along_axis(pieces, _swizzle(rows), axis=2)
+        return cls(pieces.transpose(1, 0, 2, 3).reshape(D // 64, rows, 64), T)
+
+    def plain(self) -> jax.Array:
+        """The activations, [T, D]."""
+        panels, rows, _ = self.values.shape
+        pieces = self.values.reshape(panels, rows, 8, 8).transpose(1, 0, 2, 3)
+        return jnp.take_along_axis(pieces, _swizzle(rows), axis=2).reshape(rows, -1)[: self.tokens]
+
+
+def _swizzle(rows: int) -> jax.Array:
+    """Of which piece each is, its own inverse: [rows, 1, 8, 1]."""
+    return (jnp.arange(8) ^ jnp.arange(rows)[:, None] % 8)[:, None, :, None]
+
+
+Activations = jax.Array | QuantizedTokens | BlockedTokens

@@ -8,27 +8,35 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens
 from jaxllm.kernels.linear.reference import Norm
 from jaxllm.kernels.rows import cuda, reference
 
 
 def residual_norm(
-    product: Product, residual_TD: jax.Array, norm: Norm, *, quantised: bool = False
+    product: Product, residual_TD: jax.Array, norm: Norm, *, quantised: bool = False, blocked: int = 0
 ) -> tuple[jax.Array, Activations]:
     """The residual plus the product, [T, D] in the residual's dtype, and what a norm makes of that sum.
 
-    quantised: the second as e4m3.
+    quantised: the second as e4m3. blocked: the second as `BlockedTokens` of so many rows, where there is a kernel; 0:
+    not so.
     """
     weight_D, eps = norm
 
     def plain(product: Product, residual_TD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, Activations]:
         return reference.residual_norm(product, residual_TD, (weight_D, eps), quantised=quantised)
 
+    def plain_blocked(product: Product, residual_TD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, Activations]:
+        x_TD, y_TD = plain(product, residual_TD, weight_D)
+        assert isinstance(y_TD, jax.Array)
+        return x_TD, BlockedTokens.of(y_TD, blocked)
+
     try:
-        kernel = cuda.residual_norm(product, residual_TD, eps, quantised=quantised)
+        kernel = cuda.residual_norm(product, residual_TD, eps, quantised=quantised, blocked=blocked)
     except NotImplementedError:
         return plain(product, residual_TD, weight_D)
+    if blocked:
+        return lax.platform_dependent(product, residual_TD, weight_D, cuda=kernel, default=plain_blocked)
     return lax.platform_dependent(product, residual_TD, weight_D, cuda=kernel, default=plain)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels.cuda import call
-from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens
 from jaxllm.kernels.rows import reference
 
 KERNELS = NORM, GATE, QUANTIZE = "residual_norm", "silu_mul", "quantize_tokens"
@@ -90,14 +90,19 @@ def norm_kernel(
     residual: bool,
     quantised: bool,
     per: int | None = None,
+    blocked: int = 0,
 ) -> Callable[..., tuple[jax.Array | None, Activations]]:
     """(product, residual or None, weight or None) -> the sum where there was one to make, and what goes on.
 
-    eps: of the norm; None: there is none, and the sum itself is quantised.
+    eps: of the norm; None: there is none, and the sum itself is quantised. blocked: what goes on is `BlockedTokens` of
+    so many rows; 0: it is not.
     """
     macros = macros_of(product, product.shape[1], quantised=quantised, per=per)
+    T, D = product.shape
+    if blocked and (product.dtype != jnp.bfloat16 or quantised or eps is None or D % 64 or blocked < T):
+        raise NotImplementedError(f"{blocked} rows of {D} columns in blocks")
     finished = residual or product.sums.ndim == 3 or product.token_scale is not None
-    macros |= {"RESIDUAL": int(residual), "NORM": int(eps is not None), "SUM": int(finished)}
+    macros |= {"RESIDUAL": int(residual), "NORM": int(eps is not None), "SUM": int(finished), "BLOCKED": blocked}
     ptx = call.compile_or_refuse(NORM, NORM, {**macros, "EPS": repr(float(eps or 0.0))})
 
     def run(
@@ -109,12 +114,16 @@ def norm_kernel(
             NORM,
             ptx,
             [sums, *(sums if other is None else other for other in given)],
-            [jax.ShapeDtypeStruct(product.shape if finished else (16,), dtype), *_out(product.shape, dtype, quantised)],
-            grid=(product.shape[0],),
+            [
+                jax.ShapeDtypeStruct(product.shape if finished else (16,), dtype),
+                *_out((D // 64, blocked, 64) if blocked else product.shape, dtype, quantised),
+            ],
+            grid=(T,),
             threads=macros["THREADS"],
             shared=macros["THREADS"] // 4,
         )
-        return sum_TD if finished else None, _activations(out, dtype, quantised)
+        y = BlockedTokens(out[0], T) if blocked else _activations(out, dtype, quantised)
+        return sum_TD if finished else None, y
 
     return run
 
@@ -164,13 +173,13 @@ def require_residual_norm(residual_TD: jax.Array, *, quantised: bool) -> None:
 
 
 def residual_norm(
-    product: Product, residual_TD: jax.Array, eps: float, *, quantised: bool
+    product: Product, residual_TD: jax.Array, eps: float, *, quantised: bool, blocked: int = 0
 ) -> Callable[..., tuple[jax.Array, Activations]]:
     """The kernel of `api.residual_norm`. Raises NotImplementedError where XLA must do the work."""
     require_residual_norm(residual_TD, quantised=quantised or product.token_scale is not None)
     if (residual_TD.shape, residual_TD.dtype) != (product.shape, product.dtype):
         raise NotImplementedError(f"a product in {product.dtype}{product.shape} and a residual in {residual_TD.dtype}")
-    run = norm_kernel(product, eps=eps, residual=True, quantised=quantised)
+    run = norm_kernel(product, eps=eps, residual=True, quantised=quantised, blocked=blocked)
 
     def kernel(product: Product, residual_TD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, Activations]:
         sum_TD, y = run(product, residual_TD, weight_D)
@@ -247,6 +256,8 @@ def distance(found: Any, wanted: Any) -> float:
     """The largest norm of a difference over the norm of what is wanted, of results of the same form."""
 
     def numbers(tree: Any) -> list[np.ndarray]:
+        if isinstance(tree, BlockedTokens):
+            return numbers(tree.plain())
         if isinstance(tree, QuantizedTokens):
             return [np.asarray(tree.values, np.float32) * np.asarray(tree.scale)]
         if isinstance(tree, tuple):

@@ -4,8 +4,8 @@
 namespace emulator {
 
 // missing: arrivals still to come in this phase, which has `count` of them, and `bytes` still to come (fewer than none, if
-// they came before they were expected). copies: changes with arrivals of copies that will land.
-struct Barrier { int bytes : 22; u32 copies : 10; u32 missing : 12, count : 12, phase : 8; };
+// they came before they were expected). copies: changes with arrivals of copies that will land; bulk: with bulk copies.
+struct Barrier { int bytes : 22; u32 copies : 9, bulk : 1; u32 missing : 12, count : 12, phase : 8; };
 static_assert(sizeof(Barrier) == 8, "a barrier is 8 bytes");
 
 inline Barrier& barrier_at(u32 address, const char* what) {
@@ -15,7 +15,7 @@ inline Barrier& barrier_at(u32 address, const char* what) {
 }
 
 // Copies that arrive at a barrier when they land, which is when somebody waits for it.
-struct Landing { Barrier* barrier; std::vector<Copy> copies; };
+struct Landing { Barrier* barrier; std::vector<Copy> copies; u32 arrivals = 1; int bytes = 0; };
 inline std::vector<Landing> landings;
 
 inline void arrive(Barrier& b, u32 arrivals, int bytes) {
@@ -34,14 +34,14 @@ inline void land_at(Barrier& b) {
       const bool before = current->unfenced;
       land(landing.copies);
       current->unfenced = before;
-      arrive(b, 1, 0);
+      arrive(b, landing.arrivals, -landing.bytes);
     }
 }
 
 }  // namespace emulator
 
 inline void barrier_init(u32 barrier, u32 count) {
-  *(emulator::Barrier*)emulator::shared_pointer(barrier, 8, "barrier_init") = {0, 0, count, count, 0};
+  *(emulator::Barrier*)emulator::shared_pointer(barrier, 8, "barrier_init") = {0, 0, 0, count, count, 0};
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(u32 barrier) {
@@ -53,7 +53,7 @@ inline void barrier_expect(u32 barrier, u32 bytes) {
 }
 inline void cp_async_arrive(u32 barrier) {
   emulator::Barrier& b = emulator::barrier_at(barrier, "cp_async_arrive");
-  b.copies = b.copies % 1023 + 1;  // and those who wait look again
+  b.copies = b.copies % 511 + 1;  // and those who wait look again
   emulator::landings.push_back({&b, std::move(emulator::current->open)});
   emulator::current->open.clear();
   if (emulator::eager) emulator::land_at(b);

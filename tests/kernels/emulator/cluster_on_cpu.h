@@ -74,4 +74,35 @@ inline void cluster_send_4(u32 address, u32 barrier, u32 rank, float4 v) {
   const u8* here = emulator::shared_pointer(barrier, 8, "cluster_send_4");
   emulator::arrive(*(emulator::Barrier*)(emulator::shared_of_blocks[rank] + (here - emulator::shared)), 0, -16);
 }
+inline void copy_to_blocks(u32 to, const void* from, u32 bytes, u32 barrier, u32 blocks) {
+  const char* const what = "copy_to_blocks";
+  if (to % 16 || bytes % 16 || !bytes || (u64)from % 16) emulator::fail(std::string(what) + ": not multiples of 16");
+  emulator::check_global(from, bytes, what);
+  emulator::shared_pointer(to + bytes - 16, 16, what);
+  const u8* here = emulator::shared_pointer(barrier, 8, what);
+  if (!blocks || blocks >> emulator::shared_of_blocks.size()) emulator::fail(std::string(what) + ": no such block");
+  for (u32 rank = 0; rank < emulator::shared_of_blocks.size(); ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    if (rank != emulator::current->block && !emulator::cluster_barrier.generation)
+      emulator::fail(std::string(what) + ": to a block that may not have started");
+    if (!emulator::is_running(rank)) emulator::fail(std::string(what) + ": to a block that ended");
+    u8* const there = emulator::shared_of_blocks[rank];
+    emulator::Barrier& b = *(emulator::Barrier*)(there + (here - emulator::shared));
+    if (!b.count || b.count == 0xfff) emulator::fail(std::string(what) + ": the barrier was not initialised");
+    b.bulk ^= 1;  // and those who wait look again
+    u8* const target = there + to;
+    std::memset(target, 0xff, bytes);
+    emulator::landings.push_back({&b, {{target, (const u8*)from, bytes, bytes}}, 0, (int)bytes});
+    if (emulator::eager) emulator::land_at(b);
+  }
+}
+inline void cluster_arrive(u32 barrier, u32 rank) {
+  if (rank >= emulator::shared_of_blocks.size()) emulator::fail("cluster_arrive: no such block");
+  if (!emulator::cluster_barrier.generation) emulator::fail("cluster_arrive: at a block that may not have started");
+  if (!emulator::is_running(rank)) emulator::fail("cluster_arrive: at a block that ended");
+  const u8* here = emulator::shared_pointer(barrier, 8, "cluster_arrive");
+  emulator::Barrier& b = *(emulator::Barrier*)(emulator::shared_of_blocks[rank] + (here - emulator::shared));
+  if (!b.count || b.count == 0xfff) emulator::fail("cluster_arrive: the barrier was not initialised");
+  emulator::arrive(b, 1, 0);
+}
 inline void cluster_barrier_wait(u32 barrier, u32 phase) { barrier_wait(barrier, phase); }

@@ -1,0 +1,137 @@
+"""act(gate) * up of products of 65 to 256 tokens with a large matrix of bfloat16 on a Hopper GPU, by
+`cuda/wide_gemm.cu`: on wgmma, a tile of all tokens for each block; activations come as they lie in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear import reference
+from jaxllm.kernels.linear.product import BlockedTokens
+
+KERNEL = "wide_gemm"
+COLUMNS = 224
+"""Rows of the weight of a tile, half of the gate and half of up: what the registers of a block hold for 256 tokens."""
+MOST = 256
+FULL = 0.9
+"""Of the multiprocessors must have a tile; no more than there are can have one."""
+CLUSTER = 2
+ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
+
+TOKENS: tuple[tuple[int, int], ...] = ()
+"""Where the kernel is used: tokens, from and to."""
+ASKED = ((65, MOST),)
+"""As above, where the kernel is asked for by name (`call.asked_for`)."""
+
+
+def is_used() -> bool:
+    """Whether any product may use it."""
+    return bool(TOKENS) or asked()
+
+
+def rows_for(tokens: int) -> int:
+    """Rows of the `BlockedTokens` that the kernel takes."""
+    return -(-tokens // 64) * 64
+
+
+def groups(tokens: int) -> tuple[int, int]:
+    """Warpgroups of a block, and how often 64 tokens each has; four warpgroups would not have the registers."""
+    tiles = -(-tokens // 64)
+    return (tiles, 1) if tiles < 4 else (2, 2)
+
+
+def stages(tokens: int) -> tuple[int, int]:
+    """Stages of 64 inputs that shared memory has room for: of tokens, and of the weight."""
+    room, x, weight = call.MAX_SHARED - 1024, rows_for(tokens) * 128, COLUMNS * 128
+    both = room // (x + weight)
+    return both, (room - both * x) // weight
+
+
+def implementation(
+    tokens: int,
+    weight_FD: jax.Array | jax.ShapeDtypeStruct,
+    activation: str,
+    *,
+    fence: bool = True,
+) -> Callable[[BlockedTokens, jax.Array], jax.Array]:
+    """The kernel for these shapes, as a function of (x, weight), in a program for an H100 or H200.
+
+    It computes what `api.gated` does, [T, F / 2]. Sums are float32, and rounded once. A token's result does not
+    depend on the others. fence: for trials; without, products read copies without the fence that the PTX ISA asks for.
+
+    Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
+    """
+    F, D = weight_FD.shape
+    if weight_FD.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{weight_FD.dtype} weights")
+    if activation not in ACTIVATIONS or F % (CLUSTER * COLUMNS):
+        raise NotImplementedError(f"activation {activation} of {F} features")
+    of_tokens, of_weight = stages(tokens)
+    if not 0 < tokens <= MOST or D % 64 or of_weight >= D // 64:
+        raise NotImplementedError(f"{tokens} tokens of {D} inputs")
+    of_block, of_group = groups(tokens)
+    macros = {
+        "TOKENS": tokens, "PADDED": rows_for(tokens), "OUT_FEATURES": F // 2, "INPUTS": D, "COLUMNS": COLUMNS,
+        "GROUPS": of_block, "BLOCKS_OF_GROUP": of_group, "CLUSTER": CLUSTER, "X_STAGES": of_tokens,
+        "W_STAGES": of_weight, "GATED": ACTIVATIONS[activation], "FENCE": int(fence), "SHARED": call.MAX_SHARED,
+    }  # fmt: skip
+    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    result = jax.ShapeDtypeStruct((tokens, F // 2), jnp.bfloat16)
+
+    def run(x: BlockedTokens, weight_FD: jax.Array) -> jax.Array:
+        arguments = [x.values, weight_FD]
+        grid, shared = (F // COLUMNS,), call.MAX_SHARED
+        return call.launch(KERNEL, ptx, arguments, [result], grid=grid, threads=of_block * 128, shared=shared)[0]
+
+    return run
+
+
+def choose(x_TD: jax.Array | jax.ShapeDtypeStruct | BlockedTokens, weight_FD: jax.Array, activation: str) -> None:
+    """Raises NotImplementedError where the kernel cannot be used here, or was not found to be faster than others.
+
+    x_TD: also activations that could be blocked.
+    """
+    call.require(KERNEL)
+    T, F = x_TD.shape[0], weight_FD.shape[0]
+    ranges = ASKED if asked() else TOKENS
+    if x_TD.dtype != jnp.bfloat16 or not any(low <= T <= high for low, high in ranges):
+        raise NotImplementedError(f"others do {T} tokens in {x_TD.dtype}")
+    if F % (CLUSTER * COLUMNS) or not FULL * call.SMS <= F // COLUMNS <= call.SMS:
+        raise NotImplementedError(f"{F} features do not fill the chip once")
+    implementation(T, weight_FD, activation)
+
+
+def asked() -> bool:
+    return call.asked_for(KERNEL)
+
+
+def gated(x: BlockedTokens, weight_FD: jax.Array, activation: str) -> jax.Array:
+    """See `api.gated`. Raises NotImplementedError where others must do it."""
+    choose(x, weight_FD, activation)
+    if x.values.shape[1] != rows_for(x.tokens):
+        raise NotImplementedError(f"blocks of {x.values.shape[1]} rows")
+    run = implementation(x.tokens, weight_FD, activation)
+
+    def composed(x: BlockedTokens, weight_FD: jax.Array) -> jax.Array:
+        return reference.linear(x.plain(), weight_FD, activation=activation)
+
+    return lax.platform_dependent(x, weight_FD, cuda=run, default=composed)
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernel is wrong on a small input; to be run on a GPU."""
+    rng = np.random.default_rng(0)
+    for T, F, D in ((100, 2 * COLUMNS, 1024), (253, 4 * COLUMNS, 1536)):
+        x, weight = (jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in ((T, D), (F, D)))
+        run = implementation(T, weight, "silu")
+        out = jax.jit(run)(BlockedTokens.of(x, rows_for(T)), weight)
+        wanted = reference.linear(x, weight, activation="silu")
+        error = float(jnp.abs(out.astype(jnp.float32) - wanted.astype(jnp.float32)).max())
+        if not error < 0.03 * float(jnp.abs(wanted).max()):
+            raise ArithmeticError(f"{KERNEL} is wrong by {error:.1e} at T={T} F={F} D={D}")

@@ -1,0 +1,141 @@
+"""The kernel for gated products of 65 to 256 tokens, run on the emulator, against float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.linear import api, wide_cuda
+from jaxllm.kernels.linear.product import BlockedTokens, Product
+from jaxllm.layers.linear import ColumnLinear, RowLinear
+from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.stream import Unadded, like, settle
+from tests.kernels.emulator.emulator import Kernels
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def operands(T: int, F: int, D: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((T, D)).astype(BF16), (rng.standard_normal((F, D)) * 0.05).astype(BF16)
+
+
+def blocked(x: np.ndarray) -> BlockedTokens:
+    """NaNs in the rows beyond the tokens."""
+    rows = wide_cuda.rows_for(len(x))
+    values = np.array(BlockedTokens.of(jnp.asarray(x), rows).values)
+    values[:, len(x) :] = np.nan
+    return BlockedTokens(values, len(x))
+
+
+def run(
+    x: np.ndarray,
+    weight: np.ndarray,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    activation: str = "silu",
+    stages: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """What `wide_cuda.implementation` launches, on the emulator."""
+    ran: list[Kernels] = []
+
+    def compile_ptx(kernel, source, macros):
+        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
+        return ""
+
+    def launch(name, ptx, operands, results, *, grid, threads, shared):
+        (result,) = results
+        shapes = [(result.shape, np.dtype(result.dtype))]
+        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, seed=seed)
+
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
+    monkeypatch.setattr(call, "launch", launch)
+    if stages is not None:
+        monkeypatch.setattr(wide_cuda, "stages", lambda _: stages)
+    kernel = wide_cuda.implementation(len(x), jax.ShapeDtypeStruct(weight.shape, weight.dtype), activation)
+    return kernel(blocked(x), weight)
+
+
+def expected(x: np.ndarray, weight: np.ndarray, activation: str) -> np.ndarray:
+    gate, up = np.split(x.astype(np.float64) @ weight.astype(np.float64).T, 2, axis=1)
+    slope = {"silu": gate, "gelu_tanh": 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)}[activation]
+    return gate / (1 + np.exp(-slope)) * up
+
+
+CASES = [
+    # tokens, features, inputs, activation, stages of tokens and of the weight
+    (100, 448, 384, "silu", (2, 3)),
+    (255, 448, 320, "silu", (2, 2)),
+]
+MORE = [
+    (192, 448, 640, "gelu_tanh", None),
+    (128, 896, 512, "silu", (3, 3)),
+    (256, 448, 640, "silu", None),
+    (7, 448, 512, "silu", None),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("T", "F", "D", "activation", "stages"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
+def test_equals_float64(T, F, D, activation, stages, seed, monkeypatch) -> None:
+    x, weight = operands(T, F, D)
+    out, wanted = run(x, weight, seed, monkeypatch, activation, stages), expected(x, weight, activation)
+    assert out.dtype == BF16 and out.shape == wanted.shape
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
+
+
+def test_a_layer_uses_it_after_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without a GPU the same program says the same."""
+    T, D, F = 130, 512, 2 * wide_cuda.COLUMNS
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16)
+
+    x, part, norm_D, gate_up, down = (random(*s) for s in ((T, D), (T, D), (D,), (F, D), (D, F // 2)))
+
+    def param(value: jax.Array) -> nnx.Param:
+        return nnx.Param(value)
+
+    monkeypatch.setattr("jaxllm.layers.linear.param", param)
+    monkeypatch.setattr("jaxllm.layers.norm.param", param)
+    norm = RMSNorm(norm_D.astype(jnp.float32), 1e-5)
+    mlp = GatedMLP(ColumnLinear(gate_up), RowLinear(down, axes=()), "silu")
+
+    def half() -> tuple[int, jax.Array]:
+        stream = Unadded(Product.of(part), x)
+        blocked = mlp.gate_up.blocks(like(stream), "silu")
+        x_TD, y_TD, left = norm.settle(stream, blocked=blocked)
+        assert isinstance(y_TD, BlockedTokens) == bool(blocked)
+        return blocked, settle(mlp(y_TD, left, residual=x_TD))[0]
+
+    before, wanted = half()
+    made = []
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(call, "compile_or_refuse", lambda kernel, source, macros: made.append(kernel) or "")
+    monkeypatch.setattr(call, "SMS", F // wide_cuda.COLUMNS)
+    monkeypatch.setattr(wide_cuda, "TOKENS", ((129, 256),))
+    after, found = half()
+    assert (before, after) == (0, 192) and wide_cuda.KERNEL in made
+    np.testing.assert_array_equal(found, wanted)
+    for tokens, wider, activation in ((128, gate_up, "silu"), (257, gate_up, "silu"), (200, gate_up, "gelu")):
+        assert not api.takes_blocks(jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16), wider, activation)
+    monkeypatch.setattr(call, "SMS", 4)
+    assert mlp.gate_up.blocks(like(x), "silu") == 0
+
+
+def test_blocked_tokens_and_back() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 192)), BF16)
+    made = BlockedTokens.of(x, 64)
+    assert made.values.shape == (3, 64, 64) and made.shape == x.shape
+    np.testing.assert_array_equal(made.plain(), x)
+    # row 3, panel 2, piece 5 is kept at 5 ^ 3
+    np.testing.assert_array_equal(made.values[2, 3, 48:56], x[3, 128 + 40 : 128 + 48])
