@@ -134,21 +134,100 @@ def times(tokens: int, width: int, *, alone: bool = False, norm: bool = False, n
     return out
 
 
+def ways_right(numbered: bool) -> dict[str, Any]:
+    """Every shot, with the rows of a norm over clusters: 100 sums in a row of a program, and 30 programs in a row."""
+    mesh, group = open_group(numbered)
+    out: dict[str, Any] = {"ranks": group.ranks}
+    try:
+        for shots, tokens in ((1, 1), (1, 32), (2, 3), (2, 32)):
+            if shots == 2 and group.ranks == 2:
+                continue
+            options = {"shots": shots, "numbered": numbered, "clusters": 8, "timeout_ms": TIMEOUT_MS}
+            add_up = partial(api.all_reduce, ranks=group.ranks, **options)
+            weight = jnp.linspace(0.5, 2, 8192)
+
+            def check(words: jax.Array, x: jax.Array, add_up: Any = add_up, weight: jax.Array = weight) -> jax.Array:
+                """1000 for each time that an element was wrong; each sum depends on the one before."""
+
+                def step(_: jax.Array, wrong: jax.Array) -> jax.Array:
+                    found, normed = add_up(x + wrong, x[::-1], words, norm=(weight, 1e-5))
+                    assert normed is not None
+                    wanted = x[::-1].astype(jnp.float32) + lax.psum(x.astype(jnp.float32), "tp")
+                    near = jnp.abs(normed.astype(jnp.float32) - rms_norm(wanted, (weight, 1e-5))) < 0.05
+                    bad = ~near | (found.astype(jnp.float32) != wanted)
+                    return wrong + jnp.where(bad, 1000, 0).astype(x.dtype)
+
+                return lax.fori_loop(0, 100, step, jnp.zeros_like(x))
+
+            run = program(mesh, group, check)
+            x = parts(mesh, tokens, 8192, jnp.bfloat16)
+            outs = [run(group.array, x) for _ in range(5)]
+            out[f"{shots} shots T={tokens}"] = sum(int((np.asarray(o, np.float32) != 0).sum()) for o in outs)
+            group.raise_if_failed()
+    finally:
+        group.close()
+    return out | {"wrong": any(count for name, count in out.items() if name != "ranks")}
+
+
+def ways(numbered: bool) -> dict[str, Any]:
+    """Microseconds of a sum of [T, 8192] bfloat16 with residual and norm, by the ways that have to be chosen from."""
+    mesh, group = open_group(numbered)
+    norm = (jnp.full(8192, 0.5, jnp.float32), 1e-5)
+    out: dict[str, Any] = {}
+    # Tokens, shots, blocks of a row.
+    wanted = [
+        (1, 1, 8),
+        (64, 2, 8),
+        (256, 2, 8),
+        (64, 1, 8),
+        (1, 1, 1),
+        (64, 1, 1),
+        (16, 2, 8),
+        (16, 1, 8),
+        (256, 2, 1),
+    ]
+    try:
+        for tokens, shots, clusters in wanted[: 4 if numbered else None]:
+            if shots == 2 and group.ranks == 2:
+                continue
+            options = {"shots": shots, "numbered": numbered, "clusters": clusters, "timeout_ms": TIMEOUT_MS}
+            add_up = partial(api.all_reduce, ranks=group.ranks, norm=norm, **options)
+            # A short program would show how fast the host launches it on all GPUs.
+            calls = 3 * CALLS if tokens < 64 else CALLS
+
+            def chain(words: jax.Array, x: jax.Array, add_up: Any = add_up, calls: int = calls) -> jax.Array:
+                y = x
+                for _ in range(calls):
+                    y = add_up(y, x, words)[1]
+                return y
+
+            x = parts(mesh, tokens, 8192, jnp.bfloat16)
+            name = f"T={tokens} {shots} shots {clusters} blocks us"
+            try:
+                run = program(mesh, group, chain)
+                out[name] = 1e6 * time_call(run, group.array, x, calls=calls, seconds=0.02)
+            except NotImplementedError:
+                out[name] = "too large"
+            group.raise_if_failed()
+    finally:
+        group.close()
+    return out
+
+
 def rows() -> Iterator[Row]:
     """None on one GPU."""
     ranks = len(jax.devices())
     if ranks < 2:
         return
+    yield Row("all-reduce ways, data only, right", partial(ways_right, False))
+    yield Row("all-reduce ways, data only", partial(ways, False))
+    yield Row("all-reduce ways, numbered", partial(ways, True))
     for shots in WAYS if ranks > 2 else (1,):
         yield Row(f"all-reduce bf16 right, {shots} shots", partial(right, jnp.bfloat16, shots))
         yield Row(f"all-reduce f32 right, {shots} shots", partial(right, jnp.float32, shots))
     for shots in WAYS if ranks > 2 else (1,):
         name = f"all-reduce bf16 right, {shots} shots, data only"
         yield Row(name, partial(right, jnp.bfloat16, shots, numbered=False))
-    for tokens in (64, 256, 1):
-        width = 4096 if ranks == 2 else 8192
-        row = partial(times, tokens, width, norm=True, alone=True, numbered=False)
-        yield Row(f"all-reduce and norm T={tokens} D={width}, no NCCL, data only", row)
     for width in (4096, 8192) if ranks > 2 else (4096,):
         for tokens in (1, 16, 64, 256):
             # As the engine's steps have them: nothing but these sums in a program.

@@ -23,7 +23,7 @@ from jaxllm.parallel.collectives import Exchange, Unsummed, exchanging, settle, 
 from jaxllm.parallel.mesh import make_mesh
 from tests.kernels.emulator.emulator import Kernels
 
-SLOT, SLOTS = 32, 4
+SLOT, SLOTS, CLUSTERS = 32, 4, 2
 PHASES = 2
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,17 +48,17 @@ class Ranks:
         self.kernels: dict[tuple, Kernels] = {}
 
     def macros(self, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int, shots: int = 1) -> dict:
-        macros = cuda.macros_of(
+        return cuda.macros_of(
             jnp.asarray(x),
             self.count,
             residual=residual,
             eps=eps,
             shots=shots,
             numbered=self.numbered,
+            clusters=CLUSTERS,
             slot=SLOT,
             timeout_ms=timeout_ms,
-        )
-        return macros | {"SLOTS": SLOTS, "CLUSTER": cuda.grid_of(macros)[0]}
+        ) | {"SLOTS": SLOTS, "IN_ORDER": 1}
 
     def kernel(
         self, rank: int, x: np.ndarray, residual: bool, eps: float | None, timeout_ms: int, shots: int = 1
@@ -95,13 +95,20 @@ class Ranks:
         )
 
 
-# One block that is not full; four, the last one not full; two rows of two slots, the second not full. In two shots, for
-# four ranks: shares of two of them; of three, the last one not full; six rows, of which the second block has two.
-KINDS = [(jnp.bfloat16, (16,), True, False), (np.float32, (3, 164), False, False), (jnp.bfloat16, (2, 400), True, True)]
+# One block that is not full; four, the last one not full; two rows of two slots, the second not full; two rows of two
+# blocks. In two shots, for four ranks: shares of two of them; of three, the last one not full; six rows, of which the
+# second block, or pair of blocks, has two.
+KINDS = [
+    (jnp.bfloat16, (16,), True, False),
+    (np.float32, (3, 164), False, False),
+    (jnp.bfloat16, (2, 400), True, True),
+    (jnp.bfloat16, (2, 512), True, True),
+]
 SHARES = [
     (jnp.bfloat16, (8 * SLOT * 2,), True, False),
     (np.float32, (2 * SLOT * 4 + 12,), False, False),
     (jnp.bfloat16, (6, 400), True, True),
+    (jnp.bfloat16, (6, 512), True, True),
 ]
 
 
@@ -113,11 +120,11 @@ def test_kernel_equals_reference(count: int, shots: int, numbered: bool) -> None
     """Sums of several sizes in a row, the ranks as far apart as they get; all have the same bits."""
     ranks, rng = Ranks(count, numbered), np.random.default_rng(count)
     work = []
-    for number in range(15):
+    for number in range(18):
         # Sums in two shots take turns with sums in one.
         way = shots if number % 3 else 1
         kinds = KINDS if way == 1 else SHARES
-        dtype, shape, residual, normed = kinds[number % 3 if number < 6 else rng.integers(3)]
+        dtype, shape, residual, normed = kinds[number % 4 if number < 8 else rng.integers(4)]
         parts = rng.standard_normal((count, *shape)).astype(dtype)
         if not number:
             parts.view(np.uint16)[0, :2] = 0xFFFF  # NaNs of nothing but ones, which a place without a packet has

@@ -25,6 +25,8 @@ TWO_SHOTS: dict[int, int] = {}
 In one shot a GPU sends 2 * (ranks - 1) times the bytes of a sum, in two 4 * (ranks - 1) / ranks, and waits twice."""
 NUMBERED = True
 """Whether packets carry the number of their sum, or only data: half as many bytes, and places that must be emptied."""
+CLUSTERS: dict[int, int] = {}
+"""By ranks, the most blocks (1, 2, 4 or 8) that have a row together in a sum with a norm: 1 where it does not say."""
 MOST_THREADS = 1024
 TIMEOUT_MS = 10_000
 """Time that a GPU waits for another. They differ most when a program runs first and loads its kernels."""
@@ -38,6 +40,11 @@ def limit(ranks: int, shots: int = 1) -> int:
 def shots_of(size: int, ranks: int) -> int:
     """The better way for a sum of so many bytes."""
     return 2 if size >= TWO_SHOTS.get(ranks, MOST_BYTES + 1) else 1
+
+
+def cluster_of(row: int, most: int, slot: int = SLOT) -> int:
+    """Blocks that have a row of so many units together: as many as have whole slots of it, at most `most`."""
+    return max(blocks for blocks in (1, 2, 4, 8) if blocks == 1 or (blocks <= most and row % (blocks * slot) == 0))
 
 
 def slots(ranks: int) -> int:
@@ -68,10 +75,12 @@ def macros_of(
     eps: float | None = None,
     shots: int | None = None,
     numbered: bool = NUMBERED,
+    clusters: int | None = None,
     slot: int = SLOT,
     timeout_ms: int = TIMEOUT_MS,
 ) -> dict[str, object]:
     """eps: of a norm of the result; None for none. shots: 1 or 2; None for the better way. numbered: as the group is.
+    clusters: the most blocks of a row; None for the better number.
 
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -81,13 +90,16 @@ def macros_of(
     shots = shots_of(size, ranks) if shots is None else shots
     if size % UNIT or not 0 < size <= limit(ranks, shots):
         raise NotImplementedError(f"sums of {size} bytes, not multiples of {UNIT} up to {limit(ranks, shots)}")
-    row = slot
+    row, cluster = slot, 1
     if eps is not None:
         row, rest = divmod(x.shape[-1] * x.dtype.itemsize, UNIT)
+        cluster = cluster_of(row, CLUSTERS.get(ranks, 1) if clusters is None else clusters, slot)
+        row //= cluster
         if rest or row > MOST_THREADS or x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"the norm of rows of {x.shape[-1]} {x.dtype}")
     threads = -(-row // slot) * slot
     macros = {"RANKS": ranks, "SHOTS": shots, "UNITS": size // UNIT, "ROW": row, "THREADS": threads, "SLOT": slot}
+    macros["CLUSTER"] = cluster
     macros["NUMBERED"] = int(numbered)
     macros |= {"SLOTS": slots(ranks), "FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
     if grid_of(macros)[0] * threads // slot > slots(ranks):
@@ -96,13 +108,13 @@ def macros_of(
 
 
 def grid_of(macros: dict[str, Any]) -> tuple[int]:
-    """A block takes ROW units, with two shots of each rank's share."""
-    return (-(-macros["UNITS"] // (macros["ROW"] * _parts(macros))),)
+    """A block takes ROW units, with two shots of each rank's share; a cluster of them a row."""
+    return (-(-macros["UNITS"] // (macros["CLUSTER"] * macros["ROW"] * _parts(macros))) * macros["CLUSTER"],)
 
 
 def shared_of(macros: dict[str, Any]) -> int:
-    """Bytes of shared memory: with a norm a float for each warp and row."""
-    return macros["THREADS"] // 8 * _parts(macros) if macros["NORM"] else 0
+    """Bytes of shared memory: with a norm a float for each row and warp, and block of its cluster."""
+    return 4 * (macros["THREADS"] // 32 + macros["CLUSTER"]) * _parts(macros) if macros["NORM"] else 0
 
 
 def _parts(macros: dict[str, Any]) -> int:
@@ -119,6 +131,7 @@ def run(
     *,
     shots: int | None = None,
     numbered: bool = NUMBERED,
+    clusters: int | None = None,
     timeout_ms: int = TIMEOUT_MS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One launch; see `api.all_reduce`. Raises NotImplementedError where XLA must do the work."""
@@ -126,9 +139,8 @@ def run(
         raise NotImplementedError(f"a sum in {x.dtype}{x.shape} and a residual in {residual.dtype}{residual.shape}")
     call.require(KERNEL)
     weight, eps = (None, None) if norm is None else norm
-    macros: dict[str, Any] = macros_of(
-        x, ranks, residual=residual is not None, eps=eps, shots=shots, numbered=numbered, timeout_ms=timeout_ms
-    )
+    options: dict[str, Any] = {"shots": shots, "numbered": numbered, "clusters": clusters, "timeout_ms": timeout_ms}
+    macros: dict[str, Any] = macros_of(x, ranks, residual=residual is not None, eps=eps, **options)
     second = jax.ShapeDtypeStruct(x.shape if norm is not None else (UNIT,), x.dtype)
     out, normed = call.launch(
         KERNEL,

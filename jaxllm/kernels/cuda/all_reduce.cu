@@ -23,11 +23,13 @@
 // No GPU waits for ever: after TIMEOUT_MS the result is NaN and the group's word in host memory tells the engine; who
 // finds it there while waiting gives up as well.
 //
-// With NORM a block takes a row, or one of each GPU's share, and also writes what a norm makes of it, as rounded.
+// With NORM a cluster of blocks takes a row, or one of each GPU's share, and also writes what a norm makes of it, as
+// rounded: one multiprocessor takes as long to send and to look for the packets of a long row as the trip takes.
 //
-// Macros: RANKS; SHOTS; NUMBERED; UNITS of this sum; ROW: those of a block, or of a block and a GPU's share; THREADS of a block, a
-// multiple of SLOT; SLOT; SLOTS that the memory has places for; FLOAT (float32, else bfloat16); RESIDUAL (there is one);
-// NORM, EPS; TIMEOUT_MS. Grid: enough blocks for the units.
+// Macros: RANKS; SHOTS; NUMBERED; UNITS of this sum; ROW: those of a block, or of a block and a GPU's share; CLUSTER: blocks
+// that have a row together (1 without NORM); THREADS of a block, a multiple of SLOT; SLOT; SLOTS that the memory has places
+// for; FLOAT (float32, else bfloat16); RESIDUAL (there is one); NORM, EPS; TIMEOUT_MS. Grid: enough blocks for the units.
+#include "cluster.cuh"
 #include "peer.cuh"
 
 constexpr int PACKET = 16;
@@ -154,10 +156,11 @@ DEVICE uint4 add_up(const Sum& sum, const uint4& own, const uint4& start) {
   return lost ? make_uint4(~0u, ~0u, ~0u, ~0u) : out;
 }
 
-// The square roots of 1 / (mean square of a row + EPS), of the sums of squares of the block's threads.
+// The square roots of 1 / (mean square of a row + EPS), of the sums of squares of the threads of its blocks.
 DEVICE void norm_factors(float (&squares)[PARTS]) {
   DYNAMIC_SHARED(bytes);
   float* const of_warp = (float*)bytes;
+  float* const of_block = of_warp + PARTS * WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
@@ -166,23 +169,53 @@ DEVICE void norm_factors(float (&squares)[PARTS]) {
     if (!lane) of_warp[part * WARPS + warp] = squares[part];
   }
   __syncthreads();
+  if (CLUSTER > 1) {
+    cluster_wait();  // all blocks have started
+    const int part = threadIdx.x / CLUSTER, block = threadIdx.x % CLUSTER;
+    if (part < PARTS) {
+      float total = 0.f;
+      for (int i = 0; i < WARPS; ++i) total += of_warp[part * WARPS + i];
+      cluster_store(shared_address(of_block + part * CLUSTER + blockIdx.x % CLUSTER), block, total);
+    }
+    cluster_sync();
+  }
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
-    float total = lane < WARPS ? of_warp[part * WARPS + lane] : 0.f;
+    float total = 0.f;
+    if (CLUSTER > 1) {
 #pragma unroll
-    for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
-    squares[part] = rsqrtf(total / (ROW * 8) + (float)EPS);
+      for (int block = 0; block < CLUSTER; ++block) total += of_block[part * CLUSTER + block];
+    } else {
+      if (lane < WARPS) total = of_warp[part * WARPS + lane];
+#pragma unroll
+      for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
+    }
+    squares[part] = rsqrtf(total / (CLUSTER * ROW * 8) + (float)EPS);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
+extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_OF(CLUSTER) all_reduce(
     const uint4* part,      // [UNITS]
     const uint4* residual,  // [UNITS], or anything
     const u64* group,       // addresses of the memory of this rank and those after it, its number, the word's address
-    const float4* weight,   // of the norm, [2 * ROW], or anything
+    const float4* weight,   // of the norm, [2 * CLUSTER * ROW], or anything
     uint4* out,             // [UNITS]
     uint4* normed           // [UNITS], or anything
 ) {
+  if (CLUSTER > 1) cluster_started();
+  constexpr int WHOLE = CLUSTER * ROW;  // units of a row: from a thread's unit of one share to that of the next
+  const int column = blockIdx.x % CLUSTER * ROW + threadIdx.x, first = blockIdx.x / CLUSTER * PARTS * WHOLE + column;
+  const bool here = threadIdx.x < ROW;
+  const int shares = !here ? 0 : (UNITS - first + WHOLE - 1) / WHOLE;  // there are: the last block may have fewer
+  uint4 own = make_uint4(0, 0, 0, 0), start = own, done[PARTS];  // done: the units of the result
+  float4 scale[2] = {};
+  // What needs nothing of the group comes first, to be under way while the group's words are.
+  if (SHOTS == 1 && shares > 0) {
+    own = part[first];
+    if (RESIDUAL) start = residual[first];
+  }
+  if (NORM && here)
+    for (int half = 0; half < 2; ++half) scale[half] = weight[2 * column + half];
   Sum sum;
   sum.memory = (u8*)group[0];
   sum.rank = (int)group[RANKS];
@@ -191,14 +224,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
   sum.number = *counter + 1;
   if (!sum.number) sum.number = 2;  // 0 is what places begin with, and 1 would be of the last number's phase
   sum.phase = sum.number & 1;
-  const int first = blockIdx.x * PARTS * ROW + threadIdx.x;  // unit of the first share, ROW before that of the next
-  const bool here = threadIdx.x < ROW;
-  const int shares = !here ? 0 : (UNITS - first + ROW - 1) / ROW;  // there are: the last block may have fewer
   const int mine = SHOTS == 2 ? sum.rank : 0;
-  uint4 own = make_uint4(0, 0, 0, 0), start = own, done[PARTS];  // done: the units of the result
-  float4 scale[2] = {};
   if (SHOTS == 1 && shares > 0) {
-    own = part[first];
 #pragma unroll
     for (int i = 1; i < RANKS; ++i) send(sum, (u8*)group[i], 0, own);
   }
@@ -207,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
 #pragma unroll
     for (int i = 0; i < RANKS; ++i) {
       const int share = sum.rank + i < RANKS ? sum.rank + i : sum.rank + i - RANKS;
-      if (share < shares) theirs[i] = part[first + share * ROW];
+      if (share < shares) theirs[i] = part[first + share * WHOLE];
     }
 #pragma unroll
     for (int i = 1; i < RANKS; ++i) {
@@ -215,13 +242,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
       if (share < shares) send(sum, (u8*)group[i], 0, theirs[i]);
     }
     own = theirs[0];
+    if (RESIDUAL && mine < shares) start = residual[first + mine * WHOLE];
   }
-  if (RESIDUAL && mine < shares) start = residual[first + mine * ROW];
-  if (NORM && here)
-    for (int half = 0; half < 2; ++half) scale[half] = weight[2 * threadIdx.x + half];
   if (mine < shares) {
     done[0] = add_up(sum, own, start);
-    out[first + mine * ROW] = done[0];
+    out[first + mine * WHOLE] = done[0];
   }
   if (SHOTS == 2) {
     const uint4 result = done[0];
@@ -238,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
       for (int i = 0; i < TOGETHER && base + i < RANKS; ++i) {
         const int share = base + i;
         done[SHOTS == 2 ? share : 0] = share == sum.rank ? result : lost ? make_uint4(~0u, ~0u, ~0u, ~0u) : units[i];
-        if (others >> share & 1) out[first + share * ROW] = done[SHOTS == 2 ? share : 0];
+        if (others >> share & 1) out[first + share * WHOLE] = done[SHOTS == 2 ? share : 0];
       }
     }
   }
@@ -269,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(
       uint4 scaled;
       rounded(low, scaled.x, scaled.y);
       rounded(high, scaled.z, scaled.w);
-      if (share < shares) normed[first + share * ROW] = scaled;
+      if (share < shares) normed[first + share * WHOLE] = scaled;
     }
   }
   __syncthreads();  // all have read the counter

@@ -284,7 +284,9 @@ extern "C" const char* emulator_run(void (*kernel)(void**), u32 count, void** ar
   sigaction(SIGBUS, &action, &old_bus);
   std::vector<u32> order(all / blocks);
   for (u32 i = 0; i < order.size(); ++i) order[i] = i;
+#ifndef IN_ORDER  // blocks that wait for those of another GPU begin in one order on all
   std::shuffle(order.begin(), order.end(), random);
+#endif
   if (!sigsetjmp(outside, 1))
     for (u32 i : order) {
       block_indices.clear();
