@@ -70,9 +70,10 @@ LAYERS = [
 ]
 
 
+@pytest.mark.parametrize("flow", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_a_layer_equals_xla(case, seed: int, emulated, monkeypatch) -> None:
+def test_a_layer_equals_xla(case, seed: int, flow: bool, emulated, monkeypatch) -> None:
     """Contexts of one block and of several, a token in a page's last places, and no token."""
     monkeypatch.setattr(call, "SMS", 5)
     N, K, tokens, page, norms, alone = case
@@ -82,9 +83,9 @@ def test_a_layer_equals_xla(case, seed: int, emulated, monkeypatch) -> None:
     kv = operands.kv_PYKOH
     if tokens % page:  # what follows the last token may be anything
         kv = kv.at[operands.page[0], :, :, tokens % page :].set(jnp.nan)
-    out, pool = layer_cuda.implementation(operands._replace(kv_PYKOH=kv), choice, slots=3, alone=alone, **how)(
-        operands._replace(kv_PYKOH=kv)
-    )
+    out, pool = layer_cuda.implementation(
+        operands._replace(kv_PYKOH=kv), choice, slots=3, alone=alone, flow=flow, **how
+    )(operands._replace(kv_PYKOH=kv))
     wanted, wanted_pool = layer_cuda.plain(operands, choice, **how)
     out, wanted, start = (np.asarray(a, np.float32) for a in (out, wanted, operands.x))
     if tokens:

@@ -36,7 +36,52 @@ DEVICE void word_wait(const int* p, int x) {
   }
 }
 
+// Words that blocks tell one another, each with 16 bits of what is told and a mark; they begin as zeros and are written
+// once. Who sees a mark has what was told, without a barrier or a fence.
+DEVICE void tell(u32* p, u32 x) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+DEVICE void tell(u32* p, uint2 x) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
+}
+DEVICE void look(const u32* p, uint2& x) {
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
+}
+DEVICE void look(const u32* p, uint4& x) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+}
+// After the last of `polls` that found nothing. After ten seconds the kernel fails.
+DEVICE void look_again(u32 polls, u64& began) {
+  if (polls % 4096) return;
+  if (!began) began = nanoseconds();
+  if (nanoseconds() - began > 10000000000ull) asm volatile("trap;");
+}
+
 #endif
+
+constexpr u32 TOLD = 0x10000;
+DEVICE bool is_told(uint2 x) { return x.x & x.y & TOLD; }
+DEVICE bool is_told(uint4 x) { return x.x & x.y & x.z & x.w & TOLD; }
+// Two numbers of 16 bits as words.
+DEVICE uint2 words_of(u32 two) { return make_uint2(two & 0xffff | TOLD, two >> 16 | TOLD); }
+DEVICE u32 two_of(u32 x, u32 y) { return select_bytes(x, y, 0x5410); }
+DEVICE u32 two_of(uint2 x) { return two_of(x.x, x.y); }
+
+// Waits until N looks at words find something told. place(i): where.
+template <int N, class Words, class Place>
+DEVICE void collect(Words (&words)[N], Place place) {
+  u64 began = 0;
+  for (u32 polls = 1;; ++polls) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) look(place(i), words[i]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) all = all && is_told(words[i]);
+    if (all) break;
+    look_again(polls, began);
+  }
+}
 
 // Barrier `number` (1, 2, ...) of all threads of `blocks` blocks; block i has words[i]. What any of them wrote before it,
 // all see after it.

@@ -18,6 +18,8 @@ from jaxllm.kernels.rope_write import reference as rope
 from jaxllm.kernels.router.cuda import Choice
 
 KERNEL = "moe_layer"
+FLOW = "moe_flow"
+"""The same, whose blocks tell one another numbers with marks, and have one barrier at most."""
 HEAD_DIM = 128
 MOST_GROUP = 8
 """Query heads of a KV head: half of the rows of a product."""
@@ -86,13 +88,14 @@ def implementation(
     scale: float,
     slots: int | None = None,
     alone: int = ALONE,
+    flow: bool = False,
 ) -> Kernel:
     """The kernel for arrays of these shapes, in a program for an H100 or H200 with `call.SMS` multiprocessors.
 
     scale: on q.k. slots: of a warp's ring; None for as many as fit. alone: see ALONE.
     Raises NotImplementedError where there is none.
     """
-    run = launcher(operands, choice, activation=activation, scale=scale, slots=slots, alone=alone)
+    run = launcher(operands, choice, activation=activation, scale=scale, slots=slots, alone=alone, flow=flow)
     return lambda operands: run(operands)[:2]
 
 
@@ -105,6 +108,7 @@ def launcher(
     slots: int | None = None,
     alone: int = ALONE,
     timeline: bool = False,
+    flow: bool = False,
 ) -> Callable[[Operands], tuple[jax.Array, jax.Array, jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted."""
     _, _, K, O, H = operands.kv_PYKOH.shape
@@ -118,14 +122,16 @@ def launcher(
         raise NotImplementedError("a norm of only queries or keys")
     half = second_half(operands, operands.x)
     group = N // K
-    own = (2 + 4 * cuda.WARPS) * group * H + 8 * cuda.WARPS * group + 16
+    own = (2 + 4 * cuda.WARPS) * group * H + 8 * cuda.WARPS * group + 4 * H + 16
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
-    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    name = FLOW if flow else KERNEL
+    ptx = call.compile_or_refuse(KERNEL, name, macros)
     E, F, X = *operands.down.shape[::2], choice.chosen
+    told = -(-call.SMS // 4) * 4 + rows + A + D + X * F + 2 * E
     results = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         jax.ShapeDtypeStruct(operands.kv_PYKOH.shape, jnp.bfloat16),
@@ -140,12 +146,15 @@ def launcher(
         jax.ShapeDtypeStruct((call.SMS, cuda.WARPS, MARKS) if timeline else (1,), jnp.uint32),
     ]
 
+    if flow:
+        results = [*results[:2], *results[4:6], jax.ShapeDtypeStruct((told,), jnp.int32), results[-1]]
+
     def run(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the kernel does not read must still be a pointer.
         arguments = [operands.x if operand is None else operand for operand in operands]
-        arguments.append(jnp.zeros(call.SMS, jnp.int32))
+        arguments.append(jnp.zeros(results[-2].shape, jnp.int32))
         out, kv, *_, times = call.launch(
-            KERNEL,
+            name,
             ptx,
             arguments,
             results,

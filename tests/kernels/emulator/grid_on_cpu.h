@@ -13,3 +13,26 @@ inline u64 nanoseconds() {
   return ++steps;
 }
 inline u32 cycles() { return (u32)nanoseconds(); }
+
+inline void tell(u32* p, u32 x) {
+  emulator::check_global(p, 4, "tell");
+  if (*p) emulator::fail("tell: a word that was told already, or did not begin as zero");
+  *p = x;
+}
+inline void tell(u32* p, uint2 x) {
+  if ((u64)p % 8) emulator::fail("tell: unaligned address");
+  // The words may be seen one before the other.
+  tell(p + 1, x.y);
+  emulator::let_others_run();
+  tell(p, x.x);
+}
+template <class Words>
+void look(const u32* p, Words& x) {
+  if ((u64)p % sizeof(Words)) emulator::fail("look: unaligned address");
+  emulator::check_global(p, sizeof(Words), "look");
+  std::memcpy(&x, p, sizeof(Words));
+}
+inline void look_again(u32 polls, u64&) {
+  if (polls > 1000000) emulator::fail("look: what a block never tells");
+  emulator::let_others_run();
+}
