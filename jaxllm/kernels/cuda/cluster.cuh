@@ -11,6 +11,15 @@
 DEVICE void cp_async_16_ahead(u32 to, const void* from, u32 bytes) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+// As cp_async_16, of what nobody reads again: in the second-level cache it makes room first. by: of `read_once`.
+DEVICE u64 read_once() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+DEVICE void cp_async_16_once(u32 to, const void* from, u64 by) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(by) : "memory");
+}
 // Lets the second-level cache fetch what another kernel will read; address and bytes are multiples of 16.
 DEVICE void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -9,7 +9,7 @@
 //
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
-// block's.
+// block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches.
 #include "cluster.cuh"
 #include "moe_token.cuh"
 
@@ -388,6 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
     const float* __restrict__ bias,       // [EXPERTS]
     const u16* __restrict__ gate_up,      // [EXPERTS, 2 FFN, WIDTH]
     const u16* __restrict__ down,         // [EXPERTS, WIDTH, FFN]
+    const u16* __restrict__ upcoming,     // [QKV_ROWS, WIDTH], of the layer after this one, or anything
     const u32*,                           // `words`, which begin as zeros
     u16* out,                             // [WIDTH], the residual stream after the layer
     u16* pool,                            // [P, 2, KV, O, H]
@@ -428,6 +429,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   }
   timeline.mark(5);
 
+  if (AHEAD && part >= parts) {  // while the memory has nothing to do
+    constexpr int ROWS = 2;
+    const int others = BLOCKS - parts * KV, number = threadIdx.x * others + blockIdx.x - parts * KV;
+    for (int row = number * ROWS; row < AHEAD; row += THREADS * others * ROWS)
+      prefetch(upcoming + (size_t)row * WIDTH, ROWS * WIDTH * 2);
+  }
   // What does not depend on anything is there before the heads are.
   const NormWeight weight(norm);
   uint4 route[ROUTED][NormWeight::EACH];

@@ -8,9 +8,13 @@
 //   PIECES  of 256 inputs in a row
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
-// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring.
+// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; ONCE: 1: weights make room first in the second-level cache.
 #pragma once
-#include "ptx.cuh"
+#include "cluster.cuh"
+
+#ifndef ONCE
+#define ONCE 0
+#endif
 
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * BLOCKS;
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
@@ -28,6 +32,7 @@ struct Ring {
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
   bool on_second;
+  u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
 
   // Begins with all slots but one.
@@ -37,6 +42,7 @@ struct Ring {
     slots = rings + warp * (SLOTS * SLOT) + lane * 16;
     item = warp * BLOCKS + blockIdx.x;
     stage = filled = emptied = 0;
+    if (ONCE) once = read_once();
     on_second = item >= First::ITEMS;
 #pragma unroll 1
     for (int i = 0; i < SLOTS - 1; ++i) bring();
@@ -56,7 +62,11 @@ struct Ring {
     for (int i = 0; i < STAGE; ++i) {
       if (Product::PIECES % STAGE && stage * STAGE + i >= Product::PIECES) break;
 #pragma unroll
-      for (int row = 0; row < 2; ++row) cp_async_16(to + (i * 2 + row) * PIECE * 2, from[row] + offsets[i], 16);
+      for (int row = 0; row < 2; ++row) {
+        const u32 at = to + (i * 2 + row) * PIECE * 2;
+        if (ONCE) cp_async_16_once(at, from[row] + offsets[i], once);
+        else cp_async_16(at, from[row] + offsets[i], 16);
+      }
     }
     if (++filled == SLOTS) filled = 0;
     if (++stage == stages_of<Product>()) {

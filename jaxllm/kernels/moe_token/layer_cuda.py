@@ -89,13 +89,16 @@ def implementation(
     slots: int | None = None,
     alone: int = ALONE,
     flow: bool = False,
+    variant: tuple[str, ...] = (),
 ) -> Kernel:
     """The kernel for arrays of these shapes, in a program for an H100 or H200 with `call.SMS` multiprocessors.
 
     scale: on q.k. slots: of a warp's ring; None for as many as fit. alone: see ALONE.
     Raises NotImplementedError where there is none.
     """
-    run = launcher(operands, choice, activation=activation, scale=scale, slots=slots, alone=alone, flow=flow)
+    run = launcher(
+        operands, choice, activation=activation, scale=scale, slots=slots, alone=alone, flow=flow, variant=variant
+    )
     return lambda operands: run(operands)[:2]
 
 
@@ -109,6 +112,7 @@ def launcher(
     alone: int = ALONE,
     timeline: bool = False,
     flow: bool = False,
+    variant: tuple[str, ...] = (),
 ) -> Callable[[Operands], tuple[jax.Array, jax.Array, jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted."""
     _, _, K, O, H = operands.kv_PYKOH.shape
@@ -126,6 +130,7 @@ def launcher(
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
+        "AHEAD": rows if "ahead" in variant else 0, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
     name = FLOW if flow else KERNEL
@@ -152,6 +157,8 @@ def launcher(
     def run(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the kernel does not read must still be a pointer.
         arguments = [operands.x if operand is None else operand for operand in operands]
+        if flow:
+            arguments.append(operands.qkv)
         arguments.append(jnp.zeros(results[-2].shape, jnp.int32))
         out, kv, *_, times = call.launch(
             name,
