@@ -1,7 +1,7 @@
 """The sampler of a runner: its programs, and what the last stage's devices keep of each slot for them.
 
 That is how often a sequence has said each token, for penalties, and which tokens it may choose from, for structured
-outputs. What a sequence asks for is in the `SlotTable` on the host; how a token is drawn, in `layers/sampling.py`.
+outputs. What a sequence asks for is in the `SlotTable` on the host; how a token is sampled, in `layers/sampling.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend import core as jax_core
 
-from jaxllm.layers import sampling
+from jaxllm.layers import draw, sampling
 from jaxllm.layers.sampling import PenaltyState, SamplingBatch, init_penalties, reset_slots, sample, token_logprobs
 
 INT_FIELDS = {"top_k", "position", "slot", "bias_row", "bias_token"}
@@ -80,7 +80,7 @@ def kept_by_device(logits, temperature, top_k, top_p):
         blocks = sampling._in_blocks(x, x.shape[1])
         top = blocks.max((1, 2))
         e = jnp.exp((blocks - top[:, None, None]) / temperature[:, None, None])
-        threshold = sampling._top_k_top_p(e, sampling._weight_scale(e), top_k, top_p)
+        threshold = draw._top_k_top_p(e, draw._weight_scale(e), top_k, top_p)
         kept = jax.lax.bitcast_convert_type(e, jnp.int32) >= threshold[:, None, None]
         return kept.reshape(x.shape[0], -1)[:, : x.shape[1]]
 
@@ -252,7 +252,7 @@ def test_weights_use_31_bits_and_never_overflow(vocab, spread):
     logits[2, 1:] = -np.inf
     blocks = sampling._in_blocks(jnp.asarray(logits), vocab)
     e = jnp.exp(blocks - blocks.max((1, 2), keepdims=True))
-    weights = np.asarray(sampling._weights(e, sampling._weight_scale(e), jnp.zeros(3, jnp.int32)), np.int64)
+    weights = np.asarray(draw._weights(e, draw._weight_scale(e), jnp.zeros(3, jnp.int32)), np.int64)
     total = weights.sum((1, 2))
     # 5 % is lost where half a unit per padded token is many units of the first, safe weighing.
     assert (weights >= 0).all() and (total < 2**31).all() and (total > 0.9 * 2**31).all()
@@ -264,7 +264,7 @@ def test_weights_use_31_bits_and_never_overflow(vocab, spread):
 def test_multiply_high_equals_wide_arithmetic():
     random = np.random.default_rng(0)
     a, b = random.integers(0, 1 << 32, (2, 10_000), dtype=np.uint64)
-    got = sampling._multiply_high(jnp.asarray(a, jnp.uint32), jnp.asarray(b, jnp.uint32))
+    got = draw._multiply_high(jnp.asarray(a, jnp.uint32), jnp.asarray(b, jnp.uint32))
     np.testing.assert_array_equal(np.asarray(got, np.uint64), (a * b) >> 32)
 
 
