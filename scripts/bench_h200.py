@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jaxllm.bench.suite import Row, Suite, choose
+from jaxllm.bench.suite import Row, Suite, choose, scaled
 
 TWO_GPUS = {"decode-1": (2.9, 2.3), "decode-64": (3.6, 3.0)}
 """What rows should and may reach on two GPUs; the others are measured for their own sake."""
@@ -167,7 +167,7 @@ def main() -> int:
             pairs = [(row, targets.get(row.name, (None, None))) for row in rows]
             rows = [replace(row, must=must, aim=aim, peer=None) for row, (must, aim) in pairs]
         if args.scale > 1:
-            rows = [_scaled(row, args.scale) for row in rows]
+            rows = [scaled(row, args.scale) for row in rows]
         suite = Suite(settings, rows, path=args.json, repeat=args.repeat, seconds=args.seconds)
         if args.resume:
             suite.resume()
@@ -186,11 +186,6 @@ def main() -> int:
             failed += sum(entry["exit_status"] != 0 for entry in content["checks"].values())
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return min(failed, 1)
-
-
-def _scaled(row: Row, scale: int) -> Row:
-    lengths = {"batch": max(1, row.batch // scale), "input_len": max(2, row.input_len // scale)}
-    return replace(row, output_len=max(2 if row.kind == "decode" else 1, row.output_len // scale), **lengths)
 
 
 if __name__ == "__main__":

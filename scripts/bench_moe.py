@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jaxllm.bench.suite import Result, Row, Suite, choose
+from jaxllm.bench.suite import Result, Row, Suite, choose, scaled
 
 MODEL = "Qwen3-30B-A3B"
 ROWS = [
@@ -37,6 +37,10 @@ LATENT_ROWS = [Row("mla-decode-64x4096", "decode", "long", 64, 4096, 32, repeat=
 """Of models with latent attention: what the step takes, to which its kernel is then compared."""
 ENGINE: dict[str, Any] = {"max_seq_len": 2304, "token_buckets": [8192]}
 LONG: dict[str, Any] = {"max_seq_len": 4352, "token_buckets": [8192]}
+TINY = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64} | {
+    "vocab_size": 512,
+}
+"""What `--scale` shrinks a model to, besides the loads."""
 
 
 def print_latent_share(config: dict[str, Any], ranks: int, result: Result) -> None:
@@ -64,6 +68,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400, help="start nothing new after (default: %(default)s)")
     parser.add_argument("--settings", default="{}", help="JSON of engine settings that win over the rows' own")
     parser.add_argument("--layers", type=int, help="only so many of the model's layers, to try the script out")
+    parser.add_argument("--scale", type=int, default=1, help="divide all lengths and batches, to try the script out")
     args = parser.parse_args()
 
     shipped = files("jaxllm.plan") / "models" / f"{args.model}.json"
@@ -77,6 +82,9 @@ def main() -> int:
         rows = [Row(r.name, r.kind, r.engine, r.batch, r.input_len, r.output_len, repeat=r.repeat) for r in rows]
     if args.layers:
         config["num_hidden_layers"] = args.layers
+    if args.scale > 1:
+        config |= {key: value for key, value in TINY.items() if key in config}
+        rows = [scaled(row, args.scale) for row in rows]
     # Every size of a step is a program to compile: only those that the rows need.
     engines: dict[str, dict[str, Any]] = {}
     for name, sizes in (("short", ENGINE), ("long", LONG)):

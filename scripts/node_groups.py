@@ -54,9 +54,11 @@ def engine(model: str, batches: Sequence[int], precision: dict[str, Any], **sett
     return Engine(model, SETTINGS | sizes | precision | settings)
 
 
-def speeds(name: str, batches: Sequence[int], *, prefill: bool = True, sums: Sequence[int] = ()) -> list[Row]:
-    """Decode rows, one of prompts, and what the sums over ranks take of a decode step."""
-    rows = [Row(f"{name}-decode-{n}", "decode", name, n, 128, 128) for n in batches]
+def speeds(
+    name: str, batches: Sequence[int], *, prefill: bool = True, sums: Sequence[int] = (), steps: int = 128
+) -> list[Row]:
+    """Decode rows of so many steps, one of prompts, and what the sums over ranks take of a decode step."""
+    rows = [Row(f"{name}-decode-{n}", "decode", name, n, 128, steps) for n in batches]
     rows += [Row(f"{name}-prefill-8x2048", "prefill", name, 8, 2048, 1)] if prefill else []
     return rows + [Row(f"{name}-sums-{n}", "sums", name, n, 128, 1) for n in sums]
 
@@ -72,17 +74,21 @@ def tensor_parallel(
     """A dense model over all of its GPUs. more: requests (of throughput), peer, prefill."""
     name = f"{model.lower()}-{precision}-tp{gpus}"
     made = engine(model, batches, FP8 if precision == "fp8" else BF16, tensor_parallel_size=gpus)
-    rows = speeds(name, batches, prefill=more.get("prefill", True), sums=batches if gpus > 1 else ())
-    rows += [throughput(name, more["requests"], more.get("peer"))] if "requests" in more else []
+    rows = [throughput(name, more["requests"], more.get("peer"))] if "requests" in more else []
+    rows += speeds(name, batches, prefill=more.get("prefill", True), sums=batches if gpus > 1 else ())
     return Group(name, gpus, seconds, {name: made}, rows)
 
 
-def context(gpus: int, lengths: Sequence[int]) -> list[Group]:
-    """Llama-3.1-8B with each kind of context parallelism: prompts of these lengths, and decodes over long contexts."""
+def context(gpus: int, lengths: Sequence[int], star: Sequence[int] | None = None) -> list[Group]:
+    """Llama-3.1-8B with each kind of context parallelism: prompts of these lengths, and decodes over long contexts.
+
+    star: lengths of the prompts of star attention, to which long ones are cheap.
+    """
     groups = []
     for kind in ("RING", "STAR", "HELIX", "ULYSSES"):
         name = f"{SMALL.lower()}-cp{gpus}-{kind.lower()}"
         chunk = BLOCK * gpus
+        prompts = lengths if star is None or kind != "STAR" else star
         made = engine(
             SMALL,
             [1],
@@ -92,11 +98,11 @@ def context(gpus: int, lengths: Sequence[int]) -> list[Group]:
             max_num_tokens=chunk,
             # A chunk of star attention may lie in one block, and in most steps each rank has one: two programs.
             token_buckets=[BLOCK, chunk] if kind == "STAR" else [chunk],
-            max_seq_len=max(LONGEST, *lengths) + 4 * BLOCK,
+            max_seq_len=max([LONGEST, *lengths]) + 4 * BLOCK,
         )
         made.config["max_position_embeddings"] = made.settings["max_seq_len"]
         # Attention of a million tokens is 2.6e17 operations in this model: two minutes of four GPUs.
-        rows = [Row(f"{name}-ttft-{n}", "ttft", name, 1, n, 1, repeat=1) for n in lengths]
+        rows = [Row(f"{name}-ttft-{n}", "ttft", name, 1, n, 1, repeat=1) for n in prompts]
         if kind == "HELIX":
             rows.insert(0, Row(f"{name}-step-{LONGEST}", "step", name, 1, LONGEST, 1))
         groups.append(Group(name, gpus, 60 + sum(rows_seconds(row, gpus) for row in rows), {name: made}, rows))
@@ -107,7 +113,9 @@ def rows_seconds(row: Row, gpus: int) -> float:
     """About what a prompt of 8B parameters takes, at half of the speed of matrix products, and half as much again."""
     if row.kind != "ttft":
         return 5.0
-    flops = 2 * 8e9 * row.input_len + 2 * row.input_len**2 * 4096 * 32
+    # Star attention looks at its own block, the first one and, for the last tokens, the whole.
+    seen = 3 * BLOCK if "-star-" in row.name else row.input_len
+    flops = 2 * 8e9 * row.input_len + 2 * row.input_len * seen * 4096 * 32
     return 5 + 1.5 * flops / (0.5 * 787e12 * gpus)
 
 
@@ -146,41 +154,33 @@ def groups(gpus: int, lengths: Sequence[int], requests: int) -> list[Group]:
     """
     if gpus == 2:
         return two(lengths, requests)
-    batches = [1, 64, 256]
-    large = tensor_parallel(LARGE, gpus, "fp8", batches, 200, requests=min(requests, 256))
-    # The throughput takes as long as all of its other rows.
-    large.rows.insert(3, large.rows.pop())
-    first = [
-        large,
-        # Side by side: one GPU, one GPU and two.
+    batches, mixed = [1, 64, 256], [1, 16, 64, 256]
+    # What needs fewer GPUs than there are runs side by side, beside the row of a single one.
+    found = [
+        tensor_parallel(LARGE, gpus, "fp8", batches, 200, requests=min(requests, 256)),
         alone(),
         tensor_parallel(SMALL, 1, "bf16", [1, 64], 90, prefill=False),
         tensor_parallel(SMALL, 2, "bf16", [1, 64], 90, prefill=False),
         tensor_parallel(LARGE, 2, "fp8", [1, 64], 110, prefill=False),
-        experts_everywhere(gpus, requests),
     ]
+    if gpus == 8:
+        found.append(tensor_parallel(LARGE, 4, "fp8", [1, 64], 110, prefill=False))
+        found.append(tensor_parallel(SMALL, 4, "bf16", [1, 64], 90, prefill=False))
+    found += [mixture(2, 1, mixed), mixture(1, 2, mixed), experts_everywhere(gpus, requests)]
     short = [n for n in lengths if n < LONGEST // 2]
     long = [n for n in lengths if n not in short]
-    ring, star, helix, ulysses = context(gpus, short)
-    more = [ring, helix, star, tensor_parallel(SMALL, gpus, "bf16", [1, 64], 90, prefill=False)]
-    big = engine("Llama-3.1-405B", [1, 64], FP8, tensor_parallel_size=4)
-    # 64 requests of 2,000 tokens are 8 GiB of a GPU, of the 40 that the weights leave.
-    big.settings["kv_cache_config"] = FP8["kv_cache_config"] | {"free_gpu_memory_fraction": 0.6}
-    name = "llama-3.1-405b-fp8-tp4"
-    rows = [*speeds(name, [1, 64], sums=[1, 64]), throughput(name, 64)]
-    more.append(Group(name, 4, 200, {name: big}, rows))
+    ring, star, helix, ulysses = context(gpus, short, star=lengths)
+    found += [ring, helix, star, ulysses, tensor_parallel(SMALL, gpus, "bf16", [1, 64], 90, prefill=False)]
+    wide, *others = eight() if gpus == 8 else [four()]
+    found += [wide, mixture(2, gpus // 2, [1, 64]), *others]
+    found += [tensor_parallel(LARGE, gpus, "bf16", batches, 150), mixture(1, gpus, [1, 64])]
     if gpus == 8:
-        more[-1:] = eight()
-        first.insert(5, tensor_parallel(LARGE, 4, "fp8", [1, 64], 110, prefill=False))
-        first.insert(6, tensor_parallel(SMALL, 4, "bf16", [1, 64], 90, prefill=False))
-    more += [mixture(2, gpus // 2, [1, 64]), mixture(1, gpus, [1, 64])]
-    more += [tensor_parallel(LARGE, gpus, "bf16", batches, 150), ulysses]
-    if gpus == 8:
-        more.append(tensor_parallel(LARGE, 4, "bf16", batches, 150))
-    for group in context(gpus, long) if long else []:
+        found.append(tensor_parallel(LARGE, 4, "bf16", batches, 150))
+    for group in context(gpus, long, star=[]) if long else []:
         rows = [row for row in group.rows if row.kind == "ttft"]
-        more.append(Group(f"{group.name}-long", gpus, group.seconds, group.engines, rows))
-    return first + more
+        if rows:
+            found.append(Group(f"{group.name}-long", gpus, group.seconds, group.engines, rows))
+    return found
 
 
 def alone() -> Group:
@@ -212,13 +212,23 @@ def two(lengths: Sequence[int], requests: int) -> list[Group]:
     ]
 
 
+def four() -> Group:
+    """Llama-3.1-405B in fp8 on four GPUs."""
+    name = "llama-3.1-405b-fp8-tp4"
+    made = engine("Llama-3.1-405B", [1, 64], FP8, tensor_parallel_size=4)
+    # 64 requests of 2,000 tokens are 8 GiB of a GPU, of the 40 that the weights leave.
+    made.settings["kv_cache_config"] = FP8["kv_cache_config"] | {"free_gpu_memory_fraction": 0.6}
+    rows = [throughput(name, 64), *speeds(name, [1, 64], sums=[1, 64], steps=64)]
+    return Group(name, 4, 230, {name: made}, rows)
+
+
 def eight() -> list[Group]:
     """Llama-3.1-405B in fp8 on eight GPUs, in two stages of four and eight wide."""
     found = []
     for tp, pp in ((4, 2), (8, 1)):
         name = f"llama-3.1-405b-fp8-tp{tp}" + (f"-pp{pp}" if pp > 1 else "")
         made = engine("Llama-3.1-405B", [1, 64, 256], FP8, tensor_parallel_size=tp, pipeline_parallel_size=pp)
-        rows = speeds(name, [1, 64, 256], sums=[1, 64] if pp == 1 else ())
-        rows.append(throughput(name, 512, EIGHT_H200_405B))
-        found.append(Group(name, 8, 240, {name: made}, rows))
+        rows = [throughput(name, 512, EIGHT_H200_405B)]
+        rows += speeds(name, [1, 64, 256], sums=[1, 64] if pp == 1 else (), steps=64)
+        found.append(Group(name, 8, 300, {name: made}, rows))
     return found

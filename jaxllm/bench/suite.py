@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,3 +276,9 @@ def choose(rows: Sequence[Row], names: str) -> list[Row]:
         if not any(row.name.startswith(name) for row in rows):
             raise ConfigError(f"no row starts with {name!r}: choose from {', '.join(row.name for row in rows)}")
     return [row for row in rows if not wanted or any(row.name.startswith(name) for name in wanted)]
+
+
+def scaled(row: Row, factor: int) -> Row:
+    """The row with all its lengths and its batch divided, to try a script out."""
+    lengths = {"batch": max(1, row.batch // factor), "input_len": max(2, row.input_len // factor)}
+    return replace(row, output_len=max(2 if row.kind == "decode" else 1, row.output_len // factor), **lengths)
