@@ -1,5 +1,5 @@
-// out[T, F / 2] = act(gate) * up of the halves of x[T, D] @ weight[F, D].T for 65 to 256 tokens, with wgmma: tokens are the
-// left operand, 64 at a time, and COLUMNS rows of the weight, half gate and half up, the right one.
+// out[T, F / 2] = act(gate) * up of the halves of x[T, D] @ weight[F, D].T for up to 256 tokens, with wgmma: tokens are
+// the left operand, 64 at a time, and COLUMNS rows of the weight, half gate and half up, the right one.
 //
 // A block has one tile: all tokens by COLUMNS rows. It is as large as the registers are, for two things bound such
 // products beside the tensor cores. Shared memory is read for every product again: 64 tokens and the COLUMNS rows. And what

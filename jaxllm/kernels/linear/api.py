@@ -112,6 +112,9 @@ def fused(
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
         return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
+    if norm and activation and residual is None and takes_blocks(x_TD, weight_FD, activation):
+        blocked = rows.blocked_norm(x_TD, norm, wide_cuda.rows_for(x_TD.shape[0]))
+        return wide_cuda.gated(blocked, weight_FD, activation)
     try:
         return narrow_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     except NotImplementedError:
@@ -159,7 +162,7 @@ def multiplies_e4m3(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight) -
     return quantized.multiplies_e4m3(x_TD, weight_FD)
 
 
-def takes_blocks(x_TD: jax.ShapeDtypeStruct, weight_FD: Weight, activation: str) -> bool:
+def takes_blocks(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight, activation: str) -> bool:
     """Whether `gated` without a bias is fastest with such activations as `BlockedTokens`."""
     if isinstance(weight_FD, QuantizedWeight) or packed.is_packed(weight_FD):
         return False

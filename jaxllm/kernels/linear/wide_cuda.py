@@ -1,4 +1,4 @@
-"""act(gate) * up of products of 65 to 256 tokens with a large matrix of bfloat16 on a Hopper GPU, by
+"""act(gate) * up of products of 33 to 256 tokens with a large matrix of bfloat16 on a Hopper GPU, by
 `cuda/wide_gemm.cu`: on wgmma, a tile of all tokens for each block; activations come as they lie in shared memory.
 """
 
@@ -26,7 +26,7 @@ ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 
 TOKENS: tuple[tuple[int, int], ...] = ()
 """Where the kernel is used: tokens, from and to."""
-ASKED = ((65, MOST),)
+ASKED = ((33, MOST),)
 """As above, where the kernel is asked for by name (`call.asked_for`)."""
 
 

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens
-from jaxllm.kernels.linear.reference import Norm
+from jaxllm.kernels.linear.reference import Norm, rms_norm
 from jaxllm.kernels.rows import cuda, reference
 
 
@@ -67,6 +67,19 @@ def quantized_norm(x_TD: jax.Array, norm: Norm) -> QuantizedTokens:
     except NotImplementedError:
         return plain(x_TD, weight_D)
     return lax.platform_dependent(x_TD, weight_D, cuda=kernel, default=plain)
+
+
+def blocked_norm(x_TD: jax.Array, norm: Norm, blocked: int) -> BlockedTokens:
+    """x / rms(x) * weight over the rows of x, as `BlockedTokens` of so many rows; for bfloat16.
+
+    Raises NotImplementedError where there is no kernel: what wants it so has none either.
+    """
+    weight_D, eps = norm
+
+    def plain(x_TD: jax.Array, weight_D: jax.Array) -> BlockedTokens:
+        return BlockedTokens.of(rms_norm(x_TD, (weight_D, eps)), blocked)
+
+    return lax.platform_dependent(x_TD, weight_D, cuda=cuda.blocked_norm(x_TD, eps, blocked), default=plain)
 
 
 def gate(product: Product, activation: str) -> jax.Array:

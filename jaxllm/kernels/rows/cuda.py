@@ -198,6 +198,21 @@ def quantized_norm(x_TD: jax.Array, eps: float) -> Callable[[jax.Array, jax.Arra
     return lambda x_TD, weight_D: _tokens(run(Product.of(x_TD), None, weight_D)[1])
 
 
+def blocked_norm(x_TD: jax.Array, eps: float, rows: int) -> Callable[[jax.Array, jax.Array], BlockedTokens]:
+    """The kernel of `api.blocked_norm`. Raises NotImplementedError where there is none."""
+    if x_TD.ndim != 2:
+        raise NotImplementedError("rows of rows")
+    call.require(NORM)
+    run = norm_kernel(Product.of(x_TD), eps=eps, residual=False, quantised=False, blocked=rows)
+
+    def kernel(x_TD: jax.Array, weight_D: jax.Array) -> BlockedTokens:
+        x = run(Product.of(x_TD), None, weight_D)[1]
+        assert isinstance(x, BlockedTokens)
+        return x
+
+    return kernel
+
+
 def gate(product: Product, activation: str, *, quantised: bool) -> Callable[[Product], Activations]:
     """The kernel of `api.gate`. Raises NotImplementedError where XLA must do the work."""
     choose(GATE, product.shape[0], quantised=quantised)
@@ -221,10 +236,11 @@ def _tokens(x: Activations) -> QuantizedTokens:
 def check(kernel: str) -> None:
     """Raises ArithmeticError if a kernel differs from its reference on small inputs; to be run on a GPU."""
     rng = np.random.default_rng(0)
-    for T, D, splits, quantised, dtype in (
-        (3, 4096, 0, False, jnp.bfloat16),
-        (70, 1040, 4, True, jnp.bfloat16),
-        (2, 576, 0, False, jnp.float32),
+    for T, D, splits, quantised, dtype, blocked in (
+        (3, 4096, 0, False, jnp.bfloat16, 0),
+        (70, 1040, 4, True, jnp.bfloat16, 0),
+        (2, 576, 0, False, jnp.float32, 0),
+        (9, 512, 2, False, jnp.bfloat16, 64),
     ):
         x, residual = (jnp.asarray(rng.standard_normal((T, n)), dtype) for n in (2 * D if kernel == GATE else D, D))
         weight_D = jnp.asarray(rng.uniform(0.5, 1.5, D), jnp.float32)
@@ -236,7 +252,7 @@ def check(kernel: str) -> None:
         found: Any
         wanted: Any
         if kernel == NORM:
-            run = jax.jit(norm_kernel(product, eps=1e-5, residual=True, quantised=quantised))
+            run = jax.jit(norm_kernel(product, eps=1e-5, residual=True, quantised=quantised, blocked=blocked))
             found = run(product, residual, weight_D)
             wanted = reference.residual_norm(product, residual, (weight_D, 1e-5), quantised=quantised)
         elif kernel == GATE:
