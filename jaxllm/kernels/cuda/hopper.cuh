@@ -121,15 +121,15 @@ struct Wgmma<64> {
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24)
         : "l"(a), "l"(b), "r"(accumulate));
   }
-  DEVICE static void rs(float (&d)[32], const u32 (&a)[4], u64 b) {
+  DEVICE static void rs(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate = 1) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
         "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
   DEVICE static void rs_k(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate) {
     asm volatile(
@@ -155,16 +155,16 @@ struct Wgmma<96> {
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40)
         : "l"(a), "l"(b), "r"(accumulate));
   }
-  DEVICE static void rs(float (&d)[48], const u32 (&a)[4], u64 b) {
+  DEVICE static void rs(float (&d)[48], const u32 (&a)[4], u64 b, int accumulate = 1) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
         "}, {%48, %49, %50, %51}, %52, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
   DEVICE static void rs_k(float (&d)[48], const u32 (&a)[4], u64 b, int accumulate) {
     asm volatile(
@@ -204,9 +204,9 @@ struct Wgmma<128> {
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40), OUT8(48), OUT8(56)
         : "l"(a), "l"(b), "r"(accumulate));
   }
-  DEVICE static void rs(float (&d)[64], const u32 (&a)[4], u64 b) {
+  DEVICE static void rs(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate = 1) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -214,7 +214,7 @@ struct Wgmma<128> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
         "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40), OUT8(48), OUT8(56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
   DEVICE static void rs_k(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate) {
     asm volatile(
@@ -284,9 +284,9 @@ struct Wgmma<256> {
           OUT8(80), OUT8(88), OUT8(96), OUT8(104), OUT8(112), OUT8(120)
         : "l"(a), "l"(b), "r"(accumulate));
   }
-  DEVICE static void rs(float (&d)[128], const u32 (&a)[4], u64 b) {
+  DEVICE static void rs(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate = 1) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -299,7 +299,7 @@ struct Wgmma<256> {
         "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}"
         : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32), OUT8(40), OUT8(48), OUT8(56), OUT8(64), OUT8(72),
           OUT8(80), OUT8(88), OUT8(96), OUT8(104), OUT8(112), OUT8(120)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
 };
 

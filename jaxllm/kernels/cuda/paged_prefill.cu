@@ -88,14 +88,18 @@ struct Copier {
 };
 
 DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, const u16* __restrict__ kv,
-                 const int* __restrict__ page_table, const int* __restrict__ schedule, int thread) {
+                 const int* __restrict__ page_table, const int* __restrict__ schedule, u16* __restrict__ out,
+                 float* __restrict__ lse, int thread) {
   Copier copier{memory, smem, kv, nullptr, thread, 0, 0, 0, 0, 0};
   const int items = num_items(schedule);
   for (int turn = 0; turn * gridDim.x < items; turn++) {
     const int item = item_of(turn);
     if (item >= items) break;
     const Tile tile(schedule, item);
-    if (tile.empty()) continue;
+    if (tile.empty()) {
+      store_nothing(tile, thread, out, lse);
+      continue;
+    }
     copier.tile = &tile;
     Pages pages(page_table, tile);
     const int last = tile.last_block(), first = tile.first_block();
@@ -151,13 +155,14 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     }
     wgmma_commit();
   };
-  // Starts o += p @ values.
-  auto start_output = [&]() {
+  // Starts o += p @ values, or o = p @ values.
+  auto start_output = [&](bool first_output) {
     wgmma_pin(o);
     wgmma_fence();
     const u64 v_matrix = v_matrices + rings.v.slot() * (KV_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 16; i++) Wgmma<HEAD_DIM>::rs(o, p[i], v_matrix + i * 16 * PANEL_ROW / 16);
+    for (int i = 0; i < BLOCK_N / 16; i++)
+      Wgmma<HEAD_DIM>::rs(o, p[i], v_matrix + i * 16 * PANEL_ROW / 16, i > 0 || !first_output);
     wgmma_commit();
   };
   auto free_buffer = [&](Ring& ring) {
@@ -171,71 +176,82 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
       for (int j = 0; j < 4; j++) p[i][j] = pack_bf16(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
   };
 
-  if (PINGPONG && group == 1) named_arrive(1, 256);  // the first turn
+  // The next tile that sees anything.
   const int items = num_items(schedule);
-  Tile next(schedule, item_of(0));
-  for (int turn = 0; turn * gridDim.x < items; turn++) {
-    if (item_of(turn) >= items) break;
-    const Tile tile = next;
+  Tile tile(schedule, item_of(0)), next = tile;
+  int turn = 0;
+  auto find_next = [&]() {
+    for (; item_of(turn) < items; turn++) {
+      next = Tile(schedule, item_of(turn));
+      if (!next.empty()) break;
+    }
+    return item_of(turn++) < items;
+  };
+  auto wait_for_tile = [&]() {
+    wait_for(rings.q);
+    wait_for(rings.k);
+    fence_products();
+    if (Q_REGISTERS) {
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 16; i++) {
+        const u32 at = chunk_offset(lane % 16, row / 16 * 16, i * 2 + lane / 16, BLOCK_M);
+        ldmatrix_x4(queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], smem + at);
+      }
+      __syncwarp();
+      free_buffer(rings.q);
+    }
+  };
+
+  if (PINGPONG && group == 1) named_arrive(1, 256);  // the first turn
+  bool more = find_next();
+  if (!more) return;
+  wait_for_tile();
+  start_scores();
+  while (more) {
+    tile = next;
     const Visible rows[2] = {{lasts, firsts, tile.token(row)}, {lasts, firsts, tile.token(row + 8)}};
+    const int last = tile.last_block(), first = tile.first_block();
     softmax.reset();
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.0f;
-    if (!tile.empty()) {
-      const int last = tile.last_block(), first = tile.first_block();
-      wait_for(rings.q);
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    free_buffer(rings.k);
+    if (!Q_REGISTERS && last == first) free_buffer(rings.q);
+    softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
+    pack();
+    more = find_next();
+    for (int block = last - 1; block >= first; block--) {
       wait_for(rings.k);
-      fence_products();
-      if (Q_REGISTERS) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 16; i++) {
-          const u32 at = chunk_offset(lane % 16, row / 16 * 16, i * 2 + lane / 16, BLOCK_M);
-          ldmatrix_x4(queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], smem + at);
-        }
-        __syncwarp();
-        free_buffer(rings.q);
-      }
-      start_scores();
-      wgmma_wait<0>();
-      wgmma_pin(s);
-      free_buffer(rings.k);
-      if (!Q_REGISTERS && last == first) free_buffer(rings.q);
-      softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
-      pack();
-      for (int block = last - 1; block >= first; block--) {
-        wait_for(rings.k);
-        wait_for(rings.v);
-        if (!FP8) fence_products();
-        if (PINGPONG) named_sync(1 + group, 256);
-        start_scores();
-        start_output();
-        if (PINGPONG) named_arrive(2 - group, 256);
-        wgmma_wait<1>();
-        wgmma_pin(s);
-        free_buffer(rings.k);
-        if (!Q_REGISTERS && block == first) free_buffer(rings.q);
-        softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
-        wgmma_pin(s);
-        hold_until_known(softmax.sum[0] + softmax.sum[1]);  // the exponentials overlap with the products
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        free_buffer(rings.v);
-        if (softmax.rescaled) rescale(o, softmax.keep);
-        pack();
-      }
-      next = Tile(schedule, min(item_of(turn + 1), items - 1));  // its loads are under way while this one ends
       wait_for(rings.v);
       if (!FP8) fence_products();
-      start_output();
+      if (PINGPONG) named_sync(1 + group, 256);
+      start_scores();
+      start_output(block == last - 1);
+      if (PINGPONG) named_arrive(2 - group, 256);
+      wgmma_wait<1>();
+      wgmma_pin(s);
+      free_buffer(rings.k);
+      if (!Q_REGISTERS && block == first) free_buffer(rings.q);
+      softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
+      wgmma_pin(s);
+      hold_until_known(softmax.sum[0] + softmax.sum[1]);  // the exponentials overlap with the products
       wgmma_wait<0>();
       wgmma_pin(o);
       free_buffer(rings.v);
-      softmax.finish();
-    } else {
-      next = Tile(schedule, min(item_of(turn + 1), items - 1));
+      if (softmax.rescaled) rescale(o, softmax.keep);
+      pack();
     }
+    wait_for(rings.v);
+    if (!FP8) fence_products();
+    start_output(last == first);
+    if (more) wait_for_tile();
+    start_scores();  // of the next tile, while this one is stored; after the last one, of nothing
+    wgmma_wait<1>();
+    wgmma_pin(o);
+    free_buffer(rings.v);
+    softmax.finish();
     store(o, softmax, rows, tile, row, lane, out, lse);
   }
+  wgmma_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
@@ -258,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
   __syncthreads();
   if (group == 0) {
     registers_fewer<56>();
-    copy(memory, smem, rings, q, kv, page_table, schedule, thread);
+    copy(memory, smem, rings, q, kv, page_table, schedule, out, lse, thread);
   } else {
     registers_more<224>();
     multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);

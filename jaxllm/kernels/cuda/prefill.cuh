@@ -341,3 +341,11 @@ DEVICE void store(const float (&o)[N], const Softmax& softmax, const Visible (&r
     }
   }
 }
+
+// Writes the results of a tile that sees nothing: a thread for each row.
+DEVICE void store_nothing(const Tile& tile, int thread, u16* __restrict__ out, float* __restrict__ lse) {
+  const long long at = tile.query(thread);
+  if (thread >= BLOCK_M || at < 0) return;
+  for (int c = 0; c < CHUNKS; c++) *reinterpret_cast<uint4*>(out + at * HEAD_DIM + c * 8) = make_uint4(0, 0, 0, 0);
+  lse[at] = SEES_NOTHING;
+}

@@ -147,8 +147,8 @@ template <int N> struct Wgmma {
   static void ss_e4m3(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
     emulator::issue_e4m3<N>({d, nullptr, a, b, accumulate != 0});
   }
-  static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
-    emulator::issue<N>("wgmma_rs", {d, a, 0, b, true}, true);
+  static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate = 1) {
+    emulator::issue<N>("wgmma_rs", {d, a, 0, b, accumulate != 0}, true);
   }
   static void rs_k(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate) {
     emulator::issue<N>("wgmma_rs_k", {d, a, 0, b, accumulate != 0}, false);
