@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxllm.config import ConfigError, EngineConfig, KvCacheConfig, SchedulerConfig
+    from jaxllm.config import EngineConfig, KvCacheConfig, SchedulerConfig
     from jaxllm.llm import LLM
     from jaxllm.mapping import CpType
     from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
     from jaxllm.sampling_params import SamplingParams
+    from jaxllm.settings import ConfigError
     from jaxllm.structured import StructuredOutputs
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOME = {
     "EngineConfig": "config",
     "KvCacheConfig": "config",
     "SchedulerConfig": "config",
-    "ConfigError": "config",
+    "ConfigError": "settings",
     "CpType": "mapping",
 }
 

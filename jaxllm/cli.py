@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxllm.bench.command import fill_parser as fill_bench_parser
-from jaxllm.config import ConfigError
 from jaxllm.options import (
     EXIT_USAGE,
     MODEL_HELP,
@@ -31,6 +30,7 @@ from jaxllm.plan.command import fill_parser as fill_plan_parser
 from jaxllm.serve.command import BATCH_EXAMPLES, fill_batch_parser
 from jaxllm.serve.command import EXAMPLES as SERVE_EXAMPLES
 from jaxllm.serve.command import fill_parser as fill_serve_parser
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM

@@ -6,106 +6,19 @@ is touched. Names and meanings follow TensorRT-LLM's LlmArgs, so that its snippe
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxllm import mapping
 from jaxllm.mapping import CpType, StarConfig
+from jaxllm.moe_config import MoeConfig
+from jaxllm.settings import NOT_SUPPORTED_YET, Strict, load_yaml, merge_settings, one_of
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, has a wrong value or contradicts another one. The message is one line."""
-
-
-# Names of TensorRT-LLM's LlmArgs that a script being ported may carry. They are not fields here, but a value that
-# asks for nothing (None, False, "auto", 0) is harmless and everything else deserves better than "unknown name".
-_NOT_SUPPORTED_YET = {
-    "batched_logits_processor": "logits processors",
-    "cache_transceiver_config": "disaggregated serving",
-    "disk_cache_path": "KV offload",
-    "disk_cache_size": "KV offload",
-    "fifo_version": "choosing the all-to-all of Helix",
-    "enable_lora": "LoRA",
-    "guided_decoding_backend": "guided decoding",
-    "host_cache_size": "KV offload",
-    "lora_config": "LoRA",
-    "max_attention_window": "overriding the attention windows of a model",
-    "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
-    "moe_cluster_parallel_size": "expert parallelism",
-    "orchestrator_type": "several processes",
-    "quant_config": "QuantConfig (quantization and kv_cache_config.dtype say it; quantised checkpoints need none)",
-    "revision": "choosing a hub revision (download it and pass the directory)",
-    "sparse_attention_config": "sparse attention",
-    "speculative_config": "speculative decoding",
-    "tokenizer_revision": "choosing a hub revision (download it and pass the directory)",
-    "trust_remote_code": "running code from a checkpoint",
-    "use_low_precision_moe_combine": "adding up experts in less than the dtype of the activations",
-    "use_nccl_for_alltoall": "choosing the all-to-all of Helix",
-}
-_HARMLESS: tuple[object, ...] = (None, False, 0, "auto")
-
-
-def unknown_name_message(name: str, valid: Iterable[str], what: str = "setting") -> str:
-    """There is no such `what`: say so, with the nearest valid name, or all of them when none is near."""
-    valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"the valid ones are {', '.join(valid)}"
-    return f"unknown {what} {name!r}; {hint}"
-
-
-def _describe(error: ValidationError, title: str) -> str:
-    """All problems of a pydantic error in one line."""
-    problems = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
-        text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if item["type"] == "missing":
-            problems.append(f"{title} needs a value for {where!r}")
-        elif where and item["type"] != "value_error":
-            problems.append(f"{where} = {item['input']!r}: {text[0].lower()}{text[1:]}")
-        else:
-            problems.append(text)
-    return "; ".join(problems)
-
-
-class Strict(BaseModel):
-    """Base of every settings class: no unknown names, no silent conversions, one-line errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_describe(error, type(self).__name__)) from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_names_only(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        kept = {}
-        for name, value in values.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name in _NOT_SUPPORTED_YET:
-                # identity for the booleans and 0: 0 == False, and 0.0 is nobody's "off"
-                if not any(value is off or (isinstance(value, str) and value == off) for off in _HARMLESS):
-                    raise ValueError(
-                        f"{name} = {value!r}: {_NOT_SUPPORTED_YET[name]} is not supported yet; leave {name!r} out"
-                    )
-            else:
-                what = "setting" if cls.__name__ == "EngineConfig" else f"setting of {cls.__name__}"
-                raise ValueError(unknown_name_message(str(name), cls.model_fields, what))
-        return kept
 
 
 class KvCacheConfig(Strict):
@@ -183,7 +96,7 @@ class CpConfig(Strict):
         if isinstance(value, int) and not isinstance(value, bool) and value in [kind.value for kind in CpType]:
             return CpType(value)
         if not isinstance(value, CpType):
-            raise ValueError(f"cp_type = {value!r} is not a kind of context parallelism; use {_one_of(names)}")
+            raise ValueError(f"cp_type = {value!r} is not a kind of context parallelism; use {one_of(names)}")
         return value
 
     @model_validator(mode="after")
@@ -194,7 +107,7 @@ class CpConfig(Strict):
                 legal = ["cp_type", *(key for key, kind in owners.items() if kind is self.cp_type)]
                 raise ValueError(
                     f"cp_config.{name} = {getattr(self, name)} belongs to cp_type {owner.name}, not "
-                    f"{self.cp_type.name}, which takes {_one_of(legal, 'and')}"
+                    f"{self.cp_type.name}, which takes {one_of(legal, 'and')}"
                 )
         star = self.star
         if star is not None and star.anchor_size > star.block_size:
@@ -225,107 +138,6 @@ class AttentionDpConfig(Strict):
     enable_balance: bool = False
     timeout_iters: int = Field(default=50, ge=0)
     batching_wait_iters: int = Field(default=10, ge=0)
-
-
-MOE_BACKENDS = ("AUTO", "XLA")
-MOE_BACKENDS_ELSEWHERE = (
-    "CUTEDSL", "CUTLASS", "DEEPGEMM", "DENSEGEMM", "MARLIN", "MEGAMOE_CUTEDSL", "MEGAMOE_DEEPGEMM", "TRITON", "TRTLLM",
-    "VANILLA", "WIDEEP",
-)  # fmt: skip
-
-
-class MoeLoadBalancerConfig(Strict):
-    """Which experts are where, as TensorRT-LLM's load balancer has it; in YAML or JSON, or as a file of that.
-
-    Attributes:
-        num_slots: places for experts in a layer, on all devices together; more than there are experts make room for
-            copies of those with the most tokens. None = as many as the assignments have, or as there are experts.
-        initial_global_assignments: of a layer by its number, the expert of each slot; other layers have the experts in
-            order, and the first ones once more in the slots that are left.
-        layer_updates_per_iter: layers whose experts move after a step, to where the load of the last steps wants them;
-            0 = none ever do.
-        iters_per_reading: steps between two readings of the load.
-    """
-
-    num_slots: int | None = Field(default=None, ge=1)
-    initial_global_assignments: dict[int, list[int]] | None = None
-    layer_updates_per_iter: int = Field(default=0, ge=0)
-    iters_per_reading: int = Field(default=128, ge=1)
-
-    @field_validator("initial_global_assignments", mode="before")
-    @classmethod
-    def _layers_by_number(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        bad = [key for key in value if not isinstance(key, int) and not (isinstance(key, str) and key.isdigit())]
-        if bad:
-            raise ValueError(f"initial_global_assignments names layer {bad[0]!r}, which is no number")
-        return {int(key): slots for key, slots in value.items()}  # JSON has no other keys than strings
-
-
-class MoeConfig(Strict):
-    """How mixtures of experts are computed.
-
-    Attributes:
-        backend: of the experts' products: AUTO takes the fastest that this device has; XLA runs everywhere. The names
-            that TensorRT-LLM has (CUTLASS, TRTLLM, ...) mean AUTO.
-        dispatch: how tokens come to experts on other devices: "replicate" (every device has all tokens, and the sums
-            are added up), "all_to_all" (tokens are sent to their experts, in rounds of messages of a fixed size),
-            "ragged" (the same in messages as long as they need to be), or "auto": of the first two, for each size of
-            step, the one that a reckoning of bytes and latency finds faster.
-        exchange_from: with "auto", tokens of a device from which they are sent, in place of the reckoning.
-        max_num_tokens: tokens of all devices that the experts of a layer work on at a time, which bounds their memory;
-            more go in turns. None = all of a step.
-        load_balancer: a `MoeLoadBalancerConfig`, or a file of its settings in YAML or JSON; None = each expert is in
-            one place, in order.
-        disable_finalize_fusion: without effect: the results of a token's experts are always added in one order.
-    """
-
-    backend: str = "AUTO"
-    dispatch: Literal["auto", "replicate", "all_to_all", "ragged"] = "auto"
-    exchange_from: int | None = Field(default=None, ge=1)
-    max_num_tokens: int | None = Field(default=None, ge=1)
-    load_balancer: MoeLoadBalancerConfig | None = None
-    disable_finalize_fusion: bool = False
-
-    @field_validator("load_balancer", mode="before")
-    @classmethod
-    def _from_file(cls, value: Any) -> Any:
-        return load_yaml(value) if isinstance(value, (str, os.PathLike)) else value
-
-    @field_validator("backend")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value.upper() not in (*MOE_BACKENDS, *MOE_BACKENDS_ELSEWHERE):
-            near = difflib.get_close_matches(value.upper(), (*MOE_BACKENDS, *MOE_BACKENDS_ELSEWHERE), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use {_one_of(MOE_BACKENDS)}"
-            raise ValueError(f"moe_config.backend = {value!r} is unknown; {hint}")
-        return value.upper()
-
-    @model_validator(mode="after")
-    def _exchange_when(self) -> MoeConfig:
-        if self.exchange_from is not None and self.dispatch != "auto":
-            raise ValueError(
-                f"moe_config.exchange_from = {self.exchange_from} has no meaning with dispatch = {self.dispatch!r}; "
-                "leave one of them out"
-            )
-        return self
-
-    @property
-    def alias(self) -> str | None:
-        """The backend, if it is one of another engine's."""
-        return None if self.backend in MOE_BACKENDS else self.backend
-
-    @property
-    def method(self) -> Literal["replicate", "all_to_all", "ragged"] | None:
-        """The dispatch; None for auto."""
-        return None if self.dispatch == "auto" else self.dispatch
-
-
-def _one_of(names: Iterable[str], joint: str = "or") -> str:
-    """ "A, B or C"."""
-    *most, last = names
-    return f"{', '.join(most)} {joint} {last}" if most else last
 
 
 class EngineConfig(Strict):
@@ -495,7 +307,7 @@ class EngineConfig(Strict):
     @classmethod
     def knows(cls, name: str) -> bool:
         """Whether a setting of this name is understood, if only to say that it is not supported."""
-        return name in cls.model_fields or name in _NOT_SUPPORTED_YET or name == "pytorch_backend_config"
+        return name in cls.model_fields or name in NOT_SUPPORTED_YET or name == "pytorch_backend_config"
 
     def resolve_mapping(self, devices: int | None, platform: str = "") -> mapping.Mapping:
         """The parallel layout on this many devices. Raises ValueError when the sizes do not fit them."""
@@ -521,45 +333,3 @@ class EngineConfig(Strict):
             ConfigError: the file is missing or not a mapping, or a setting is wrong.
         """
         return cls(**merge_settings(load_yaml(path), overrides))
-
-
-def merge_settings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` updated by `overrides`; mappings and settings objects under the same name are merged, not replaced."""
-    merged = dict(base)
-    for name, value in overrides.items():
-        if isinstance(value, BaseModel) and name in merged:
-            value = value.model_dump(exclude_unset=True)
-        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
-            value = merge_settings(merged[name], value)
-        merged[name] = value
-    return merged
-
-
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a YAML file as a dict. Raises ConfigError when it cannot be read or is not a mapping."""
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the config file {os.fspath(path)!r}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{os.fspath(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{os.fspath(path)!r} must hold settings as 'name: value' lines")
-    return content
-
-
-def settings_names() -> list[str]:
-    """Names accepted by `LLM(...)`."""
-    return list(EngineConfig.model_fields)
-
-
-def choices(config: type[BaseModel], name: str) -> tuple[str, ...]:
-    """The values a Literal setting may have besides None, for help texts."""
-    values = get_args(config.model_fields[name].annotation)
-    inner = [value for part in values for value in get_args(part)]
-    return tuple(str(value) for value in inner or values)

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine.request import Request, RequestParams
 from jaxllm.outputs import GenerationResult, RequestOutput
 from jaxllm.prompts import NO_TOKENIZER, Message, Prompt, RequestError, as_batch, check_messages, one_each, tokenize
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import AttentionDpConfig, CpConfig, KvCacheConfig, MoeConfig, SchedulerConfig
+from jaxllm.config import AttentionDpConfig, CpConfig, KvCacheConfig, SchedulerConfig
 from jaxllm.llm import LLM
 from jaxllm.mapping import CpType
+from jaxllm.moe_config import MoeConfig
 from jaxllm.outputs import CompletionOutput, GenerationResult, RequestOutput
 from jaxllm.sampling_params import SamplingParams
 

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jaxllm.config import EngineConfig, KvCacheConfig, SchedulerConfig, choices, load_yaml, merge_settings
+from jaxllm.config import EngineConfig, KvCacheConfig, SchedulerConfig
+from jaxllm.settings import choices, load_yaml, merge_settings
 
 if TYPE_CHECKING:
     from jaxllm.sampling_params import SamplingParams

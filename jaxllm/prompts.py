@@ -6,8 +6,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import unknown_name_message
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.settings import unknown_name_message
 
 if TYPE_CHECKING:
     from jaxllm.engine.tokenizer import Tokenizer

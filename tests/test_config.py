@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.config import (
-    AttentionDpConfig,
-    ConfigError,
-    CpConfig,
-    EngineConfig,
-    KvCacheConfig,
-    SchedulerConfig,
-    merge_settings,
-)
+from jaxllm.config import AttentionDpConfig, CpConfig, EngineConfig, KvCacheConfig, SchedulerConfig
 from jaxllm.mapping import CpType, StarConfig
 from jaxllm.mapping import Mapping as ParallelMapping
+from jaxllm.settings import ConfigError, merge_settings
 
 
 @pytest.mark.parametrize(

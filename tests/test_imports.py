@@ -30,15 +30,17 @@ LAYERS: list[list[set[str]]] = [
     [{"models"}, {"weights"}],
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
-    [{"config"}, {"sampling_params", "structured"}],
+    [{"config", "moe_config", "settings"}, {"sampling_params", "structured"}],
     [{"mapping"}, {"cache"}, {"bins"}, {"formats"}, {"placement"}],
 ]
 
 NO_JAX = [
     "config",
     "mapping",
+    "moe_config",
     "placement",
     "sampling_params",
+    "settings",
     "structured",
     "engine.request",
     "engine.running",

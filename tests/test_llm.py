@@ -11,7 +11,7 @@ import pytest
 
 import jaxllm.llm
 from jaxllm import LLM, SamplingParams
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 from tests.fake_engine import FakeDecoder, FakeEngine
 
 

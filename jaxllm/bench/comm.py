@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.bench.report import aligned, machine
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.parallel.collectives import (
@@ -40,6 +40,7 @@ from jaxllm.parallel.collectives import (
     sum_later,
 )
 from jaxllm.parallel.mesh import AXES, make_mesh
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.engine.forward import StepFunctions

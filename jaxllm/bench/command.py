@@ -216,8 +216,8 @@ def _run_bench_serve(args: argparse.Namespace) -> int:
 
     from jaxllm.bench import serving
     from jaxllm.bench.load import Lengths
-    from jaxllm.config import ConfigError
     from jaxllm.serve.http_client import Client
+    from jaxllm.settings import ConfigError
 
     try:
         extra = json.loads(args.extra_body)
@@ -261,7 +261,7 @@ def _compared(args: argparse.Namespace) -> dict[str, Any]:
     """What loads take that other libraries can run beside."""
     compare = _names(args.compare)
     if args.prefix_len < 0:
-        from jaxllm.config import ConfigError
+        from jaxllm.settings import ConfigError
 
         raise ConfigError(f"--prefix-len = {args.prefix_len} must be 0 or more")
     return {
@@ -342,7 +342,7 @@ def _run_bench_layouts(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from jaxllm.config import ConfigError
+    from jaxllm.settings import ConfigError
 
     names = _names(text)
     if not names or not all(name.isdigit() and int(name) > 0 for name in names):

@@ -10,7 +10,8 @@ from jaxllm.bench.load import Lengths, random_load
 from jaxllm.bench.profile import record, table
 from jaxllm.bench.report import Report, Row, measure
 from jaxllm.bench.runners import JaxllmRunner, check_names, make_peers
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError
 
 HOST_PHASES = ("schedule", "pack", "dispatch", "update")
 

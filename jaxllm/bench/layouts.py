@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.mapping import CpType
+from jaxllm.settings import ConfigError
 
 PROMPT = 256
 """Tokens of the prompt whose log probabilities are compared."""

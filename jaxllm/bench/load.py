@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

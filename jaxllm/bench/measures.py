@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxllm.bench.load import Lengths, Load, random_load
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.engine.batch import PackedStep

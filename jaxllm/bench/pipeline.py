@@ -19,7 +19,8 @@ from typing import Any
 
 from jaxllm.bench.load import Lengths, random_load
 from jaxllm.bench.report import aligned, machine
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError
 
 
 @dataclass(slots=True)

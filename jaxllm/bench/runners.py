@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxllm.bench.load import Load
-from jaxllm.config import ConfigError, EngineConfig, unknown_name_message
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError, unknown_name_message
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM

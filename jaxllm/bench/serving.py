@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.bench.load import Lengths, random_load
-from jaxllm.config import ConfigError
 from jaxllm.serve.http_client import Client
+from jaxllm.settings import ConfigError
 
 _FIGURES = {
     "ttft": "Time to First Token",

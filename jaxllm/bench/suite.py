@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.bench.load import Lengths, random_load
 from jaxllm.bench.measures import BARE_STEPS, MEASURES, STEPS, bare_step, generate
 from jaxllm.bench.report import aligned, machine
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM

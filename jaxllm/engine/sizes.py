@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine import buckets
 from jaxllm.mapping import CpType, Mapping
+from jaxllm.settings import ConfigError
 
 MEMORY_FRACTION = 0.9
 """Share of a GPU that XLA reserves; the rest is for CUDA, NCCL and what else runs there. JAX's own default is 0.75."""

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxllm import placement
 from jaxllm.cache import cache_dir
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.forward import StepFunctions
@@ -40,6 +40,7 @@ from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.parallel.expert import Dispatch
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh, stage_mesh
+from jaxllm.settings import ConfigError
 from jaxllm.weights.dummy import dummy_params
 from jaxllm.weights.experts import split_experts
 from jaxllm.weights.load import load_params

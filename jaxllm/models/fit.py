@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxllm.config import MoeLoadBalancerConfig
 from jaxllm.mapping import CpType, Mapping
 from jaxllm.models.config import ModelConfig
+from jaxllm.moe_config import MoeLoadBalancerConfig
 from jaxllm.parallel.heads import HeadLayout
 from jaxllm.placement import Placement
 

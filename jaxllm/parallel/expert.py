@@ -42,7 +42,7 @@ from jaxllm.parallel.collectives import (
 )
 
 if TYPE_CHECKING:
-    from jaxllm.config import MoeConfig
+    from jaxllm.moe_config import MoeConfig
 
 Method = Literal["replicate", "all_to_all", "ragged"]
 Route = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array | None]]

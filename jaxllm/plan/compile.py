@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 
 if TYPE_CHECKING:
     from jaxllm.engine.buckets import Bucket

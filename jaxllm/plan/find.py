@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ConfigError
 from jaxllm.models.registry import config_from_gguf, config_from_hf
 from jaxllm.plan.sizes import Model, dense
+from jaxllm.settings import ConfigError
 from jaxllm.weights.resolve import resolve_model
 
 _SHIPPED = files("jaxllm.plan") / "models"

@@ -9,7 +9,7 @@ from itertools import islice, product
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.sizes import DEFAULTS, Room, kv_cache_dtype, longest_sequence, memory_fraction_variable, pool_size
 from jaxllm.engine.sizes import Sizes as BatchSizes
@@ -22,6 +22,7 @@ from jaxllm.plan.collectives import Collective, collectives
 from jaxllm.plan.gpus import Gpu
 from jaxllm.plan.roofline import Load, Roofline, Speed
 from jaxllm.plan.sizes import Model, Sizes, quantized
+from jaxllm.settings import ConfigError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(jnp.bfloat16)}
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxllm.config import ConfigError
 from jaxllm.serve.command import check_packages, serve_settings
 from jaxllm.serve.http_client import Client
+from jaxllm.settings import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 _TRIES = 60

@@ -7,9 +7,10 @@ import importlib.util
 import sys
 from typing import Any
 
-from jaxllm.config import ConfigError, EngineConfig, choices, load_yaml, merge_settings
+from jaxllm.config import EngineConfig
 from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
 from jaxllm.serve.settings import ServeConfig, split_settings
+from jaxllm.settings import ConfigError, choices, load_yaml, merge_settings
 
 EXAMPLES = """\
 Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; /tokenize, /detokenize; /health,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 
 _LINE_LIMIT = 1 << 20
 

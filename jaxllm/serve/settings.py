@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from jaxllm.config import ConfigError, EngineConfig, Strict, unknown_name_message
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError, Strict, unknown_name_message
 
 
 class ServeConfig(Strict):

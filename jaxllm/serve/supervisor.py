@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.options import EXIT_USAGE
 from jaxllm.serve.settings import ServeConfig
+from jaxllm.settings import ConfigError
 
 EXIT_ENGINE_DIED = 1
 _POLL_SECONDS = 0.05

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec
 from jaxllm.bench import comm
 from jaxllm.bench.comm import AXES, COLLECTIVES, emit, groups, in_words, parse_sizes, run_comm
 from jaxllm.cli import main
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.parallel.layout import Layout
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.settings import ConfigError
 
 CONFIG = EngineConfig(model="none", tensor_parallel_size=2, moe_expert_parallel_size=2, context_parallel_size=2)
 

@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.bench import layouts
 from jaxllm.bench.layouts import parse_layout, render, run_layouts
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
+from jaxllm.settings import ConfigError
 from tests.tiny_llm import MODEL
 
 CONFIG = {"model": str(MODEL), "progress": False, "dtype": "float32", "max_num_tokens": 256, "token_buckets": [256]}

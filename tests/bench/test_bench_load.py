@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from jaxllm.bench.load import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Lengths, random_load
-from jaxllm.config import ConfigError
+from jaxllm.settings import ConfigError
 
 pytestmark = pytest.mark.quick
 

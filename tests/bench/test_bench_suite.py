@@ -13,8 +13,8 @@ from jaxllm import LLM
 from jaxllm.bench import measures
 from jaxllm.bench.measures import BARE_TOKENS, decode_input
 from jaxllm.bench.suite import Result, Row, Suite, choose
-from jaxllm.config import ConfigError
 from jaxllm.engine.batch import PackedStep
+from jaxllm.settings import ConfigError
 from tests.tiny_llm import MODEL
 
 ENGINE: dict[str, Any] = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, longest_sequence, pool_size
 from jaxllm.mapping import Mapping
+from jaxllm.settings import ConfigError
 
 CPU = DEFAULTS["cpu"]
 

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.config import ConfigError, EngineConfig
+from jaxllm.config import EngineConfig
 from jaxllm.engine.buckets import Bucket
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.plan.compile import HLO_NAMES, compile_step, count_collectives, described_devices
 from jaxllm.plan.find import find_model
 from jaxllm.plan.gpus import find_gpu
 from jaxllm.plan.plan import Plan, make_plan
+from jaxllm.settings import ConfigError
 from tests.tiny_llm import MODEL
 
 pytestmark = pytest.mark.timeout(300)

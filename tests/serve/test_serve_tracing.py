@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jaxllm.config import ConfigError
 from jaxllm.serve.tracing import Tracer
+from jaxllm.settings import ConfigError
 
 
 def test_a_span_tells_of_its_request() -> None:
