@@ -281,5 +281,9 @@ def choose(rows: Sequence[Row], names: str) -> list[Row]:
 
 def scaled(row: Row, factor: int) -> Row:
     """The row with all its lengths and its batch divided, to try a script out."""
-    lengths = {"batch": max(1, row.batch // factor), "input_len": max(2, row.input_len // factor)}
-    return replace(row, output_len=max(2 if row.kind == "decode" else 1, row.output_len // factor), **lengths)
+    return replace(
+        row,
+        batch=max(1, row.batch // factor),
+        input_len=max(2, row.input_len // factor),
+        output_len=max(2 if row.kind == "decode" else 1, row.output_len // factor),
+    )
