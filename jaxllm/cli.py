@@ -242,13 +242,10 @@ def _convert_parser(parser: Parser) -> None:
 
 
 def _run_convert(args: argparse.Namespace) -> int:
-    from jaxllm.weights.orbax import convert
-    from jaxllm.weights.resolve import resolve_model
+    from jaxllm.weights.resolve import convert_model, resolve_model
 
     started = time.perf_counter()
-    model = resolve_model(args.source)
-    with contextlib.closing(model.open()) as source:
-        convert(source, model.config_files(), args.destination, metadata=model.metadata, progress=True)
+    convert_model(resolve_model(args.source), args.destination, progress=True)
     _note(f"wrote {args.destination} in {time.perf_counter() - started:.1f} s")
     return 0
 

