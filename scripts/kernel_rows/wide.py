@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from kernel_rows._measure import BANDWIDTH, FLOPS, Row, time_call
+from kernel_rows._measure import BANDWIDTH, FLOPS, Row, difference, time_call
 from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, values, weights
 
 from jaxllm.bench.profile import record
@@ -26,39 +27,60 @@ OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 F, D, _ = SHAPES["gate_up"]
 
 
-def right() -> dict[str, Any]:
-    """Distance from float32 of the product, and of the norm that makes its activations from that which does not."""
-    found: dict[str, Any] = {}
-    wrong = False
-    weight = weights("gate_up")[0]
+SMALL = 4 * wide_cuda.COLUMNS
+"""Rows of the weight: as many tiles as take a moment to compare with float32."""
+CASES = ((256, True), (200, True), (192, True), (128, True), (100, True), (64, True), (256, False), (128, False))
+"""Tokens, and whether with the fence."""
 
-    def errors(T: int, fence: bool, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        product, residual, norm_D = values(1, T, D), values(2, T, D), 1 + values(4, D, dtype=F32) / 4
-        rows = wide_cuda.rows_for(T)
-        normed = [
-            rows_cuda.norm_kernel(Product.of(product), eps=EPS, residual=True, quantised=False, blocked=blocked)(
-                Product.of(product), residual, norm_D
-            )[1]
-            for blocked in (rows, 0)
-        ]
-        x, y = normed
-        assert isinstance(x, BlockedTokens) and isinstance(y, jax.Array)
-        out = wide_cuda.implementation(T, weight, "silu", fence=fence)(x, weight).astype(F32)
-        wanted = reference.linear(
-            y.astype(F32),
+
+def right() -> dict[str, Any]:
+    """Distance from float32 of a product of few rows, and of the norm that makes its activations from that which does
+    not; and of the whole product from XLA's.
+    """
+    product, residual, norm_D = values(1, 256, D), values(2, 256, D), 1 + values(4, D, dtype=F32) / 4
+    weight = weights("gate_up")[0][:SMALL]
+    prepared = [(wide_cuda.implementation, T, weight, "silu", fence) for T, fence in CASES]
+    with ThreadPoolExecutor() as pool:
+        kernels = list(pool.map(lambda given: given[0](*given[1:4], fence=given[4]), prepared))
+
+    def errors(product: jax.Array, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> list[Any]:
+        wanted = normed(product, residual, norm_D, 0)
+        assert isinstance(wanted, jax.Array)
+        out = reference.linear(
+            wanted.astype(F32),
             weight.astype(F32),
             activation="silu",
             matmul=lambda x, weight, dtype: jnp.matmul(x, weight.T, precision="highest"),
         )
-        return jnp.linalg.norm(out - wanted) / jnp.linalg.norm(wanted), jnp.sum(x.plain() != y)
+        distances = []
+        for (T, _), kernel in zip(CASES, kernels, strict=True):
+            x = normed(product[:T], residual[:T], norm_D, wide_cuda.rows_for(T))
+            assert isinstance(x, BlockedTokens)
+            found = kernel(x, weight).astype(F32)
+            error = jnp.linalg.norm(found - out[:T]) / jnp.linalg.norm(out[:T])
+            distances.append((error, jnp.sum(x.plain() != wanted[:T])))
+        return distances
 
-    for T, fence in ((256, True), (200, True), (128, True), (100, True), (64, True), (256, False), (128, False)):
-        error, different = jax.jit(partial(errors, T, fence))(weight)
+    found: dict[str, Any] = {}
+    wrong = False
+    made = jax.jit(errors, compiler_options=OPTIONS)(product, residual, norm_D, weight)
+    for (T, fence), (error, different) in zip(CASES, made, strict=True):
         found[f"{T}{'' if fence else ' without fence'}"] = float(error)
         wrong = wrong or not float(error) < 0.01 or int(different) > 0
         if int(different):
             found[f"{T} numbers that differ after the norm"] = int(different)
-    return found | {"wrong": wrong}
+    one, other = (
+        jax.jit(half, compiler_options=OPTIONS)(Product.of(product), residual, norm_D, weights("gate_up")[0])[1]
+        for half in (own, engine)
+    )
+    found["256 whole"] = difference(one, other)
+    return found | {"wrong": wrong or not found["256 whole"] < 0.01}
+
+
+def normed(product: jax.Array, residual: jax.Array, norm_D: jax.Array, blocked: int) -> Any:
+    made = Product.of(product)
+    run = rows_cuda.norm_kernel(made, eps=EPS, residual=True, quantised=False, blocked=blocked)
+    return run(made, residual, norm_D)[1]
 
 
 Linear = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

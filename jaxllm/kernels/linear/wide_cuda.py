@@ -24,8 +24,11 @@ FULL = 0.9
 CLUSTER = 2
 ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 
-TOKENS: tuple[tuple[int, int], ...] = ()
-"""Where the kernel is used: tokens, from and to."""
+TOKENS: tuple[tuple[int, int], ...] = ((33, MOST),)
+"""Where the kernel is used: tokens, from and to.
+
+Measured on an H200 (jax 0.11.2) with Llama-3.1-8B's shapes: 59.5 us at 64 tokens, 62.0 at 128 and 82.9 at 256; cuBLAS
+and the kernel for silu take 61.1, 66.7 and 92.4, and `narrow_cuda` 62.9 at 64."""
 ASKED = ((33, MOST),)
 """As above, where the kernel is asked for by name (`call.asked_for`)."""
 
