@@ -7,7 +7,7 @@
 //
 // An item of work is a row's tile of 64 query heads; see shares.cuh. One CTA stays on each SM, of four warpgroups:
 //   copy     brings blocks of BLOCK tokens into STAGES stages; each has warps of its own, so that none waits for others
-//   scores   queries @ latents, softmax; leaves the weights, and by how much older results shrink
+//   scores   queries @ latents of two blocks, softmax; leaves the weights, and by how much older results shrink
 //   values   two of them: result = result * shrinking + weights @ latents, half of the VALUES numbers each
 // so that the products of scores overlap with those of values of the block before, and the softmax with both.
 //
@@ -18,7 +18,7 @@
 
 constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE - 1) / TILE, M = HEADS < TILE ? HEADS : TILE;
-constexpr int WARPS = 16, THREADS = WARPS * 32, COPIERS = 128 / STAGES;
+constexpr int WARPS = 16, THREADS = WARPS * 32, COPIERS = 128, PARTS = BLOCK / 16;
 // Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables.
 constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"
@@ -26,7 +26,7 @@ constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 constexpr int WEIGHTS_AT = KV_AT + STAGES * STAGE;
 constexpr int FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
 constexpr int LSE_AT = FACTORS_AT + TILE * 4, BARRIERS_AT = LSE_AT + TILE * 4;
-constexpr int WEIGHTS_MADE = BARRIERS_AT + 16 * STAGES, WEIGHTS_FREED = WEIGHTS_MADE + 8;
+constexpr int WEIGHTS_MADE = BARRIERS_AT + BARRIERS_OF_STAGE * STAGES, WEIGHTS_FREED = WEIGHTS_MADE + 8;
 constexpr int UNMERGED_AT = WEIGHTS_FREED + 8, TABLES_AT = UNMERGED_AT + 48;
 static_assert(VALUES == 512 && HEADS % M == 0, "not what this kernel was written for");
 
@@ -39,9 +39,9 @@ DEVICE void make_weights(
   uint4* const weights = (uint4*)(shared + WEIGHTS_AT);
   float* const factors = (float*)(shared + FACTORS_AT);
   float* const logs = (float*)(shared + LSE_AT);
-  const u64 query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
+  u64 query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
   const u32 barriers = smem + BARRIERS_AT;
-  float s[BLOCK / 2];
+  float s[BLOCK / 2], t[BLOCK / 2];
   int blocks = 0, messages = 0;
 #pragma unroll 1
   for (;;) {
@@ -61,11 +61,10 @@ DEVICE void make_weights(
     named_sync(1, 128);
     const int lowest = FIRST ? first[run.row] : 0;
     float top[2] = {MASKED, MASKED}, sum[2] = {0.f, 0.f};
-#pragma unroll 1
-    for (int block = 0; block < run.blocks; ++block, ++blocks) {
-      const int stage = blocks % STAGES;
-      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
-      const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
+    auto multiply = [&](float (&s)[BLOCK / 2], int blocks) {
+      wait_full(barriers, blocks);
+      const u64 keys = matrix_descriptor(smem + KV_AT + blocks % STAGES * STAGE, ROW, 16, 8 * ROW);
+      compute_again(query);
       wgmma_pin(s);
       wgmma_fence();
 #pragma unroll
@@ -74,8 +73,8 @@ DEVICE void make_weights(
         Wgmma<BLOCK>::ss(s, query + (i / 4 * QUERY_PANEL + inside) / 16, keys + (i / 4 * PANEL + inside) / 16, i > 0);
       }
       wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_pin(s);
+    };
+    auto weigh = [&](float (&s)[BLOCK / 2], int block) {
       const int token = run.token + block * BLOCK + lane % 4 * 2;
       if (token - lane % 4 * 2 + BLOCK > run.last || FIRST) {
 #pragma unroll
@@ -117,6 +116,33 @@ DEVICE void make_weights(
         factors[row] = keep[0];
         factors[row + 8] = keep[1];
       }
+    };
+    // Scores of two blocks are made one after the other, and weights of the first, which may be used once both are made,
+    // meanwhile: values would slow the second's down, and then have to wait for weights. While a pair's values are
+    // multiplied, blocks of the next come.
+    int block = 0;
+#pragma unroll 1
+    for (; block + 1 < run.blocks; block += 2, blocks += 2) {
+      multiply(s, blocks);
+      multiply(t, blocks + 1);
+      wgmma_wait<1>();
+      wgmma_pin(s);
+      weigh(s, block);
+      hold_until_known(sum[0]);
+      hold_until_known(sum[1]);
+      wgmma_wait<0>();
+      wgmma_pin(t);
+      barrier_arrive(smem + WEIGHTS_MADE);
+      ++messages;
+      weigh(t, block + 1);
+      barrier_arrive(smem + WEIGHTS_MADE);
+      ++messages;
+    }
+    if (block < run.blocks) {
+      multiply(s, blocks++);
+      wgmma_wait<0>();
+      wgmma_pin(s);
+      weigh(s, block);
       barrier_arrive(smem + WEIGHTS_MADE);
       ++messages;
     }
@@ -181,22 +207,22 @@ DEVICE void multiply_values(
         }
       }
       const int stage = blocks % STAGES;
-      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
+      wait_full(barriers, blocks);
       const u64 values =
           matrix_descriptor(smem + KV_AT + stage * STAGE + group * (VALUES / 2 / 64) * PANEL, ROW, PANEL, 8 * ROW);
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < BLOCK / 16; ++i)
+      for (int i = 0; i < BLOCK / 16; ++i) {
 #pragma unroll
         for (int side = 0; side < 2; ++side)
           Wgmma<VALUES / 4>::rs(o[side], p[i], values + (side * (VALUES / 4 / 64) * PANEL + i * 16 * ROW) / 16);
-      wgmma_commit();
-      wgmma_wait<0>();
+        wgmma_commit();
+      }
+      free_parts(barriers, stage, lane);
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
-      if (lane == 0) barrier_arrive(freed_of(barriers, stage));
     }
     barrier_wait(smem + WEIGHTS_MADE, messages & 1);
     const float inverse[2] = {factors[row], factors[row + 8]}, log[2] = {logs[row], logs[row + 8]};
@@ -260,10 +286,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
   if (cta >= CTAS) return;
   const u32 barriers = smem + BARRIERS_AT;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(full_of(barriers, stage), COPIERS);
-      barrier_init(freed_of(barriers, stage), 8);  // the warps of values
-    }
+    init_stages(barriers, 8);  // the warps of values
     barrier_init(smem + WEIGHTS_MADE, 128);
     barrier_init(smem + WEIGHTS_FREED, 8);
     barrier_init_fence();
@@ -283,12 +306,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
   }
   if (group == 0) {
     registers_fewer<40>();
-    copy(smem, barriers, rows, work.walk, kv, pages, thread / COPIERS, thread % COPIERS);
+    copy(smem, barriers, rows, work.walk, kv, pages, thread);
   } else if (group == 1) {
-    registers_fewer<104>();
+    registers_fewer<120>();
     make_weights(shared, smem, rows, work.walk, q, first, thread);
   } else {
-    registers_more<184>();
+    registers_more<176>();
     multiply_values(shared, smem, rows, work, out, lse, part_out, part_lse, finished, group - 2, thread);
   }
 }

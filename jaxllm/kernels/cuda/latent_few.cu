@@ -13,13 +13,13 @@
 #define GRID_BARRIER  // all CTAs run at once
 
 constexpr int Q = 1, ITEMS = 1, N = HEADS_ROOM;
-constexpr int THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
+constexpr int THREADS = WARPS * 32, COPIERS = THREADS - 128, PARTS = 2;
 // Shared memory: queries, stages, weights, what warps tell each other, barriers, what is to be merged, tables.
 constexpr int QUERY_PANEL = N * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"
 
 constexpr int WEIGHTS_AT = KV_AT + STAGES * STAGE, TOLD_AT = WEIGHTS_AT + N * ROW;
-constexpr int BARRIERS_AT = TOLD_AT + 4 * N * 4, UNMERGED_AT = BARRIERS_AT + 16 * STAGES, TABLES_AT = UNMERGED_AT + 48;
+constexpr int BARRIERS_AT = TOLD_AT + 4 * N * 4, UNMERGED_AT = BARRIERS_AT + BARRIERS_OF_STAGE * STAGES, TABLES_AT = UNMERGED_AT + 48;
 static_assert(BLOCK == 64 && VALUES == 512 && HEADS <= N && KV_AT % 1024 == 0, "not what this kernel was written for");
 
 // The warpgroup that has products. A thread has heads 8 i + 2 (lane % 4) + j of scores and results, i < N / 8, j < 2, of
@@ -137,19 +137,21 @@ struct Attention {
     named_sync(1, 128);
   }
 
-  DEVICE void multiply_values(u32 stage) {
+  // Frees the stage, too.
+  DEVICE void multiply_values(u32 stage, u32 barriers, int number) {
     const u64 values = matrix_descriptor(stage, ROW, PANEL, 8 * ROW);
     const u64 weights = matrix_descriptor(smem + WEIGHTS_AT, ROW, 16, 8 * ROW);
 #pragma unroll
     for (int i = 0; i < VALUES / 64; ++i) wgmma_pin(o[i]);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < VALUES / 64; ++i)
+    for (int k = 0; k < BLOCK / 16; ++k) {
 #pragma unroll
-      for (int k = 0; k < BLOCK / 16; ++k)
+      for (int i = 0; i < VALUES / 64; ++i)
         Wgmma<N>::ss_mn(o[i], values + (i * PANEL + k * 16 * ROW) / 16, weights + k * 2);
-    wgmma_commit();
-    wgmma_wait<0>();
+      if ((k + 1) % (BLOCK / 16 / PARTS) == 0) wgmma_commit();
+    }
+    free_parts(barriers, number, lane);
 #pragma unroll
     for (int i = 0; i < VALUES / 64; ++i) wgmma_pin(o[i]);
   }
@@ -177,11 +179,10 @@ DEVICE void attend(
     for (int block = 0; block < run.blocks; ++block, ++blocks) {
       const int stage = blocks % STAGES;
       const u32 at = smem + KV_AT + stage * STAGE;
-      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
+      wait_full(barriers, blocks);
       attention.multiply_keys(at);
       attention.make_weights(run.token + block * BLOCK, lowest, run.last);
-      attention.multiply_values(at);
-      if (lane == 0) barrier_arrive(freed_of(barriers, stage));
+      attention.multiply_values(at, barriers, stage);
     }
     attention.over_warps(attention.sum, [](float a, float b) { return a + b; });
     const Part part = work.part_of(rows, run);
@@ -234,10 +235,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
   const u32 barriers = smem + BARRIERS_AT;
   Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
   if (thread == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(full_of(barriers, stage), COPIERS);
-      barrier_init(freed_of(barriers, stage), 4);
-    }
+    init_stages(barriers, 4);
     barrier_init_fence();
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
@@ -252,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
     for (int i = thread; i < HEADS; i += THREADS) lse[r * HEADS + i] = MASKED;
   }
   if (thread < 128) attend(shared, smem, rows, work, q, first, out, lse, part_out, part_lse, finished, unmerged, thread);
-  else copy(smem, barriers, rows, work.walk, kv, pages, (thread - 128) / COPIERS, (thread - 128) % COPIERS);
+  else copy(smem, barriers, rows, work.walk, kv, pages, thread - 128);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 2; ++i)

@@ -80,7 +80,7 @@ def configure(
         room = next(room for room in (8, 16, 32) if room >= N)
         warps = 12 if room <= 16 else 8  # which leaves results of 32 heads registers enough
         macros |= {"HEADS_ROOM": room, "STAGES": STAGES, "WARPS": warps}
-        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * warps * 4 + tables
+        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 8 * 3 * STAGES + 48 + 2 * warps * 4 + tables
         return fitting(Launch(macros, (R, -(-ctas // R)), 32 * warps, shared), R)
     panels = 2 * (TILE + 128) * H  # queries and stages
     shared = panels + 2 * TILE * block + 2 * 4 * TILE + 8 * (2 * 128 // block + 2) + 48 + 2 * 16 * 4 + tables
