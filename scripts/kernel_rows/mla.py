@@ -38,8 +38,7 @@ SPEEDS = (
 """Rows, tokens, query heads."""
 VARIANTS = (
     ("many heads' kernel", (64, 4096, 16), {"few": False}),
-    ("shares of 4", (1, 4096, 16), {"min_share": 4}),
-    ("shares of 2", (8, 4096, 128), {"min_share": 2}),
+    ("many heads' kernel", (64, 4096, 32), {"few": False}),
 )
 
 

@@ -84,6 +84,12 @@ struct Unmerged {
   size_t target;
 };
 
+// Tells others of a CTA's parts, once they are all there and every thread that wrote one has made that known.
+DEVICE void announce(const Unmerged* unmerged, int* finished) {
+  for (int i = 0; i < 2; ++i)
+    if (!unmerged[i].part.complete()) atomicAdd(finished + unmerged[i].part.from, 1);
+}
+
 // Merges a CTA's share of an item that several CTAs have parts of, once all of them have theirs: each has some of the
 // item's slices of 128 numbers. All CTAs run at once, so that they can wait for each other.
 //   warp of WARPS_HERE; sync: their barrier; room: of shared memory, (16 * 32 + 8) WARPS_HERE bytes

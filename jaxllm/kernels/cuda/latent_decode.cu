@@ -43,11 +43,7 @@ DEVICE void make_weights(
   const u32 barriers = smem + BARRIERS_AT;
   float s[BLOCK / 2], t[BLOCK / 2];
   int blocks = 0, messages = 0;
-#pragma unroll 1
-  for (;;) {
-    const Run run = walk.take(rows, 0x7fffffff);
-    if (!run.blocks) break;
-    named_sync(1, 128);  // all have used the queries before
+  auto fetch_queries = [&](const Run& run) {
     const u16* from = q + ((size_t)run.row * HEADS + run.item * TILE) * H;
 #pragma unroll 4
     for (int i = 0; i < TILE * H / 8 / 128; ++i) {
@@ -56,6 +52,12 @@ DEVICE void make_weights(
       cp_async_16(to, from + (m < M ? (size_t)at * 8 : 0), m < M ? 16 : 0);
     }
     cp_async_commit();
+  };
+  Run next = walk.take(rows, 0x7fffffff);
+  if (next.blocks) fetch_queries(next);
+#pragma unroll 1
+  while (next.blocks) {
+    const Run run = next;
     cp_async_wait<0>();
     fence_products();
     named_sync(1, 128);
@@ -162,6 +164,9 @@ DEVICE void make_weights(
     }
     barrier_arrive(smem + WEIGHTS_MADE);
     ++messages;
+    named_sync(1, 128);  // all have used the queries
+    next = walk.take(rows, 0x7fffffff);
+    if (next.blocks) fetch_queries(next);
   }
 }
 
@@ -249,15 +254,12 @@ DEVICE void multiply_values(
         else part_lse[slot] = log[half];
       }
     }
-    if (part.complete()) continue;
-    __threadfence();
-    named_sync(2, 256);
-    if (group == 0 && thread == 0) {
-      atomicAdd(finished + part.from, 1);
+    if (group == 0 && thread == 0 && !part.complete())
       unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
-    }
   }
+  __threadfence();
   named_sync(2, 256);
+  if (group == 0 && thread == 0) announce(unmerged, finished);
   // All else that uses shared memory has been done: the last weights were.
 #pragma unroll 1
   for (int i = 0; i < 2; ++i)

@@ -33,8 +33,8 @@ struct Attention {
   DEVICE Attention(u8* shared, u32 smem, int thread)
       : shared(shared), smem(smem), thread(thread), lane(thread % 32), warp(thread / 32), pair(thread % 4 * 2) {}
 
-  DEVICE void load_queries(const u16* from) {
-    named_sync(1, 128);  // all have used those before
+  // Begins to bring queries; the warpgroup's scores of others are done. Then comes `queries_come`.
+  DEVICE void fetch_queries(const u16* from) {
 #pragma unroll 3
     for (int at = thread; at < N * H / 8; at += 128) {
       const int m = at / (H / 8), chunk = at % (H / 8);
@@ -42,6 +42,8 @@ struct Attention {
       cp_async_16(to, from + (m < HEADS ? (size_t)at * 8 : 0), m < HEADS ? 16 : 0);
     }
     cp_async_commit();
+  }
+  DEVICE void queries_come() {
     cp_async_wait<0>();
     fence_products();
     named_sync(1, 128);
@@ -83,16 +85,23 @@ struct Attention {
 
   DEVICE void multiply_keys(u32 stage) {
     const u64 keys = matrix_descriptor(stage, ROW, 16, 8 * ROW), query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
+    float t[N / 2];  // a sum of its own for every other product: one need not wait for the one before
     wgmma_pin(s);
+    wgmma_pin(t);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < H / 16; ++i) {
       const int inside = i % 4 * 32;
-      Wgmma<N>::ss(s, keys + (i / 4 * PANEL + inside) / 16, query + (i / 4 * QUERY_PANEL + inside) / 16, i > 0);
+      const u64 a = keys + (i / 4 * PANEL + inside) / 16, b = query + (i / 4 * QUERY_PANEL + inside) / 16;
+      if (i % 2) Wgmma<N>::ss(t, a, b, i > 1);
+      else Wgmma<N>::ss(s, a, b, i > 1);
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(s);
+    wgmma_pin(t);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) s[i] += t[i];
   }
 
   // Makes weights of scores of tokens from `token` on, of which those from `lowest` to `last` are seen.
@@ -167,12 +176,13 @@ DEVICE void attend(
   const u32 barriers = smem + BARRIERS_AT;
   Walk walk = work.walk;
   int blocks = 0;
+  Run next = walk.take(rows, 0x7fffffff);
+  if (next.blocks) attention.fetch_queries(q + (size_t)next.row * HEADS * H);
 #pragma unroll 1
-  for (;;) {
-    const Run run = walk.take(rows, 0x7fffffff);
-    if (!run.blocks) break;
+  while (next.blocks) {
+    const Run run = next;
     const size_t target = (size_t)run.row * HEADS;
-    attention.load_queries(q + target * H);
+    attention.queries_come();
     attention.clear();
     const int lowest = FIRST ? first[run.row] : 0;
 #pragma unroll 1
@@ -184,6 +194,8 @@ DEVICE void attend(
       attention.make_weights(run.token + block * BLOCK, lowest, run.last);
       attention.multiply_values(at, barriers, stage);
     }
+    next = walk.take(rows, 0x7fffffff);
+    if (next.blocks) attention.fetch_queries(q + (size_t)next.row * HEADS * H);
     attention.over_warps(attention.sum, [](float a, float b) { return a + b; });
     const Part part = work.part_of(rows, run);
 #pragma unroll
@@ -205,14 +217,11 @@ DEVICE void attend(
         else part_out[slot * VALUES + dim] = x;
       }
     }
-    if (part.complete()) continue;
-    __threadfence();
-    named_sync(1, 128);
-    if (thread == 0) {
-      atomicAdd(finished + part.from, 1);
-      unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
-    }
+    if (thread == 0 && !part.complete()) unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
   }
+  __threadfence();
+  named_sync(1, 128);
+  if (thread == 0) announce(unmerged, finished);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
