@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.engine.batch import BatchShape
 from jaxllm.kernels.all_reduce.api import Group
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
+from jaxllm.kernels.all_reduce.api import gather as gather_few
+from jaxllm.kernels.all_reduce.api import scatter_sum as scatter_few
 from jaxllm.kernels.linear import fp8_cuda
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.layers.embedding import greedy, vocab_logits
@@ -198,7 +200,7 @@ class StepFunctions:
             exchange = None
             if self.group is not None:
                 *weights, words = weights
-                exchange = Exchange(words, self.group.axes, all_reduce_few)
+                exchange = Exchange(words, self.group.axes, all_reduce_few, scatter_few, gather_few)
             model = self._model(weights)
             attention = AttentionBatch(
                 decodes,

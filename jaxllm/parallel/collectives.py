@@ -20,7 +20,7 @@ from jax import lax
 Axes = tuple[str, ...]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["group"], meta_fields=["axes", "add_up"])
+@partial(jax.tree_util.register_dataclass, data_fields=["group"], meta_fields=["axes", "add_up", "scatter", "gather"])
 @dataclass(frozen=True)
 class Exchange:
     """Another way than XLA's to add up small arrays over some axes; it goes into a program as an argument.
@@ -33,11 +33,16 @@ class Exchange:
       axes: those that it works over, all with more than one rank.
       add_up: (x, residual or None, group, ranks, norm or None) -> the residual plus the sum, and the norm of it or
         None; raises NotImplementedError for what XLA does better.
+      scatter: (x, residual or None, group, ranks) -> this rank's rows of the sum of every rank's x, plus the residual;
+        as `add_up`. None: by XLA.
+      gather: (x, group, ranks) -> the rows of all ranks; likewise.
     """
 
     group: jax.Array
     axes: Axes
     add_up: Callable[..., tuple[jax.Array, jax.Array | None]] = field(repr=False)
+    scatter: Callable[..., jax.Array] | None = field(default=None, repr=False)
+    gather: Callable[..., jax.Array] | None = field(default=None, repr=False)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["part_TD", "residual_TD"], meta_fields=["axes"])
@@ -93,13 +98,27 @@ def all_gather(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def gather_rows(x: jax.Array, axes: Axes) -> jax.Array:
-    """Every rank's rows, one rank's after the other's."""
+    """Every rank's rows, one rank's after the other's; few of them by the exchange that is there."""
+    exchange = _exchange_over(axes)
+    if exchange is not None and exchange.gather is not None and _in_order(axes, exchange):
+        try:
+            return exchange.gather(x, exchange.group, ranks(axes))
+        except NotImplementedError:
+            pass
     return lax.all_gather(x, axes, tiled=True) if ranks(axes) > 1 else x
 
 
-def reduce_scatter_rows(x: jax.Array, axes: Axes) -> jax.Array:
-    """This rank's rows of the sum of every rank's x: what `gather_rows` laid together, taken apart again."""
-    return lax.psum_scatter(x, axes, tiled=True) if ranks(axes) > 1 else x
+def reduce_scatter_rows(x: jax.Array, axes: Axes, residual: jax.Array | None = None) -> jax.Array:
+    """This rank's rows of the sum of every rank's x: what `gather_rows` laid together, taken apart again; plus the
+    residual of these rows."""
+    exchange = _exchange_over(axes)
+    if exchange is not None and exchange.scatter is not None and _in_order(axes, exchange):
+        try:
+            return exchange.scatter(x, residual, exchange.group, ranks(axes))
+        except NotImplementedError:
+            pass
+    x = lax.psum_scatter(x, axes, tiled=True) if ranks(axes) > 1 else x
+    return x if residual is None else residual + x
 
 
 def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Array | None = None) -> jax.Array:
@@ -107,8 +126,10 @@ def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Arra
 
     Where the rows are those of several ranks (`tokens`), each keeps its own.
     """
-    x_TD = reduce_scatter_rows(x_TD, tokens)
-    axes = tuple(axis for axis in axes if axis not in tokens)
+    rest = tuple(axis for axis in axes if axis not in tokens)
+    if ranks(rest) == 1:
+        return reduce_scatter_rows(x_TD, tokens, residual_TD)
+    x_TD, axes = reduce_scatter_rows(x_TD, tokens), rest
     exchange = _exchange_over(axes)
     if exchange is not None:
         try:
@@ -162,6 +183,11 @@ def _exchange_over(axes: Axes) -> Exchange | None:
     exchange = _exchange.get()
     wide = {axis for axis in axes if ranks((axis,)) > 1}
     return exchange if exchange is not None and wide == set(exchange.axes) else None
+
+
+def _in_order(axes: Axes, exchange: Exchange) -> bool:
+    """Whether ranks have the same numbers over these axes as in the group."""
+    return tuple(axis for axis in axes if axis in exchange.axes) == exchange.axes
 
 
 def all_to_all(x: jax.Array, axes: Axes) -> jax.Array:

@@ -180,8 +180,13 @@ def compile_step(plan: Plan, devices: Sequence[Any], bucket: Bucket | None = Non
 def count_collectives(hlo: str) -> dict[str, int]:
     """Collectives of a compiled program by their HLO name; those with several operands count once.
 
-    Our own kernel for small sums counts as the all-reduce that it is.
+    Our own kernels for small ones count as what they are.
     """
     found = Counter(re.findall(rf" ({'|'.join(HLO_NAMES.values())})(?:-start)?\(", hlo))
-    found[HLO_NAMES["all_reduce"]] += len(re.findall(r'name = "all_reduce"', hlo))
+    for kernel, kind in (
+        ("all_reduce", "all_reduce"),
+        ("reduce_scatter", "reduce_scatter"),
+        ("gather_rows", "all_gather"),
+    ):
+        found[HLO_NAMES[kind]] += len(re.findall(rf'name = "{kernel}"', hlo))
     return dict(sorted((+found).items()))

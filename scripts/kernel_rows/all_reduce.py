@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_rows._measure import Row, time_call
 
-from jaxllm.kernels.all_reduce import api
+from jaxllm.kernels.all_reduce import api, cuda
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.mesh import make_mesh
@@ -214,6 +214,50 @@ def ways(numbered: bool) -> dict[str, Any]:
     return out
 
 
+def apart(numbered: bool) -> dict[str, Any]:
+    """Microseconds of a sum whose rows are scattered and then gathered, [ranks * T, 4096] bfloat16, as layers with
+    experts have them; first whether it is right."""
+    mesh, group = open_group(numbered)
+    ranks = group.ranks
+    out: dict[str, Any] = {}
+    options: dict[str, Any] = {"numbered": numbered, "timeout_ms": TIMEOUT_MS}
+
+    def own(x: jax.Array, residual: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mine = cuda.run(x, residual, words, ranks, kernel=cuda.SCATTER, **options)[0]
+        return mine, cuda.run(mine, None, words, ranks, kernel=cuda.GATHER, **options)[0]
+
+    def xla(x: jax.Array, residual: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mine = residual + lax.psum_scatter(x, "tp", tiled=True)
+        return mine, lax.all_gather(mine, "tp", tiled=True)
+
+    try:
+        for tokens in (16, 128):
+            x = parts(mesh, ranks * tokens, 4096, jnp.bfloat16)
+
+            def differ(words: jax.Array, x: jax.Array, tokens: int = tokens) -> jax.Array:
+                def step(_: jax.Array, wrong: jax.Array) -> jax.Array:
+                    found, wanted = (way(x + wrong, x[:tokens], words) for way in (own, xla))
+                    bad = sum((a != b).astype(jnp.float32).sum() for a, b in zip(found, wanted, strict=True))
+                    return wrong + bad.astype(x.dtype)
+
+                return jnp.broadcast_to(lax.fori_loop(0, 50, step, jnp.zeros((), x.dtype)), x.shape)
+
+            out[f"T={tokens} wrong"] = int(np.asarray(program(mesh, group, differ)(group.array, x), np.float32).max())
+            for name, way in (("us", own), ("xla us", xla)):
+
+                def chain(words: jax.Array, x: jax.Array, way: Any = way, tokens: int = tokens) -> jax.Array:
+                    for _ in range(CALLS):
+                        x = way(x * 0.1, x[:tokens], words)[1]
+                    return x
+
+                run = program(mesh, group, chain)
+                out[f"T={tokens} both {name}"] = 1e6 * time_call(run, group.array, x, calls=CALLS, seconds=0.02)
+            group.raise_if_failed()
+    finally:
+        group.close()
+    return out | {"wrong": any(count for name, count in out.items() if "wrong" in name)}
+
+
 def rows() -> Iterator[Row]:
     """None on one GPU."""
     ranks = len(jax.devices())
@@ -222,6 +266,8 @@ def rows() -> Iterator[Row]:
     yield Row("all-reduce ways, data only, right", partial(ways_right, False))
     yield Row("all-reduce ways, data only", partial(ways, False))
     yield Row("all-reduce ways, numbered", partial(ways, True))
+    yield Row("all-reduce apart, data only", partial(apart, False))
+    yield Row("all-reduce apart, numbered", partial(apart, True))
     for shots in WAYS if ranks > 2 else (1,):
         yield Row(f"all-reduce bf16 right, {shots} shots", partial(right, jnp.bfloat16, shots))
         yield Row(f"all-reduce f32 right, {shots} shots", partial(right, jnp.float32, shots))

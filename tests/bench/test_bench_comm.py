@@ -62,7 +62,7 @@ def test_sums_of_a_step(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = comm.sum_seconds(functions, 2, repeat=2)
     assert len(found) == 2 and min(found) > 0
-    assert used == ([((2, 8), 4)] * 3 if own else []) and len(checked) == int(own)
+    assert used == ([((2, 8), 4)] * 9 if own else []) and len(checked) == int(own)
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)

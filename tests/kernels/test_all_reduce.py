@@ -156,6 +156,72 @@ def test_kernel_equals_reference(count: int, shots: int, numbered: bool) -> None
                 np.testing.assert_allclose(found[rank][number][1].astype(np.float32), normed, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_each_trip_is_a_collective_of_its_own(count: int) -> None:
+    """Sums are scattered and gathered in turns with whole sums, of sizes whose last block is not full; the ranks as far
+    apart as they get."""
+    ranks, rng, rows, width = Ranks(count, False), np.random.default_rng(count), 3, 8 * 24
+    kinds = [cuda.SCATTER, cuda.GATHER, cuda.KERNEL] * 4
+    parts = [rng.standard_normal((count, count * rows, width)).astype(jnp.bfloat16) for _ in kinds]
+    residuals = rng.standard_normal((count, rows, width)).astype(jnp.bfloat16)
+    norm = rng.uniform(0.5, 2, width).astype(np.float32)
+
+    def launch(rank: int, number: int, build: bool) -> np.ndarray | None:
+        kind, x = kinds[number], parts[number][rank]
+        if kind == cuda.GATHER:
+            x = np.ascontiguousarray(x[:rows])
+        eps = 1e-5 if kind == cuda.SCATTER and number % 2 else None
+        residual = residuals[rank] if kind == cuda.SCATTER else None
+        made = {"residual": residual is not None, "eps": eps, "shots": 2, "numbered": False, "slot": SLOT}
+        macros = cuda.macros_of(jnp.asarray(x), count, kernel=kind, clusters=1, timeout_ms=20_000, **made)
+        key = rank, number
+        if build:
+            source = rtc.SOURCES / f"{kind}.cu"
+            ranks.kernels[key] = Kernels(source, macros | {"SLOTS": SLOTS, "IN_ORDER": 1}, own=True)
+            return None
+        shape = {cuda.SCATTER: (rows, width), cuda.GATHER: (count * rows, width)}.get(kind, x.shape)
+        found, normed = ranks.kernels[key].run(
+            kind,
+            [x, x if residual is None else residual, ranks.groups[rank], norm],
+            [(shape, x.dtype), (shape if eps else (16,), x.dtype)],
+            grid=cuda.grid_of(macros, kind),
+            threads=macros["THREADS"],
+            shared=cuda.shared_of(macros, kind),
+            seed=5 * number + rank,
+        )
+        if eps is not None:
+            wanted = np.asarray(rms_norm(jnp.asarray(found, jnp.float32), (jnp.asarray(norm), eps)))
+            np.testing.assert_allclose(normed.astype(np.float32), wanted, rtol=2e-2, atol=2e-2)
+        return found
+
+    for rank in range(count):
+        for number in range(len(kinds)):
+            launch(rank, number, True)
+
+    def one(rank: int) -> list[np.ndarray | None]:
+        chance = random.Random(rank)
+        out = []
+        for number in range(len(kinds)):
+            time.sleep(chance.choice((0, 0, 0.005)))
+            out.append(launch(rank, number, False))
+        return out
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(one, range(count)))
+    assert not ranks.word[0]
+    for number, kind in enumerate(kinds):
+        total = reference.all_reduce(jnp.asarray(parts[number]))
+        for rank in range(count):
+            own = slice(rank * rows, (rank + 1) * rows)
+            if kind == cuda.GATHER:
+                wanted = parts[number][:, :rows].reshape(-1, width)
+            elif kind == cuda.SCATTER:
+                wanted = reference.all_reduce(jnp.asarray(parts[number][:, own]), jnp.asarray(residuals[rank]))
+            else:
+                wanted = total
+            np.testing.assert_array_equal(found[rank][number], np.asarray(wanted), f"{kind} {number} on rank {rank}")
+
+
 @pytest.mark.parametrize("numbered", [True, False])
 def test_a_place_keeps_a_packet_until_it_is_read(numbered: bool) -> None:
     """A rank that has what another sent ends the sum, and may send for the next one before the other has read anything.
@@ -222,19 +288,41 @@ def test_nobody_waits_for_ever() -> None:
 def test_only_what_the_kernel_can_do() -> None:
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     assert cuda.macros_of(x(256, 4096), 2, residual=True)["UNITS"] == 131072
-    for shape, dtype in (((257, 4096), jnp.bfloat16), ((1, 7), jnp.bfloat16), ((8, 64), jnp.float16), ((0, 64), None)):
+    for shape, dtype in (((513, 4096), jnp.bfloat16), ((1, 7), jnp.bfloat16), ((8, 64), jnp.float16), ((0, 64), None)):
         with pytest.raises(NotImplementedError, match="sums of"):
             cuda.macros_of(x(*shape, dtype=dtype or jnp.bfloat16), 2, residual=False)
-    assert cuda.macros_of(x(1, 8192), 2, residual=True, eps=1e-5)["THREADS"] == 1024
+    assert cuda.macros_of(x(1, 8192), 2, residual=True, eps=1e-5, clusters=1)["THREADS"] == 1024
     for shape, dtype in (((1, 8200), jnp.bfloat16), ((8, 68), jnp.bfloat16), ((8, 64), jnp.float32)):
         with pytest.raises(NotImplementedError, match="the norm of rows"):
             cuda.macros_of(x(*shape, dtype=dtype), 2, residual=False, eps=1e-5)
-    with pytest.raises(NotImplementedError, match="1025 rows"):
-        cuda.macros_of(x(1025, 64), 2, residual=False, eps=1e-5)
+    with pytest.raises(NotImplementedError, match="2049 rows"):
+        cuda.macros_of(x(2049, 64), 2, residual=False, eps=1e-5)
     with pytest.raises(NotImplementedError, match="residual"):
         cuda.run(x(8, 64), x(1, 64), x(6), 2)  # type: ignore[arg-type]
     for ranks in (2, 3, 4, 6, 8):
-        assert cuda.limit(ranks) > 256 << 10
+        assert cuda.limit(ranks) > 512 << 10
+        # Two phases of two shots' places of 16 bytes, one of each sender.
+        places = 4 * ranks * cuda.slots(ranks) * cuda.SLOT * 16
+        for numbered in (False, True):
+            assert cuda.memory_bytes(ranks, numbered) == cuda.counter_bytes(ranks) + places * (1 + numbered)
+    with pytest.raises(NotImplementedError, match="rows of"):
+        cuda.macros_of(x(6, 64), 4, residual=False, kernel=cuda.SCATTER)
+    with pytest.raises(NotImplementedError, match="sums of"):
+        cuda.macros_of(x(520, 4096), 4, residual=False, kernel=cuda.GATHER)
+    with pytest.raises(NotImplementedError, match="not measured"):
+        cuda.gather(x(8, 64), x(6), 5)  # type: ignore[arg-type]
+    assert cuda.shots_of(4 << 20, 2) == 1
+
+
+def test_two_shots_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "TWO_SHOTS", {4: 256 << 10})
+    x = jax.ShapeDtypeStruct((64, 8192), jnp.bfloat16)
+    for asked, ways in (("", (1, 2, 1)), ("+two_shots", (1, 2, 2))):
+        monkeypatch.setenv("JAXLLM_CUDA", asked)
+        assert tuple(cuda.shots_of(1 << 20, ranks) for ranks in (2, 4, 8)) == ways
+        macros = cuda.macros_of(x, 8, residual=True, eps=1e-5)
+        assert macros["CLUSTER"] == (8 if asked else 1)
+    assert cuda.cluster_of(1024, 8) == 8 and cuda.cluster_of(512, 8) == 4 and cuda.cluster_of(640, 8) == 1
 
 
 @pytest.mark.parametrize("vocab", [40, EXACT + 4])

@@ -35,6 +35,10 @@ all_reduce = cuda.run
 `Group.array`. The parts are added in float32 in the order of the ranks and rounded once, to the same bits on every
 rank. Raises NotImplementedError for a sum that XLA does better, or at all.
 """
+scatter_sum = cuda.scatter_sum
+"""(x, residual or None, group, ranks) -> this rank's rows of such a sum; raises as `all_reduce`."""
+gather = cuda.gather
+"""(x, group, ranks) -> every rank's rows; raises as `all_reduce`."""
 
 
 class PeerError(RuntimeError):
@@ -65,7 +69,7 @@ class Group:
             return
         ordinals = np.vectorize(lambda device: device.local_hardware_id, otypes=[int])(mesh.devices)
         ones_from = None if numbered else cuda.counter_bytes(self.ranks)
-        memory = driver.PeerMemory(ordinals.reshape(-1).tolist(), cuda.memory_bytes(self.ranks), ones_from)
+        memory = driver.PeerMemory(ordinals.reshape(-1).tolist(), cuda.memory_bytes(self.ranks, numbered), ones_from)
         self._memory = memory
         words = np.empty((ordinals.size, self.ranks + 2), np.uint64)
         names = mesh.axis_names
@@ -110,6 +114,27 @@ class Group:
     def check(self, repeats: int = 25) -> None:
         """Raises ArithmeticError if sums differ from XLA's: small and larger ones, in bfloat16 and float32."""
 
+        def apart(group: jax.Array, number: jax.Array, rank: jax.Array | int) -> jax.Array:
+            """Rows that are summed and scattered, and gathered again, where that is done here."""
+            at = jnp.arange(16 * self.ranks * 4096, dtype=jnp.int32).reshape(16 * self.ranks, 4096)
+            part = ((at * 5 + rank * 3 + number) % 15).astype(jnp.bfloat16)
+            residual = ((at[:16] + rank + number) % 9).astype(jnp.bfloat16)
+            wrong = jnp.int32(0)
+            options: dict[str, Any] = {"numbered": self.numbered, "timeout_ms": 3000}
+            try:
+                found = scatter_sum(part, residual, group, self.ranks, **options)
+                wanted = lax.psum_scatter(part.astype(jnp.float32), self.axes, tiled=True) + residual
+                wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
+                residual = found
+            except NotImplementedError:
+                pass
+            try:
+                rows = gather(residual + wrong.astype(jnp.bfloat16), group, self.ranks, **options)
+                wrong = wrong + (rows != lax.all_gather(residual, self.axes, tiled=True)).sum(dtype=jnp.int32)
+            except NotImplementedError:
+                pass
+            return wrong
+
         def wrong(group: jax.Array) -> jax.Array:
             rank = lax.axis_index(self.mesh.axis_names)
 
@@ -128,7 +153,7 @@ class Group:
                     if norm is not None and normed is not None:
                         error = jnp.abs(normed.astype(jnp.float32) - rms_norm(wanted, norm))
                         wrong = wrong + (~(error < 0.02)).sum(dtype=jnp.int32)
-                return wrong
+                return wrong + apart(group, number + wrong, rank)
 
             return lax.fori_loop(0, repeats, repeat, jnp.int32(0))[None]
 
