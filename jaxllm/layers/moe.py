@@ -156,8 +156,9 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The layer on what `norm` makes of x, added to the residual; its rows are split over `tokens`.
 
-        valid_T: which rows are tokens, not padding. Then only those get experts, and the tokens that each expert got,
-        int32 [E], are the second result: over all ranks of ep, those of the step.
+        valid_T: which rows are tokens; the others, padding, get no experts. None: all do, which costs less where they
+        are few. The second result are the tokens that each expert got, int32 [E], where the layout has them counted:
+        over all ranks of ep, those of the step.
         """
         num_experts, chosen = self.router.num_experts, self.router.chosen
         T, dispatch = x_TD.shape[0], self.layout.dispatch
@@ -180,6 +181,7 @@ class MoE(nnx.Module):
                 if valid_T is not None:
                     real_T = valid_T if routes is not None else (x_TD != 0).any(axis=1)
                     chosen_TX = jnp.where(real_T[:, None], chosen_TX, -1)
+                if self.layout.counts_loads:
                     counted = jnp.where(chosen_TX < 0, num_experts, chosen_TX)
                     load_E = jnp.zeros(num_experts, jnp.int32).at[counted].add(1, mode="drop")
                 if self.slots is not None:

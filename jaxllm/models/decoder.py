@@ -179,7 +179,9 @@ class Block(nnx.Module):
                 x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised, blocked=blocked)
             residual = x_TD if post_mlp is None else None
             if isinstance(self.mlp, MoE):
-                valid_T = self._valid(batch, spread, x_TD.shape[0]) if self.layout.counts_loads else None
+                # Padding of prompts may be most of a step; its rows, all alike, would go to the same few experts.
+                masked = self.layout.counts_loads or batch.tokens > batch.decodes
+                valid_T = self._valid(batch, spread, x_TD.shape[0]) if masked else None
                 x, load_E = self.mlp(x_TD, self.mlp_norm, tokens, residual, valid_T)
             else:
                 x = self.mlp(y_TD, norm, tokens, residual)

@@ -1,6 +1,9 @@
-"""The router, against loops in NumPy."""
+"""The router, against loops in NumPy; and which rows of a step get experts."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm import LLM, SamplingParams
+from jaxllm.kernels.grouped_matmul import api
 from jaxllm.layers.moe import Router, top
 from jaxllm.parallel.params import ParamSpec, Segment
 
@@ -67,3 +72,37 @@ def test_router(groups: int, groups_chosen: int, sigmoid: bool, with_bias: bool,
         assert chosen[t].tolist() == wanted
         # the bias chooses, it does not weigh
         np.testing.assert_allclose(weights[t], 2.5 * scores[t][wanted] / scores[t][wanted].sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"tensor_parallel_size": 2, "enable_attention_dp": True}, marks=pytest.mark.slow)],
+    ids=["one rank", "two lanes"],
+)
+def test_padding_of_prompts_gets_no_experts(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt of 5 tokens fills a small part of its step, whose other rows are all alike."""
+    real, rows = api.experts, []
+
+    def experts(x_TD: jax.Array, chosen_TX: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        jax.debug.callback(lambda chosen: rows.append((len(chosen), int((chosen >= 0).any(axis=1).sum()))), chosen_TX)
+        return real(x_TD, chosen_TX, *args, **kwargs)
+
+    monkeypatch.setattr(api, "experts", experts)
+    with LLM(
+        Path(__file__).parents[1] / "golden" / "mixtral",
+        skip_tokenizer_init=True,
+        dtype="float32",
+        progress=False,
+        max_batch_size=2,
+        max_num_tokens=32,
+        max_seq_len=64,
+        batch_buckets=[2],
+        token_buckets=[32],
+        kv_cache_config={"tokens_per_block": 4, "max_tokens": 256},
+        **settings,
+    ) as llm:
+        llm.generate([[3, 4, 5, 6, 7]], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
+        jax.effects_barrier()
+    ranks = settings.get("tensor_parallel_size", 1)
+    in_prompt = [found for size, found in rows if size >= 32]
+    assert in_prompt == [5] * 2 * ranks, rows
