@@ -64,15 +64,17 @@ SHAPES: dict[str, tuple[np.ndarray, int, tuple[int, int, int], dict[str, Any]]] 
 COMPARED = ("8 x 2048", "fp8 8 x 2048", "8192 after 122880", "H=256 1 x 8192 softcap window")
 """With the reference at full size."""
 SWEEP: dict[str, Variant] = {
-    "queries in registers": wgmma(128, q_registers=True),
+    "2 stages": wgmma(128, 2),
     "no turns": wgmma(128, pingpong=False),
-    "96 keys, 3 stages": wgmma(96, 3),
+    "192 rows, 80 keys": wgmma(80, 4, rows=192),
+    "192 rows, 80 keys, no turns": wgmma(80, 4, pingpong=False, rows=192),
     "mma.sync": VARIANTS[128][1],
 }
 SWEPT = ("1 x 8000", "8 x 2048")
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     # what is replaced in the sources, to see what a part costs; the results are wrong but for the last
     "without copies": (("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),),
+    "with copies of zeros": (("further + i <= left ? 16 : 0", "0"),),
     "without exponentials": (("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),),
     "without both": (
         ("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),

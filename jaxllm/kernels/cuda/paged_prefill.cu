@@ -6,14 +6,15 @@
 // computed together with the output of the block before, so that the exponentials of the one overlap with the products
 // of the other; and the two warpgroups take turns in starting products (PINGPONG).
 //
-// Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), PINGPONG,
-// Q_REGISTERS (queries are multiplied from registers: fewer reads of shared memory), FP8 (pages are e4m3)
+// Macros: those of prefill.cuh with BLOCK_M = 128 or 192; STAGES (buffers for keys, and as many for values), PINGPONG,
+// FP8 (pages are e4m3)
 #include "hopper.cuh"
 #include "prefill.cuh"
 
-constexpr int GROUPS = 2;                    // warpgroups that multiply
+constexpr int GROUPS = BLOCK_M / 64;  // warpgroups that multiply
 constexpr int THREADS = (1 + GROUPS) * 128;
-static_assert(BLOCK_M == GROUPS * 64, "a warpgroup has 64 rows");
+constexpr int REGISTERS = GROUPS == 2 ? 224 : 160, REGISTERS_TO_COPY = GROUPS == 2 ? 56 : 32;
+static_assert(GROUPS == 2 || GROUPS == 3, "registers are for two or three warpgroups of 64 rows");
 
 // Shared memory: queries, STAGES of keys, STAGES of values, what is copied and not yet converted, barriers.
 constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, PACKED_AT = V_AT + STAGES * KV_BYTES;
@@ -21,15 +22,18 @@ constexpr int PACKED_BYTES = FP8 ? KV_BYTES / 2 : 0, BARRIERS_AT = PACKED_AT + 2
 constexpr int Q_ATOMS = BLOCK_M * PANEL_ROW, KV_ATOMS = BLOCK_N * PANEL_ROW;  // bytes of a panel
 constexpr int PER_PANEL = PANEL / 16;        // products along a row of a panel
 
-// A ring of buffers, or the one of the queries: who waits for what is counted in uses.
+// A ring of buffers, or the one of the queries, each with two barriers.
 struct Ring {
-  u32 barriers, count;
-  int slots;
+  u32 barriers;
+  int slots, slot;
+  u32 phase;
 
-  DEVICE int slot() const { return count % slots; }
-  DEVICE u32 phase() const { return count / slots & 1; }
-  DEVICE u32 full() const { return barriers + slot() * 16; }
-  DEVICE u32 freed() const { return barriers + slot() * 16 + 8; }
+  DEVICE u32 full() const { return barriers + slot * 16; }
+  DEVICE u32 freed() const { return barriers + slot * 16 + 8; }
+  DEVICE void advance() {
+    slot++;
+    if (slot == slots) slot = 0, phase ^= 1;
+  }
 };
 
 // The items of a block of threads: the schedule starts with the longest, and blocks take turns forth and back.
@@ -41,7 +45,7 @@ struct Rings {
   Ring q, k, v;
 
   DEVICE explicit Rings(u32 barriers)
-      : q{barriers, 0, 1}, k{barriers + 16, 0, STAGES}, v{barriers + 16 + STAGES * 16, 0, STAGES} {}
+      : q{barriers, 1, 0, 0}, k{barriers + 16, STAGES, 0, 0}, v{barriers + 16 + STAGES * 16, STAGES, 0, 0} {}
 };
 
 // The warpgroup that copies. Copies of bf16 tell that they have landed themselves, so that as many are under way as there
@@ -65,13 +69,13 @@ struct Copier {
     fence_products();
     barrier_arrive(full);
   }
-  DEVICE void begin(const Ring& ring) { barrier_wait(ring.freed(), ring.phase() ^ 1); }
+  DEVICE void begin(const Ring& ring) { barrier_wait(ring.freed(), ring.phase ^ 1); }
   DEVICE void end(Ring& ring) {
     cp_async_arrive(ring.full());
-    ring.count++;
+    ring.advance();
   }
   DEVICE void block(Ring& ring, u32 buffers, const Pages& pages, int part) {
-    const u32 place = buffers + ring.slot() * KV_BYTES;
+    const u32 place = buffers + ring.slot * KV_BYTES;
     if (!FP8) {
       begin(ring);
       load_block<128>(smem + place, kv, pages, part, *tile, thread);
@@ -81,9 +85,9 @@ struct Copier {
     load_packed<128>(packed, reinterpret_cast<const u8*>(kv), pages, part, *tile, thread);
     cp_async_commit();
     convert<1>();
-    full = ring.full(), freed = ring.freed(), phase = ring.phase() ^ 1, to = place;
+    full = ring.full(), freed = ring.freed(), phase = ring.phase ^ 1, to = place;
     copies++;
-    ring.count++;
+    ring.advance();
   }
 };
 
@@ -91,26 +95,30 @@ DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, c
                  const int* __restrict__ page_table, const int* __restrict__ schedule, u16* __restrict__ out,
                  float* __restrict__ lse, int thread) {
   Copier copier{memory, smem, kv, nullptr, thread, 0, 0, 0, 0, 0};
-  const int items = num_items(schedule);
-  for (int turn = 0; turn * gridDim.x < items; turn++) {
-    const int item = item_of(turn);
-    if (item >= items) break;
-    const Tile tile(schedule, item);
+  const int items = num_items(schedule), lane = thread % 32;
+  Tile next(schedule, item_of(0));
+  Pages pages(page_table, next);
+  pages.fetch(next.last_block(), lane);
+  for (int turn = 0; item_of(turn) < items; turn++) {
+    const Tile tile = next;
+    next = Tile(schedule, min(item_of(turn + 1), items - 1));  // its loads, and then its pages', are not waited for
     if (tile.empty()) {
       store_nothing(tile, thread, out, lse);
+      pages = Pages(page_table, next);
+      pages.fetch(next.last_block(), lane);
       continue;
     }
     copier.tile = &tile;
-    Pages pages(page_table, tile);
     const int last = tile.last_block(), first = tile.first_block();
-    pages.fetch(last, thread % 32);
     Pages before = pages;  // of the values, which come one block after the keys
     for (int block = last; block >= first - 1; block--) {
       const Pages here = pages;
-      if (block >= first) {
-        pages.fetch(block - 1, thread % 32);
-        copier.block(rings.k, K_AT, here, 0);
+      if (block > first) pages.fetch(block - 1, lane);
+      if (block == first) {
+        pages = Pages(page_table, next);
+        pages.fetch(next.last_block(), lane);
       }
+      if (block >= first) copier.block(rings.k, K_AT, here, 0);
       if (block == last) {  // after the keys: their buffers are free before that of the queries is
         copier.begin(rings.q);
         load_queries<128>(smem, q, tile, thread);
@@ -134,24 +142,19 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
 
   float o[HEAD_DIM / 2], s[BLOCK_N / 2];
   u32 p[BLOCK_N / 16][4];
-  u32 queries[Q_REGISTERS ? HEAD_DIM / 16 : 1][4];
   Softmax softmax;
 
-  auto wait_for = [&](const Ring& ring) { barrier_wait(ring.full(), ring.phase()); };
+  auto wait_for = [&](const Ring& ring) { barrier_wait(ring.full(), ring.phase); };
   // Starts s = queries @ keys.
   auto start_scores = [&]() {
     wgmma_pin(s);
     wgmma_fence();
-    const u64 k_matrix = k_matrices + rings.k.slot() * (KV_BYTES / 16);
+    const u64 k_matrix = k_matrices + rings.k.slot * (KV_BYTES / 16);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 16; i++) {
       const int in_panel = i % PER_PANEL * 32, panel = i / PER_PANEL;
       const u64 keys = k_matrix + (panel * KV_ATOMS + in_panel) / 16;
-      if (Q_REGISTERS) {
-        Wgmma<BLOCK_N>::rs_k(s, queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], keys, i > 0);
-      } else {
-        Wgmma<BLOCK_N>::ss(s, q_matrix + (panel * Q_ATOMS + in_panel) / 16, keys, i > 0);
-      }
+      Wgmma<BLOCK_N>::ss(s, q_matrix + (panel * Q_ATOMS + in_panel) / 16, keys, i > 0);
     }
     wgmma_commit();
   };
@@ -159,7 +162,7 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
   auto start_output = [&](bool first_output) {
     wgmma_pin(o);
     wgmma_fence();
-    const u64 v_matrix = v_matrices + rings.v.slot() * (KV_BYTES / 16);
+    const u64 v_matrix = v_matrices + rings.v.slot * (KV_BYTES / 16);
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++)
       Wgmma<HEAD_DIM>::rs(o, p[i], v_matrix + i * 16 * PANEL_ROW / 16, i > 0 || !first_output);
@@ -167,7 +170,7 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
   };
   auto free_buffer = [&](Ring& ring) {
     if (lane == 0) barrier_arrive(ring.freed());
-    ring.count++;
+    ring.advance();
   };
   auto pack = [&]() {
 #pragma unroll
@@ -191,18 +194,9 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     wait_for(rings.q);
     wait_for(rings.k);
     fence_products();
-    if (Q_REGISTERS) {
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; i++) {
-        const u32 at = chunk_offset(lane % 16, row / 16 * 16, i * 2 + lane / 16, BLOCK_M);
-        ldmatrix_x4(queries[i % (Q_REGISTERS ? HEAD_DIM / 16 : 1)], smem + at);
-      }
-      __syncwarp();
-      free_buffer(rings.q);
-    }
   };
 
-  if (PINGPONG && group == 1) named_arrive(1, 256);  // the first turn
+  if (PINGPONG && group == GROUPS - 1) named_arrive(1, 256);  // the first turn
   bool more = find_next();
   if (!more) return;
   wait_for_tile();
@@ -215,7 +209,7 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     wgmma_wait<0>();
     wgmma_pin(s);
     free_buffer(rings.k);
-    if (!Q_REGISTERS && last == first) free_buffer(rings.q);
+    if (last == first) free_buffer(rings.q);
     softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
     pack();
     more = find_next();
@@ -226,11 +220,11 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
       if (PINGPONG) named_sync(1 + group, 256);
       start_scores();
       start_output(block == last - 1);
-      if (PINGPONG) named_arrive(2 - group, 256);
+      if (PINGPONG) named_arrive(1 + (group + 1) % GROUPS, 256);
       wgmma_wait<1>();
       wgmma_pin(s);
       free_buffer(rings.k);
-      if (!Q_REGISTERS && block == first) free_buffer(rings.q);
+      if (block == first) free_buffer(rings.q);
       softmax.step(s, tile.masked(block), block * BLOCK_N, rows, lane);
       wgmma_pin(s);
       hold_until_known(softmax.sum[0] + softmax.sum[1]);  // the exponentials overlap with the products
@@ -273,10 +267,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
   }
   __syncthreads();
   if (group == 0) {
-    registers_fewer<56>();
+    registers_fewer<REGISTERS_TO_COPY>();
     copy(memory, smem, rings, q, kv, page_table, schedule, out, lse, thread);
   } else {
-    registers_more<224>();
+    registers_more<REGISTERS>();
     multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);
   }
 }

@@ -132,16 +132,20 @@ template <int THREADS>
 DEVICE void load_block(u32 to, const u16* __restrict__ kv, const Pages& pages, int part,
                        const Tile& tile, int thread) {
   static_assert(BLOCK_N * CHUNKS % THREADS == 0, "threads must share a block evenly");
-  constexpr int STEP = THREADS / CHUNKS, ROWS = PAGE < BLOCK_N ? PAGE : BLOCK_N;  // ROWS follow each other in the pool
+  constexpr int STEP = THREADS / CHUNKS;
+  // Rows of a page that follow each other in every block.
+  constexpr int ROWS = PAGE % BLOCK_N == 0 ? BLOCK_N : BLOCK_N % PAGE == 0 ? PAGE : PAGE % 16 == 0 && BLOCK_N % 16 == 0 ? 16 : 8;
   const int base = pages.block * BLOCK_N;
-  if (THREADS % CHUNKS == 0 && STEP % 8 == 0 && ROWS % STEP == 0 && BLOCK_N % ROWS == 0 && PAGE % ROWS == 0) {
-    // An address for each page: what is left of the others fits into the instructions that copy.
+  if (THREADS % CHUNKS == 0 && STEP % 8 == 0 && ROWS % STEP == 0 && BLOCK_N % ROWS == 0) {
+    // An address for each run of rows: the others of a thread are so far from it that the instructions know.
     const int r = thread / CHUNKS, c = thread % CHUNKS, left = tile.last_key - base - r;
-    const u16* mine = kv + ((part * KV_HEADS + tile.head) * PAGE + base % PAGE + r) * HEAD_DIM + c * 8;
+    const u16* mine = kv + ((part * KV_HEADS + tile.head) * PAGE + r) * HEAD_DIM + c * 8;
     const u32 at = to + chunk_offset(r, 0, c, BLOCK_N);
 #pragma unroll
     for (int further = 0; further < BLOCK_N; further += ROWS) {
-      const u16* from = mine + (long long)__shfl_sync(0xffffffffu, pages.id, further / ROWS) * PAGE_ELEMENTS;
+      const int key = base % PAGE + further;
+      const int page = __shfl_sync(0xffffffffu, pages.id, key / PAGE);
+      const u16* from = mine + (long long)page * PAGE_ELEMENTS + key % PAGE * HEAD_DIM;
 #pragma unroll
       for (int i = 0; i < ROWS; i += STEP)
         cp_async_16(at + (further + i) * PANEL_ROW, from + i * HEAD_DIM, further + i <= left ? 16 : 0);

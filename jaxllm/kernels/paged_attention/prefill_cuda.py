@@ -27,11 +27,13 @@ FP8 = jnp.float8_e4m3fn
 class Variant:
     """One way to compile a kernel for a head dim.
 
-    block: keys of a step. stages: buffers for keys and values. macros: beyond those of `prefill.cuh`.
+    rows: of a tile. block: keys of a step. stages: buffers for keys and values, if shared memory holds so many.
+    macros: beyond those of `prefill.cuh`.
     persistent: one block of threads stays on each multiprocessor, instead of one for each tile.
     """
 
     kernel: str
+    rows: int
     block: int
     stages: int
     threads: int
@@ -40,22 +42,29 @@ class Variant:
 
     def shared(self, head_dim: int, fp8: bool = False) -> int:
         """Bytes of shared memory."""
-        barriers = 16 * (1 + 2 * self.stages) if self.persistent else 0
+        return self._bytes(self.stages_of(head_dim, fp8), head_dim, fp8)
+
+    def stages_of(self, head_dim: int, fp8: bool = False) -> int:
+        """Buffers for keys, and for values: at least two; pages of e4m3 need room to be converted."""
+        fitting = (n for n in range(self.stages, 2, -1) if self._bytes(n, head_dim, fp8) <= call.MAX_SHARED)
+        return next(fitting, 2)
+
+    def _bytes(self, stages: int, head_dim: int, fp8: bool) -> int:
+        barriers = 16 * (1 + 2 * stages) if self.persistent else 0
         packed = 2 * self.block * head_dim if fp8 else 0
-        return 2 * head_dim * (tiles.ROWS + 2 * self.stages * self.block) + packed + barriers
+        return 2 * head_dim * (self.rows + 2 * stages * self.block) + packed + barriers
 
 
-def wgmma(block: int, stages: int = 2, pingpong: bool = True, q_registers: bool = False) -> Variant:
-    """FlashAttention-3: a warpgroup that copies, two that multiply."""
-    macros = (("STAGES", stages), ("PINGPONG", int(pingpong)), ("Q_REGISTERS", int(q_registers)))
-    return Variant("paged_prefill", block, stages, 384, True, macros)
+def wgmma(block: int, stages: int = 3, pingpong: bool = True, rows: int = tiles.ROWS) -> Variant:
+    """FlashAttention-3: a warpgroup that copies, and one that multiplies for every 64 rows."""
+    return Variant("paged_prefill", rows, block, stages, 128 + rows * 2, True, (("PINGPONG", int(pingpong)),))
 
 
-def mma(block: int, tall: int, stages: int = 2) -> Variant:
+def mma(block: int, tall: int) -> Variant:
     """FlashAttention-2: warps of 16 * tall rows."""
     warps = tiles.ROWS // (16 * tall)
-    macros = (("STAGES", stages), ("WARPS", warps), ("TALL", tall))
-    return Variant("paged_prefill_mma", block, stages, warps * 32, False, macros)
+    macros = (("WARPS", warps), ("TALL", tall))
+    return Variant("paged_prefill_mma", tiles.ROWS, block, 2, warps * 32, False, macros)
 
 
 VARIANTS: Mapping[int, tuple[Variant, Variant]] = {
@@ -104,8 +113,9 @@ def macros_of(
         "PAGE": kv_shape[3],
         "SCALE_LOG2": f"{scale * math.log2(math.e):.9e}f",
         "SOFTCAP": f"{cap:.9e}f",
-        "BLOCK_M": tiles.ROWS,
+        "BLOCK_M": variant.rows,
         "BLOCK_N": variant.block,
+        "STAGES": variant.stages_of(q_shape[-1], fp8),
         "FP8": int(fp8),
         **dict(variant.macros),
     }
@@ -154,8 +164,8 @@ def run(
     K = kv_PYKOH.shape[2]
     positions_RQ = positions_RQ.astype(jnp.int32)
     first_RQ = jnp.zeros_like(positions_RQ) if first_RQ is None else first_RQ.astype(jnp.int32)
-    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1])
-    items = K * tiles.num_tiles(R, Q, N // K)
+    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1], tile=variant.rows)
+    items = K * tiles.num_tiles(R, Q, N // K, variant.rows)
     out_RQNH, lse_RQN = call.launch(
         variant.kernel,
         ptx,

@@ -151,9 +151,6 @@ template <int N> struct Wgmma {
   static void rs(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate = 1) {
     emulator::issue<N>("wgmma_rs", {d, a, 0, b, accumulate != 0}, true);
   }
-  static void rs_k(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate) {
-    emulator::issue<N>("wgmma_rs_k", {d, a, 0, b, accumulate != 0}, false);
-  }
 };
 
 template <int N> void registers_more() {}
