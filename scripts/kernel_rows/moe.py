@@ -277,7 +277,7 @@ def rows() -> Iterator[Row]:
         yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
         yield Row(f"flow timeline at {tokens} tokens", partial(layer_timeline, tokens, flow=True))
         yield Row(f"flow qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens, flow=True))
-    for variant in (("staged",), ("once",), ("once", "ahead")):
+    for variant in (("once",), ("rest",), ("depth3",), ("depth2", "rest"), ("once", "rest"), ("once", "rest", "ahead")):
         name = f"flow {' '.join(variant)} qwen3-30b-a3b at 192 tokens"
         yield Row(name, partial(layer_speed, "qwen3-30b-a3b", 192, flow=True, variant=variant))
     for tokens in (192, 1000, 4000, 32_000):

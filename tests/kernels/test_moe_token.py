@@ -77,11 +77,17 @@ def test_a_layer_equals_xla(case, seed: int, flow: bool, emulated, monkeypatch) 
     """Contexts of one block and of several, a token in a page's last places, and no token."""
     monkeypatch.setattr(call, "SMS", 5)
     N, K, tokens, page, norms, alone = case
-    choice, how = Choice(2, 1e-6), {"activation": "silu", "scale": 0.1}
-    operands = layer_cuda.random_operands(256, (N, K), 4, 256, tokens, page=page, norms=norms, seed=seed)
+    choice, E, how = Choice(2, 1e-6), 4, {"activation": "silu", "scale": 0.1}
+    if not norms:
+        choice, E = Choice(3, 1e-6, sigmoid=True, scale=2.5), 75  # more than there are threads
+    if not tokens:
+        choice = Choice(3, 1e-6, normalise=False)
+    operands = layer_cuda.random_operands(256, (N, K), E, 256, tokens, page=page, norms=norms, seed=seed)
+    if not norms:
+        operands = operands._replace(bias=jax.random.uniform(jax.random.key(seed), (E,)))
     emulated[0] = seed
     if flow and seed:
-        how["variant"] = ("staged", "once", "ahead")
+        how["variant"] = ("staged", "once", "ahead", "depth1", "rest")
     kv = operands.kv_PYKOH
     if tokens % page:  # what follows the last token may be anything
         kv = kv.at[operands.page[0], :, :, tokens % page :].set(jnp.nan)

@@ -16,14 +16,18 @@
 constexpr int H = 128, GROUP = HEADS / KV, UNIT = 16, PARTS = BLOCKS / KV;
 constexpr int QKV_ROWS = (HEADS + 2 * KV) * H;
 constexpr float MASKED = -1e30f;
-// Shared memory after that of moe_token.cuh: queries [GROUP, H], the warps' results [WARPS, GROUP, H], their maxima and
+// Shared memory after that of moe_token.cuh: queries [GROUP, WIDE], the warps' results [WARPS, GROUP, WIDE], their maxima and
 // sums [WARPS, GROUP, 2].
-constexpr int QUERIES_AT = (SHARED_END + 15) / 16 * 16, RESULTS_AT = QUERIES_AT + GROUP * H * 2;
-constexpr int SUMS_AT = RESULTS_AT + WARPS * GROUP * H * 4, NEW_AT = SUMS_AT + WARPS * GROUP * 8;
+constexpr int WIDE = H + 8;  // of a row, so that the rows of a product lie in different banks
+constexpr int QUERIES_AT = (SHARED_END + 15) / 16 * 16, RESULTS_AT = QUERIES_AT + GROUP * WIDE * 2;
+constexpr int SUMS_AT = RESULTS_AT + WARPS * GROUP * WIDE * 4, NEW_AT = SUMS_AT + WARPS * GROUP * 8;
 // What blocks tell one another (grid.cuh): the barrier's words, and then numbers in bf16; scores are floats, in halves.
 constexpr int TOLD_QKV = (BLOCKS + 3) / 4 * 4, TOLD_HEADS = TOLD_QKV + QKV_ROWS, TOLD_STREAM = TOLD_HEADS + ATTENDED;
 constexpr int TOLD_HIDDEN = TOLD_STREAM + WIDTH, TOLD_SCORES = TOLD_HIDDEN + CHOSEN * FFN;
+constexpr int shares_of(int most) { return most >= 32 ? 32 : most >= 2 ? 2 * shares_of(most / 2) : 1; }
+static_assert(SIGMOID || !BIAS, "a choice by probabilities and a bias");
 constexpr int ROUTED = (EXPERTS + BLOCKS - 1) / BLOCKS;  // experts whose score is this block's
+static_assert(WARPS > 1 && ROUTED * WARPS * 4 + 16 + EXPERTS * 8 + 32 <= WARPS * GROUP * WIDE * 4, "shared memory");
 static_assert(HEADS % KV == 0 && GROUP <= 8 && O % UNIT == 0 && PARTS > 0 && ATTENDED == HEADS * H, "sizes");
 
 struct Qkv {
@@ -146,7 +150,7 @@ DEVICE void attend(
     const int of = is_query ? head * GROUP + i : HEADS + (is_key ? 0 : KV) + head;
     const size_t place = (((size_t)__ldg(page) * 2 + (is_key ? 0 : 1)) * KV + head) * O + __ldg(slot);
     prepare_head(
-        words + TOLD_QKV + of * H, is_query ? queries + i * H : pool + place * H,
+        words + TOLD_QKV + of * H, is_query ? queries + i * WIDE : pool + place * H,
         is_query ? nullptr : new_ones + (i - GROUP) * H, is_query ? q_norm : k_norm, cosine, sine, is_query || is_key, EPS
     );
   }
@@ -154,7 +158,7 @@ DEVICE void attend(
   timeline.mark(3);
   uint4 query[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) query[i] = row < GROUP ? *(const uint4*)(queries + row * H + i * 32 + quarter * 8) : zero;
+  for (int i = 0; i < 4; ++i) query[i] = row < GROUP ? *(const uint4*)(queries + row * WIDE + i * 32 + quarter * 8) : zero;
 
   float out[2][8][4] = {}, top = MASKED, sum = 0.f;
 #pragma unroll 1
@@ -236,13 +240,17 @@ DEVICE void attend(
       of_warps[(warp * GROUP + row) * 2] = top;
       of_warps[(warp * GROUP + row) * 2 + 1] = sum;
     }
+    const bool last_first = quarter >= 2;  // so that four quarters write to different banks
+    float4* const to = (float4*)(results + (warp * GROUP + row) * WIDE) + quarter * 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-          results[(warp * GROUP + row) * H + i * 64 + (quarter * 2 + n) * 8 + j] = out[i][j][n];
+      for (int n = 0; n < 2; ++n) {
+        const float4 a = make_float4(out[i][0][n], out[i][1][n], out[i][2][n], out[i][3][n]);
+        const float4 b = make_float4(out[i][4][n], out[i][5][n], out[i][6][n], out[i][7][n]);
+        to[i * 16 + n * 2 + (last_first ? 1 : 0)] = last_first ? b : a;
+        to[i * 16 + n * 2 + (last_first ? 0 : 1)] = last_first ? a : b;
+      }
   }
   __syncthreads();
   for (int at = threadIdx.x; at < GROUP * H / 2; at += THREADS) {  // two dims of a head
@@ -253,7 +261,7 @@ DEVICE void attend(
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
       const float by = fast_exp2(of_warps[(w * GROUP + m) * 2] - most);
-      const float2 two = *(const float2*)(results + (w * GROUP + m) * H + dim);
+      const float2 two = *(const float2*)(results + (w * GROUP + m) * WIDE + dim);
       total += of_warps[(w * GROUP + m) * 2 + 1] * by;
       x += two.x * by;
       y += two.y * by;
@@ -308,6 +316,49 @@ DEVICE void fetch_told(uint4* inputs, const u32* words) {
   __syncthreads();
 }
 
+// By all threads: what a norm multiplies the stream with, of which each thread has a part.
+DEVICE float norm_factor(u8* shared, const uint4 (&x)[NormWeight::EACH]) {
+  float* const squares = (float*)(shared + SQUARES_AT);
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < NormWeight::EACH; ++i) sum += square(x[i].x) + square(x[i].y) + square(x[i].z) + square(x[i].w);
+#pragma unroll
+  for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) sum += squares[w];
+  return rsqrtf(sum / WIDTH + EPS);
+}
+DEVICE uint4 normed(uint4 x, const NormWeight& weight, int i, float by) {
+  const float4 a = weight.low[i], b = weight.high[i];
+  return make_uint4(scaled(x.x, by * a.x, by * a.y), scaled(x.y, by * a.z, by * a.w), scaled(x.z, by * b.x, by * b.y),
+                    scaled(x.w, by * b.z, by * b.w));
+}
+
+// A thread's part of the residual stream.
+struct StreamPart {
+  uint4 x[NormWeight::EACH];
+
+  DEVICE explicit StreamPart(const u16* stream) {
+#pragma unroll
+    for (int i = 0; i < NormWeight::EACH; ++i) {
+      const int at = threadIdx.x + i * THREADS;
+      x[i] = at < WIDTH / 8 ? load_kept((const uint4*)stream + at) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  // By all threads, as fetch_normed.
+  DEVICE void norm(u8* shared, const NormWeight& weight) const {
+    uint4* const inputs = (uint4*)(shared + INPUTS_AT);
+    const float by = norm_factor(shared, x);
+#pragma unroll
+    for (int i = 0; i < NormWeight::EACH; ++i)
+      if (threadIdx.x + i * THREADS < WIDTH / 8) inputs[threadIdx.x + i * THREADS] = normed(x[i], weight, i, by);
+    __syncthreads();
+  }
+};
+
 // Waits for the stream after attention; what its norm makes of it goes to shared memory, and this block's scores are told.
 // route: the router's rows of them, as NormWeight has a norm's.
 DEVICE void score_experts(
@@ -317,36 +368,24 @@ DEVICE void score_experts(
   constexpr int EACH = NormWeight::EACH;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint4* const inputs = (uint4*)(shared + INPUTS_AT);
-  float* const squares = (float*)(shared + SQUARES_AT);
   float* const parts = (float*)(shared + RESULTS_AT);  // [ROUTED, WARPS]
   uint4 told[2 * EACH], x[EACH];
   collect(told, [&](int i) {
     return words + TOLD_STREAM + 8 * min((int)threadIdx.x + i / 2 * THREADS, WIDTH / 8 - 1) + i % 2 * 4;
   });
   timeline.mark(8);
-  float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const uint4 a = told[2 * i], b = told[2 * i + 1];
     x[i] = make_uint4(two_of(a.x, a.y), two_of(a.z, a.w), two_of(b.x, b.y), two_of(b.z, b.w));
     if (threadIdx.x + i * THREADS >= WIDTH / 8) x[i] = make_uint4(0, 0, 0, 0);
-    sum += square(x[i].x) + square(x[i].y) + square(x[i].z) + square(x[i].w);
   }
-#pragma unroll
-  for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-  if (lane == 0) squares[warp] = sum;
-  __syncthreads();
-  sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) sum += squares[w];
-  const float by = rsqrtf(sum / WIDTH + EPS);
+  const float by = norm_factor(shared, x);
   float score[ROUTED] = {};
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const int at = threadIdx.x + i * THREADS;
-    const float4 a = weight.low[i], b = weight.high[i];
-    const uint4 y = make_uint4(scaled(x[i].x, by * a.x, by * a.y), scaled(x[i].y, by * a.z, by * a.w),
-                               scaled(x[i].z, by * b.x, by * b.y), scaled(x[i].w, by * b.z, by * b.w));
+    const uint4 y = normed(x[i], weight, i, by);
     if (at < WIDTH / 8) inputs[at] = y;
 #pragma unroll
     for (int r = 0; r < ROUTED; ++r) score[r] += dot(route[r][i], y);
@@ -367,6 +406,77 @@ DEVICE void score_experts(
     tell(words + TOLD_SCORES + 2 * expert, words_of(__float_as_uint(all)));
   }
   timeline.mark(10);
+}
+
+// Waits for the scores, and chooses as `choose` does: an expert's place is the number of those before it. All threads have
+// `chosen` afterwards; weights are what weigh_experts makes weights of.
+DEVICE void choose_by_block(
+    u8* shared, const u32* words, const float* __restrict__ bias, int* chosen, float* weights, const Timeline& timeline
+) {
+  constexpr int SHARES = shares_of(THREADS / EXPERTS), GROUPS = (EXPERTS + 3) / 4;  // of four experts
+  u32* const keys = (u32*)(shared + RESULTS_AT + (ROUTED * WARPS * 4 + 15) / 16 * 16);
+  float* const scores = (float*)(keys + GROUPS * 4);
+  for (int expert = threadIdx.x; expert < GROUPS * 4; expert += THREADS) {
+    if (expert >= EXPERTS) {
+      keys[expert] = 0;
+      continue;
+    }
+    uint2 halves[1];
+    collect(halves, [&](int) { return words + TOLD_SCORES + 2 * expert; });
+    const float told = __uint_as_float(two_of(halves[0])), score = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
+    scores[expert] = score;
+    keys[expert] = ordered(BIAS ? score + __ldg(bias + expert) : score);
+  }
+  __syncthreads();
+  timeline.mark(11);
+  const int share = threadIdx.x % SHARES;
+  for (int first = 0; first < EXPERTS; first += THREADS / SHARES) {
+    const int expert = min(first + (int)threadIdx.x / SHARES, EXPERTS - 1);
+    const u32 key = keys[expert];
+    int place = 0;
+#pragma unroll 8
+    for (int group = share; group < GROUPS; group += SHARES) {
+      const uint4 others = ((const uint4*)keys)[group];
+      const u32 above = group < expert / 4 ? key - 1 : key;  // those before it win a tie
+      place += (others.x > above) + (others.y > above) + (others.z > above) + (others.w > above);
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i)  // and those of its own group
+      if (share == 0 && i < expert % 4 && keys[expert / 4 * 4 + i] == key) ++place;
+#pragma unroll
+    for (int by = SHARES / 2; by; by /= 2) place += __shfl_xor_sync(~0u, place, by);
+    if (share == 0 && place < CHOSEN && first + threadIdx.x / SHARES < EXPERTS) {
+      chosen[place] = expert;
+      weights[place] = scores[expert];
+    }
+  }
+  __syncthreads();
+}
+
+// By a warp: the weight of the chosen expert `lane`, by what choose_by_block left.
+DEVICE float weigh_expert(const u8* shared, const float* weights) {
+  const int lane = threadIdx.x % 32;
+  float weight = lane < CHOSEN ? weights[lane] : 0.f;
+  if (!SIGMOID) {
+    const float most = weights[0];
+    weight = lane < CHOSEN ? exponential(weight - most) : 0.f;
+    if (!NORMALISE) {  // of all
+      const float* const scores =
+          (const float*)(shared + RESULTS_AT + (ROUTED * WARPS * 4 + 15) / 16 * 16 + (EXPERTS + 3) / 4 * 16);
+      float sum = 0.f;
+      for (int expert = lane; expert < EXPERTS; expert += 32) sum += exponential(scores[expert] - most);
+#pragma unroll
+      for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+      weight /= sum;
+    }
+  }
+  if (NORMALISE) {
+    float sum = weight;
+#pragma unroll
+    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    weight /= sum + 1e-20f;
+  }
+  return weight * SCALE;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
@@ -407,17 +517,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   timeline.mark_end(0);
   const Qkv first = {qkv_weight};
   const Output second = {output};
+  // What all wait for first goes before the copies, or it would come after them.
+  const NormWeight first_weight(first_norm);
+  StreamPart start(x);
   Ring<Qkv, Output> ring(first, second, shared);
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
   const int part = blockIdx.x / KV;
   if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
-  fetch_normed(shared, x, NormWeight(first_norm));
+  start.norm(shared, first_weight);
   timeline.mark(1);
   multiply(first, ring, inputs, one, none, [&](int item, float a, float b, u32) {
     if (lane == 0) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a, b)));
   });
   timeline.mark(2);
+  ring.fill();
 
   if (part < parts)
     attend(shared, words, q_norm, k_norm, cosine, sine, page, slot, pages, pool, found, sums, tokens, part, parts, timeline);
@@ -451,31 +565,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   fetch_told<ATTENDED>(inputs, words + TOLD_HEADS);
   timeline.mark(6);
   auto before = [&](int item) { return item == mine ? stream_of_mine : __ldcg((const u32*)x + item); };
-  multiply(second, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
+  multiply<SLOTS - 1>(second, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
     if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(pack_bf16(low_of(known) + a, high_of(known) + b)));
   });
   timeline.mark(7);
 
   score_experts(shared, words, weight, route, timeline);
-  int* const chosen = (int*)(shared + CHOICE_AT) + threadIdx.x / 32 * 2 * CHOSEN;
+  int* const chosen = (int*)(shared + CHOICE_AT);
   float* const weights = (float*)chosen + CHOSEN;
-  uint2 halves[PER_LANE];
-  collect(halves, [&](int i) { return words + TOLD_SCORES + 2 * min(i * 32 + lane, EXPERTS - 1); });
-  timeline.mark(11);
-  float score[PER_LANE];
-#pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) score[i] = __uint_as_float(two_of(halves[i]));
-  choose(score, bias, lane, chosen, weights);  // each warp for itself
-  __syncwarp();
+  choose_by_block(shared, words, bias, chosen, weights, timeline);
   timeline.mark(12);
 
   const GateUp third = {gate_up, chosen};
   const Down fourth = {down, chosen};
   Ring<GateUp, Down> of_experts(third, fourth, shared);
+  float* const own_weights = weights + CHOSEN + threadIdx.x / 32 * CHOSEN;  // of this warp
+  const float weight_here = weigh_expert(shared, weights);                  // while they come
+  if (lane < CHOSEN) own_weights[lane] = weight_here;
+  __syncwarp();
   multiply(third, of_experts, inputs, one, none, [&](int item, float gate, float up, u32) {
     if (lane == 0) tell(words + TOLD_HIDDEN + item, pack_bf16(activation(gate) * up, 0.f) & 0xffff | TOLD);
   });
   timeline.mark(13);
+  of_experts.fill();
   auto between = [&](int item) {  // all is told since the experts were scored
     uint2 two;
     look(words + TOLD_STREAM + 2 * item, two);
@@ -485,9 +597,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   fetch_told<CHOSEN * FFN>(inputs, words + TOLD_HIDDEN);
   timeline.mark(14);
   timeline.mark(15);
-  auto weight_of = [&](int piece) { return weights[piece / OF_EXPERT]; };
+  auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
   auto after = [&](int item) { return item == mine ? between_of_mine : between(item); };
-  multiply(fourth, of_experts, inputs, weight_of, after, [&](int item, float a, float b, u32 known) {
+  multiply<SLOTS - 1>(fourth, of_experts, inputs, weight_of, after, [&](int item, float a, float b, u32 known) {
     add_to_stream(out, item, a, b, known);
   });
   timeline.mark(16);

@@ -68,6 +68,11 @@ DEVICE float activation(float x) {
 DEVICE float square(u32 two) { return low_of(two) * low_of(two) + high_of(two) * high_of(two); }
 DEVICE u32 scaled(u32 two, float a, float b) { return pack_bf16(low_of(two) * a, high_of(two) * b); }
 
+// Issued where it stands.
+DEVICE float4 load_float4(const float4* p) {
+  const uint4 x = load_kept(p);
+  return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
+}
 // A thread's part of a norm's weight, which can be on its way before anything else is known.
 struct NormWeight {
   static constexpr int EACH = (WIDTH / 8 + THREADS - 1) / THREADS;
@@ -77,8 +82,8 @@ struct NormWeight {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int at = min((int)threadIdx.x + i * THREADS, WIDTH / 8 - 1);
-      low[i] = __ldg((const float4*)weight + 2 * at);
-      high[i] = __ldg((const float4*)weight + 2 * at + 1);
+      low[i] = load_float4((const float4*)weight + 2 * at);
+      high[i] = load_float4((const float4*)weight + 2 * at + 1);
     }
   }
 };

@@ -8,18 +8,25 @@
 //   PIECES  of 256 inputs in a row
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
-// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; ONCE: 1: weights make room first in the second-level cache.
+// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; ONCE: 1: weights make room first in the second-level
+// cache; DEPTH: stages of a warp on their way while it multiplies the first product: more of them delay what others read; REST 1: see fill.
 #pragma once
 #include "cluster.cuh"
 
 #ifndef ONCE
 #define ONCE 0
 #endif
+#ifndef REST
+#define REST 0
+#endif
+#ifndef DEPTH
+#define DEPTH (SLOTS - 1)
+#endif
 
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * BLOCKS;
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
 constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
-static_assert(SLOTS > 1, "a ring");
+static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
 
 template <class Product>
 DEVICE constexpr int stages_of() { return (Product::PIECES + STAGE - 1) / STAGE; }
@@ -35,7 +42,7 @@ struct Ring {
   u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
 
-  // Begins with all slots but one.
+  // Begins with DEPTH stages.
   DEVICE Ring(const First& first, const Second& second, u8* rings) : first(first), second(second) {
     const int warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
@@ -45,7 +52,15 @@ struct Ring {
     if (ONCE) once = read_once();
     on_second = item >= First::ITEMS;
 #pragma unroll 1
-    for (int i = 0; i < SLOTS - 1; ++i) bring();
+    for (int i = 0; i < DEPTH; ++i) bring();
+  }
+  // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
+  DEVICE void fill() {
+#pragma unroll 1
+    for (int i = DEPTH; i < SLOTS - 1; ++i) bring();
+    if (!REST || item >= Second::ITEMS) return;
+    for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
+      prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
   }
 
   template <class Product>
@@ -85,8 +100,9 @@ struct Ring {
     }
     cp_async_commit();
   }
+  template <int ON_THEIR_WAY>
   DEVICE const uint4* next() {
-    cp_async_wait<SLOTS - 2>();
+    cp_async_wait<ON_THEIR_WAY - 1>();
     const uint4* const found = (const uint4*)(slots + emptied * SLOT);
     if (++emptied == SLOTS) emptied = 0;
     return found;
@@ -100,7 +116,8 @@ DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y,
 
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
 // part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
-template <class Product, class Source, class Factor, class Before, class Finish>
+// ON_THEIR_WAY: stages of the ring.
+template <int ON_THEIR_WAY = DEPTH, class Product, class Source, class Factor, class Before, class Finish>
 DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -109,7 +126,7 @@ DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor f
     const u32 known = before(item);
 #pragma unroll 1
     for (int stage = 0; stage < stages_of<Product>(); ++stage) {
-      const uint4* const weights = ring.next();
+      const uint4* const weights = ring.template next<ON_THEIR_WAY>();
       ring.bring();  // into the slot that was read before this one
 #pragma unroll
       for (int i = 0; i < STAGE; ++i) {

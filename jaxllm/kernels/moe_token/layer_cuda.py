@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,12 @@ Kernel = Callable[[Operands], tuple[jax.Array, jax.Array]]
 def choose(operands: Operands, choice: Choice, *, activation: str, scale: float) -> Kernel:
     """The kernel, compiled. Raises NotImplementedError where others must do the work."""
     cuda.require(KERNEL)
-    return implementation(operands, choice, activation=activation, scale=scale)
+    return implementation(operands, choice, activation=activation, scale=scale, **asked_for())
+
+
+def asked_for() -> dict[str, Any]:
+    """The kernel with marks, where `JAXLLM_CUDA=+moe_flow` asks for it."""
+    return {"flow": True, "variant": ("once", "rest")} if call.asked_for(FLOW) else {}
 
 
 def implementation(
@@ -126,13 +131,16 @@ def launcher(
         raise NotImplementedError("a norm of only queries or keys")
     half = second_half(operands, operands.x)
     group = N // K
-    own = (2 + 4 * cuda.WARPS) * group * H + 8 * cuda.WARPS * group + 4 * H + 16
+    own = (2 + 4 * cuda.WARPS) * group * (H + 8) + 8 * cuda.WARPS * group + 4 * H + 16
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
         "AHEAD": rows if "ahead" in variant else 0, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
+        "REST": int("rest" in variant),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
+    depths = [int(name[-1]) for name in variant if name.startswith("depth")]
+    macros |= {"DEPTH": depths[0]} if depths else {}
     name = FLOW if flow else KERNEL
     ptx = call.compile_or_refuse(KERNEL, name, macros)
     E, F, X = *operands.down.shape[::2], choice.chosen
@@ -259,7 +267,7 @@ def check() -> None:
     choice = Choice(4, 1e-6)
     for tokens in (70, 1500):
         operands = random_operands(512, (16, 2), 16, 256, tokens)
-        run = implementation(operands, choice, activation="silu", scale=HEAD_DIM**-0.5)
+        run = implementation(operands, choice, activation="silu", scale=HEAD_DIM**-0.5, **asked_for())
         error = difference(operands, jax.jit(run)(operands), choice, HEAD_DIM**-0.5)
         if not error < 0.02:
             raise ArithmeticError(f"wrong by {error:.1e} with {tokens} tokens")
