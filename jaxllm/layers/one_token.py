@@ -73,8 +73,12 @@ def layer(
     rope: tuple[jax.Array, jax.Array],
     kv: KVPages,
     batch: AttentionBatch,
+    upcoming: Weight | None,
 ) -> tuple[jax.Array, KVPages]:
-    """A layer on the residual stream, and the written pages. norms: of attention and of the experts."""
+    """A layer on the residual stream, and the written pages.
+
+    norms: of attention and of the experts. upcoming: what the next layer makes queries, keys and values with.
+    """
     if batch.tokens != 1 or batch.decodes != 1:
         raise NotImplementedError("not one decoding request")
     a = attention
@@ -105,6 +109,7 @@ def layer(
         None if router.bias is None else router.bias[...],
         plain_weight(mlp.gate_up[...]),
         plain_weight(mlp.down[...]),
+        None if upcoming is None else plain_weight(upcoming),
     )
     kernel = layer_cuda.choose(operands, choice, activation=mlp.activation, scale=a.scale)
 

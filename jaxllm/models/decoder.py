@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxllm.kernels.linear.quantized import Weight
 from jaxllm.layers import one_token
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
@@ -143,12 +144,20 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Stream, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
+        self,
+        x: Stream,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        upcoming: Weight | None = None,
     ) -> tuple[Stream, KVPages, jax.Array | None]:
-        """The layer on x, the written pages, and the tokens of each expert where they are counted."""
+        """The layer on x, the written pages, and the tokens of each expert where they are counted.
+
+        upcoming: the weight that a layer which comes next begins with, for a kernel to fetch.
+        """
         load_E = None
         try:
-            return *self._in_one_launch(x, rope, kv, batch), None
+            return *self._in_one_launch(x, rope, kv, batch, upcoming), None
         except NotImplementedError:
             pass
         # Where there is no norm between, the product itself adds the residual.
@@ -189,7 +198,12 @@ class Block(nnx.Module):
         return x, kv, load_E
 
     def _in_one_launch(
-        self, x: Stream, rope: tuple[jax.Array, jax.Array], kv: KVPages, batch: AttentionBatch
+        self,
+        x: Stream,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVPages,
+        batch: AttentionBatch,
+        upcoming: Weight | None,
     ) -> tuple[jax.Array, KVPages]:
         """`__call__` by one kernel. Raises NotImplementedError where there is none."""
         if not isinstance(self.mlp, MoE) or not isinstance(self.attention, Attention) or not isinstance(x, jax.Array):
@@ -198,7 +212,7 @@ class Block(nnx.Module):
             raise NotImplementedError("norms of the halves' results")
         norms = (self.input_norm, self.mlp_norm)
         with jax.named_scope("layer"):
-            return one_token.layer(x, norms, self.attention, self.mlp, rope, kv, batch)
+            return one_token.layer(x, norms, self.attention, self.mlp, rope, kv, batch, upcoming)
 
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
         """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""
@@ -245,12 +259,15 @@ class Decoder(nnx.Module):
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
         written, loads = [], []
         pools, counted = kv[: len(self.windows)], kv[len(self.windows) :]
-        for layer, pages, window in zip(self.layers, pools, self.windows, strict=True):
+        for i, (layer, pages, window) in enumerate(zip(self.layers, pools, self.windows, strict=True)):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
+            upcoming = self._upcoming(i + 1) if batch.tokens == 1 else None
             split = nnx.split(layer)
-            stream, pages, load_E = _run_block(*split, current_exchange(), stream, ropes[config], pages, batch)
+            stream, pages, load_E = _run_block(
+                *split, current_exchange(), stream, ropes[config], pages, batch, upcoming
+            )
             written.append(pages)
             loads += [] if load_E is None else [load_E]
         if counted:
@@ -263,6 +280,13 @@ class Decoder(nnx.Module):
                 normed_TD = norm(x_TD)
             assert isinstance(normed_TD, jax.Array)
             return normed_TD, written
+
+    def _upcoming(self, i: int) -> Weight | None:
+        """What layer i begins with, if there is one with experts."""
+        if i == len(self.layers) or not isinstance(self.layers[i].mlp, MoE):
+            return None
+        attention = self.layers[i].attention
+        return attention.qkv.weight[...] if isinstance(attention, Attention) else None
 
     def _embed(self, tokens_T: jax.Array) -> jax.Array:
         assert self.embed is not None
@@ -281,10 +305,10 @@ class Decoder(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0, inline=False)
-def _run_block(graph, state, exchange, x, rope, kv, batch):  # type: ignore[no-untyped-def]
+def _run_block(graph, state, exchange, x, rope, kv, batch, upcoming):  # type: ignore[no-untyped-def]
     """One layer as a function of its weights: alike layers are traced and lowered once, and unrolled by XLA."""
     with exchanging(exchange):
-        return nnx.merge(graph, state)(x, rope, kv, batch)
+        return nnx.merge(graph, state)(x, rope, kv, batch, upcoming)
 
 
 def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:

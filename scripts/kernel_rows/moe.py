@@ -226,6 +226,7 @@ def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
     E, X, D, F = SHAPES[shape]
     (N, K), H, calls = HEADS[shape], one_layer.HEAD_DIM, 8
     operands = one_layer.random_operands(D, (N, K), E, F, tokens)
+    operands = operands._replace(upcoming=operands.qkv)
     kernel = one_layer.implementation(operands, router.Choice(X, 1e-6), activation="silu", scale=QK_SCALE, **options)
     routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
 

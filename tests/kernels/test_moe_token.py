@@ -84,7 +84,7 @@ def test_a_layer_equals_xla(case, seed: int, flow: bool, emulated, monkeypatch) 
         choice = Choice(3, 1e-6, normalise=False)
     operands = layer_cuda.random_operands(256, (N, K), E, 256, tokens, page=page, norms=norms, seed=seed)
     if not norms:
-        operands = operands._replace(bias=jax.random.uniform(jax.random.key(seed), (E,)))
+        operands = operands._replace(upcoming=operands.qkv, bias=jax.random.uniform(jax.random.key(seed), (E,)))
     emulated[0] = seed
     if flow and seed:
         how["variant"] = ("staged", "once", "ahead", "depth1", "rest")

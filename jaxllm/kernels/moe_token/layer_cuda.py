@@ -42,7 +42,8 @@ class Operands(NamedTuple):
 
     x [1, D] is the residual stream; norm float32 [D]; qkv [(N + 2 * K) * H, D]; q_norm and k_norm float32 [H], or None;
     cos and sin float32 [1, 1, H / 2]; page and slot int32 [1], of the token; pages_RW int32 [1, W]; position int32 [1],
-    -1 for no token; kv_PYKOH the pool, which is written in place; then as `cuda.Operands`.
+    -1 for no token; kv_PYKOH the pool, which is written in place; then as `cuda.Operands`. upcoming: qkv of the layer
+    that comes next, or None.
     """
 
     x: jax.Array
@@ -63,6 +64,7 @@ class Operands(NamedTuple):
     bias: jax.Array | None
     gate_up: jax.Array
     down: jax.Array
+    upcoming: jax.Array | None = None
 
 
 def second_half(o: Operands, attended: jax.Array) -> cuda.Operands:
@@ -82,7 +84,7 @@ def choose(operands: Operands, choice: Choice, *, activation: str, scale: float)
 
 def asked_for() -> dict[str, Any]:
     """The kernel with marks, where `JAXLLM_CUDA=+moe_flow` asks for it."""
-    return {"flow": True, "variant": ("once", "rest")} if call.asked_for(FLOW) else {}
+    return {"flow": True, "variant": ("once", "rest", "ahead")} if call.asked_for(FLOW) else {}
 
 
 def implementation(
@@ -131,11 +133,14 @@ def launcher(
         raise NotImplementedError("a norm of only queries or keys")
     half = second_half(operands, operands.x)
     group = N // K
+    # Where the next layer is alike, the second-level cache fetches its first rows.
+    upcoming = None if operands.upcoming is None else operands.upcoming.shape
+    ahead = rows if "ahead" in variant and upcoming == (rows, D) else 0
     own = (2 + 4 * cuda.WARPS) * group * (H + 8) + 8 * cuda.WARPS * group + 4 * H + 16
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
-        "AHEAD": rows if "ahead" in variant else 0, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
+        "AHEAD": ahead, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
         "REST": int("rest" in variant),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
@@ -165,8 +170,8 @@ def launcher(
     def run(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the kernel does not read must still be a pointer.
         arguments = [operands.x if operand is None else operand for operand in operands]
-        if flow:
-            arguments.append(operands.qkv)
+        if not flow:
+            arguments.pop()
         arguments.append(jnp.zeros(results[-2].shape, jnp.int32))
         out, kv, *_, times = call.launch(
             name,
