@@ -66,25 +66,14 @@ COMPARED = ("8 x 2048", "fp8 8 x 2048", "8192 after 122880", "H=256 1 x 8192 sof
 SWEEP: dict[str, Variant] = {
     "2 stages": wgmma(128, 2),
     "no turns": wgmma(128, pingpong=False),
-    "192 rows, 80 keys": wgmma(80, 4, rows=192),
     "192 rows, 80 keys, no turns": wgmma(80, 4, pingpong=False, rows=192),
-    "mma.sync": VARIANTS[128][1],
 }
 SWEPT = ("1 x 8000", "8 x 2048")
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
-    # what is replaced in the sources, to see what a part costs; the results are wrong but for the last
+    # what is replaced in the sources, to see what a part costs; the results are wrong
     "without copies": (("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),),
     "with copies of zeros": (("further + i <= left ? 16 : 0", "0"),),
     "without exponentials": (("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),),
-    "without both": (
-        ("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),
-        ("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),
-    ),
-    "without fences": (("if (!FP8) fence_products();", ""),),
-    "without results": (
-        ("    store(o, softmax, rows, tile, row, lane, out, lse);", "    if (o[0] == 1.25f) out[0] = 1;"),
-    ),
-    "always rescaled": (("HEADROOM = 8.0f", "HEADROOM = 0.0f"), ("if (softmax.rescaled) rescale", "rescale")),
 }
 COUNTS = (
     # K, G, H, page, tokens of a row, softcap

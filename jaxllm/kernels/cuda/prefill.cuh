@@ -200,6 +200,13 @@ DEVICE void unpack_block(u8* to, const u8* from, int thread) {
   }
 }
 
+// A bit for each element that a thread has of a row of an accumulator (of columns 0, 1, 8, 9, 16...): those before a
+// column. Selecting by bits takes half the instructions that comparing columns does.
+DEVICE u32 bits_before(int column) {
+  const int at = max(column, 0), count = at / 8 * 2 + min(at % 8, 2);
+  return (u32)((1ull << min(count, 32)) - 1);
+}
+
 // Online softmax of the two rows that a thread has in an accumulator of 16 (64) rows: elements 0, 1 of each four are
 // columns 2 * (lane % 4) and the next of row lane / 4, elements 2, 3 of row lane / 4 + 8.
 //
@@ -216,6 +223,7 @@ struct Softmax {
   // Scores to probabilities; what was accumulated before is to be multiplied by keep, if `rescaled`: else that is 1.
   template <int N>
   DEVICE void step(float (&s)[N], bool masked, int base, const Visible (&rows)[2], int lane) {
+    static_assert(N <= 64, "a bit for each element of a row");
     if (SOFTCAP > 0) {
 #pragma unroll
       for (int i = 0; i < N; i++) {
@@ -227,14 +235,13 @@ struct Softmax {
     if (masked) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int shift = base + lane % 4 * 2, last = rows[half].last - shift, first = rows[half].first - shift;
+        const int shift = base + lane % 4 * 2;
+        const u32 visible = bits_before(rows[half].last - shift + 1) & ~bits_before(rows[half].first - shift);
 #pragma unroll
         for (int i = 0; i < N / 4; i++)
 #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const int column = i * 8 + e;
-            if (column > last || column < first) s[i * 4 + half * 2 + e] = NONE;
-          }
+          for (int e = 0; e < 2; e++)
+            if (!(visible >> (i * 2 + e) & 1)) s[i * 4 + half * 2 + e] = NONE;
       }
     }
     float tops[2][2] = {{max[0], NONE}, {max[1], NONE}};  // four chains: each maximum waits for the one before
