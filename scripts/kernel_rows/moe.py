@@ -241,11 +241,23 @@ def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
     return rate(seconds, moved=moved)
 
 
+FLOWS = (
+    "rest",
+    "depth3:rest",
+    "depth2:rest",
+    "once:rest",
+    "once:depth2:rest",
+    "once:depth2:rest:ahead",
+    "once:depth2:rest:ahead:later",
+)
+
+
 def layer_timeline(tokens: int, **options: Any) -> dict[str, Any]:
     """Where the time of a layer goes: of each phase the shortest, the median and the longest of all warps, in us."""
     E, X, D, F = SHAPES["qwen3-30b-a3b"]
     calls = 8
     operands = one_layer.random_operands(D, HEADS["qwen3-30b-a3b"], E, F, tokens)
+    operands = operands._replace(upcoming=operands.qkv)
     choice = router.Choice(X, 1e-6)
     kernel = one_layer.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True, **options)
     routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
@@ -278,9 +290,11 @@ def rows() -> Iterator[Row]:
         yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
         yield Row(f"flow timeline at {tokens} tokens", partial(layer_timeline, tokens, flow=True))
         yield Row(f"flow qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens, flow=True))
-    for variant in (("once",), ("rest",), ("depth3",), ("depth2", "rest"), ("once", "rest"), ("once", "rest", "ahead")):
-        name = f"flow {' '.join(variant)} qwen3-30b-a3b at 192 tokens"
-        yield Row(name, partial(layer_speed, "qwen3-30b-a3b", 192, flow=True, variant=variant))
+    timeline = partial(layer_timeline, 192, flow=True, variant=("once", "depth2", "rest", "ahead"))
+    yield Row("flow timeline at 192 tokens, once:depth2:rest:ahead", timeline)
+    for variant in FLOWS:
+        name = f"flow {variant} qwen3-30b-a3b at 192 tokens"
+        yield Row(name, partial(layer_speed, "qwen3-30b-a3b", 192, flow=True, variant=tuple(variant.split(":"))))
     for tokens in (192, 1000, 4000, 32_000):
         yield Row(f"layer qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens))
     yield Row("layer qwen3-30b-a3b at 1000 tokens, alone", partial(layer_speed, "qwen3-30b-a3b", 1000, alone=8))

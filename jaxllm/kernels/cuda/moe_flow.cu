@@ -9,7 +9,8 @@
 //
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
-// block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches.
+// block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches; LATER:
+// 1: not before the heads are there.
 #include "cluster.cuh"
 #include "moe_token.cuh"
 
@@ -479,6 +480,13 @@ DEVICE float weigh_expert(const u8* shared, const float* weights) {
   return weight * SCALE;
 }
 
+// Lets the second-level cache fetch the first AHEAD rows, while the memory has nothing to do. number: of this one of so
+// many blocks.
+DEVICE void prefetch_rows(const u16* rows, int number, int blocks) {
+  for (int row = (threadIdx.x * blocks + number) * 2; row < AHEAD; row += THREADS * blocks * 2)
+    prefetch(rows + (size_t)row * WIDTH, 2 * WIDTH * 2);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
     const u16* __restrict__ x,            // [WIDTH], the residual stream
     const float* __restrict__ first_norm, // [WIDTH]
@@ -543,12 +551,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   }
   timeline.mark(5);
 
-  if (AHEAD && part >= parts) {  // while the memory has nothing to do
-    constexpr int ROWS = 2;
-    const int others = BLOCKS - parts * KV, number = threadIdx.x * others + blockIdx.x - parts * KV;
-    for (int row = number * ROWS; row < AHEAD; row += THREADS * others * ROWS)
-      prefetch(upcoming + (size_t)row * WIDTH, ROWS * WIDTH * 2);
-  }
+  if (AHEAD && !LATER && part >= parts) prefetch_rows(upcoming, blockIdx.x - parts * KV, BLOCKS - parts * KV);
   // What does not depend on anything is there before the heads are.
   const NormWeight weight(norm);
   uint4 route[ROUTED][NormWeight::EACH];
@@ -563,6 +566,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   const int mine = threadIdx.x / 32 * BLOCKS + blockIdx.x;  // the warp's first item
   const u32 stream_of_mine = __ldcg((const u32*)x + min(mine, WIDTH / 2 - 1));
   fetch_told<ATTENDED>(inputs, words + TOLD_HEADS);
+  if (AHEAD && LATER) prefetch_rows(upcoming, blockIdx.x, BLOCKS);
   timeline.mark(6);
   auto before = [&](int item) { return item == mine ? stream_of_mine : __ldcg((const u32*)x + item); };
   multiply<SLOTS - 1>(second, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {

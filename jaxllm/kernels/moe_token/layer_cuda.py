@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,8 +84,11 @@ def choose(operands: Operands, choice: Choice, *, activation: str, scale: float)
 
 
 def asked_for() -> dict[str, Any]:
-    """The kernel with marks, where `JAXLLM_CUDA=+moe_flow` asks for it."""
-    return {"flow": True, "variant": ("once", "rest", "ahead")} if call.asked_for(FLOW) else {}
+    """The kernel with marks, where `JAXLLM_CUDA=+moe_flow:once:rest` asks for it."""
+    for name in os.environ.get("JAXLLM_CUDA", "").split(","):
+        if name.startswith(f"+{FLOW}"):
+            return {"flow": True, "variant": tuple(name.split(":")[1:])}
+    return {}
 
 
 def implementation(
@@ -141,7 +145,7 @@ def launcher(
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
         "AHEAD": ahead, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
-        "REST": int("rest" in variant),
+        "REST": int("rest" in variant), "LATER": int("later" in variant),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
     depths = [int(name[-1]) for name in variant if name.startswith("depth")]
