@@ -29,19 +29,18 @@ F, D, _ = SHAPES["gate_up"]
 
 SMALL = 4 * wide_cuda.COLUMNS
 """Rows of the weight: as many tiles as take a moment to compare with float32."""
-CASES = ((256, True), (200, True), (192, True), (128, True), (100, True), (64, True), (256, False), (128, False))
-"""Tokens, and whether with the fence."""
+OTHERS: tuple[dict[str, Any], ...] = ({"depths": (4, 3)}, {"mapped": True}, {"mapped": True, "depths": (4, 3)})
+"""Beside the default at 256 tokens."""
 
 
-def right() -> dict[str, Any]:
+def right(cases: tuple[tuple[int, dict[str, Any]], ...]) -> dict[str, Any]:
     """Distance from float32 of a product of few rows, and of the norm that makes its activations from that which does
     not; and of the whole product from XLA's.
     """
     product, residual, norm_D = values(1, 256, D), values(2, 256, D), 1 + values(4, D, dtype=F32) / 4
     weight = weights("gate_up")[0][:SMALL]
-    prepared = [(wide_cuda.implementation, T, weight, "silu", fence) for T, fence in CASES]
     with ThreadPoolExecutor() as pool:
-        kernels = list(pool.map(lambda given: given[0](*given[1:4], fence=given[4]), prepared))
+        kernels = list(pool.map(lambda case: wide_cuda.implementation(case[0], weight, "silu", **case[1]), cases))
 
     def errors(product: jax.Array, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> list[Any]:
         wanted = normed(product, residual, norm_D, 0)
@@ -53,7 +52,7 @@ def right() -> dict[str, Any]:
             matmul=lambda x, weight, dtype: jnp.matmul(x, weight.T, precision="highest"),
         )
         distances = []
-        for (T, _), kernel in zip(CASES, kernels, strict=True):
+        for (T, _), kernel in zip(cases, kernels, strict=True):
             x = normed(product[:T], residual[:T], norm_D, wide_cuda.rows_for(T))
             assert isinstance(x, BlockedTokens)
             found = kernel(x, weight).astype(F32)
@@ -64,17 +63,22 @@ def right() -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong = False
     made = jax.jit(errors, compiler_options=OPTIONS)(product, residual, norm_D, weight)
-    for (T, fence), (error, different) in zip(CASES, made, strict=True):
-        found[f"{T}{'' if fence else ' without fence'}"] = float(error)
+    for (T, options), (error, different) in zip(cases, made, strict=True):
+        found[f"{T}{label(options)}"] = float(error)
         wrong = wrong or not float(error) < 0.01 or int(different) > 0
         if int(different):
             found[f"{T} numbers that differ after the norm"] = int(different)
     one, other = (
         jax.jit(half, compiler_options=OPTIONS)(Product.of(product), residual, norm_D, weights("gate_up")[0])[1]
-        for half in (own, engine)
+        for half in (partial(own, **cases[0][1]), engine)
     )
     found["256 whole"] = difference(one, other)
     return found | {"wrong": wrong or not found["256 whole"] < 0.01}
+
+
+def label(options: dict[str, Any]) -> str:
+    depths = options.get("depths")
+    return " mapped" * options.get("mapped", False) + (f" {depths[0]}/{depths[1]}" if depths else "")
 
 
 def normed(product: jax.Array, residual: jax.Array, norm_D: jax.Array, blocked: int) -> Any:
@@ -88,13 +92,13 @@ Linear = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 
 
 def own(
-    product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array, *, fence: bool = True
+    product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     T = residual.shape[0]
     run = rows_cuda.norm_kernel(product, eps=EPS, residual=True, quantised=False, blocked=wide_cuda.rows_for(T))
     x, y = run(product, residual, norm_D)
     assert x is not None and isinstance(y, BlockedTokens)
-    return x, wide_cuda.implementation(T, weight, "silu", fence=fence)(y, weight)
+    return x, wide_cuda.implementation(T, weight, "silu", **options)(y, weight)
 
 
 def engine(product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,30 +115,45 @@ def engine(product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax
 RUNS = 5
 
 
+def chain(half: Any, x: jax.Array, made: list[jax.Array]) -> jax.Array:
+    y, norm_D = x, jnp.ones(D, F32)
+    for weight in made:
+        x, y = half(Product.of(y[:, :D]), x, norm_D, weight)
+    return y
+
+
 def kernels(T: int) -> dict[str, Any]:
     """Microseconds of each kernel of norm, product and gate, by a trace; `sum` of all of them."""
-    made, norm_D = weights("gate_up"), jnp.ones(D, F32)
-
-    def program(half: Any, x: jax.Array, made: list[jax.Array]) -> jax.Array:
-        y = x
-        for weight in made:
-            x, y = half(Product.of(y[:, :D]), x, norm_D, weight)
-        return y
-
+    made, x = weights("gate_up"), values(0, T, D)
     found: dict[str, Any] = {"floor": max(2 * T * F * D / FLOPS, made[0].nbytes / BANDWIDTH) * 1e6}
-    for label, half in (("", own), ("no fence ", partial(own, fence=False)), ("xla ", engine)):
-        run = jax.jit(partial(program, half), compiler_options=OPTIONS)
-        x = values(0, T, D)
+    for name, half in (("", own), ("xla ", engine)):
+        run = jax.jit(partial(chain, half), compiler_options=OPTIONS)
         jax.block_until_ready(run(x, made))
         with tempfile.TemporaryDirectory() as folder:
-            traced = record(folder, lambda run=run, x=x: jax.block_until_ready([run(x, made) for _ in range(RUNS)]))
+            traced = record(folder, lambda run=run: jax.block_until_ready([run(x, made) for _ in range(RUNS)]))
         total = 0.0
         for kernel in traced:
             each = 1e3 * kernel.milliseconds / (RUNS * len(made))
             total += each
             if each > 0.3:
-                found[label + kernel.name[:24]] = each
-        found[label + "sum"] = total
+                found[name + kernel.name[:24]] = each
+        found[name + "sum"] = total
+    return found
+
+
+def trials(T: int, others: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Microseconds of norm, product and gate, one after another without a pause, as the default and in other ways."""
+    made, x = weights("gate_up"), values(0, T, D)
+    found: dict[str, Any] = {}
+    ways = [
+        ("default", own),
+        *((label(options).strip(), partial(own, **options)) for options in others),
+        ("xla", engine),
+    ]
+    runs = {name: jax.jit(partial(chain, half), compiler_options=OPTIONS) for name, half in ways}
+    for again in ("", " again"):
+        for name, run in runs.items():
+            found[name + again] = time_call(run, x, made, calls=len(made), seconds=0.03) * 1e6
     return found
 
 
@@ -160,15 +179,23 @@ def layer(T: int) -> dict[str, Any]:
         return product.sums
 
     found: dict[str, Any] = {}
-    for label, half in (("us", own), ("no_fence_us", partial(own, fence=False)), ("xla_us", engine)):
-        run = jax.jit(partial(program, half), compiler_options=OPTIONS)
-        found[label] = time_call(run, values(0, T, D), given, calls=LAYERS, seconds=0.02) * 1e6
+    runs = {
+        name: jax.jit(partial(program, half), compiler_options=OPTIONS) for name, half in (("", own), ("xla_", engine))
+    }
+    for again in ("us", "again_us"):
+        for name, run in runs.items():
+            found[name + again] = time_call(run, values(0, T, D), given, calls=LAYERS, seconds=0.03) * 1e6
     return found
 
 
 def rows() -> Iterator[Row]:
-    yield Row("right", right)
+    yield Row("right", partial(right, tuple((T, {}) for T in (256, 200, 192, 128, 100, 64))))
     for T in (256, 128, 64):
         yield Row(f"kernels T={T}", partial(kernels, T))
     for T in (256, 128):
         yield Row(f"layer T={T}", partial(layer, T))
+    mapped: dict[str, Any] = {"mapped": True}
+    yield Row("mapped right", partial(right, tuple((T, mapped) for T in (256, 200, 128))))
+    yield Row("trials T=256", partial(trials, 256, OTHERS))
+    for T in (128, 64):
+        yield Row(f"trials T={T}", partial(trials, T, (mapped,)))
