@@ -246,9 +246,9 @@ FLOWS = (
     "depth3:rest",
     "depth2:rest",
     "once:rest",
-    "once:depth2:rest",
-    "once:depth2:rest:ahead",
-    "once:depth2:rest:ahead:later",
+    "depth2:rest:even",
+    "once:depth2:rest:even:ahead",
+    "once:depth2:rest:even:ahead:later",
 )
 
 
@@ -290,8 +290,8 @@ def rows() -> Iterator[Row]:
         yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
         yield Row(f"flow timeline at {tokens} tokens", partial(layer_timeline, tokens, flow=True))
         yield Row(f"flow qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens, flow=True))
-    timeline = partial(layer_timeline, 192, flow=True, variant=("once", "depth2", "rest", "ahead"))
-    yield Row("flow timeline at 192 tokens, once:depth2:rest:ahead", timeline)
+    timeline = partial(layer_timeline, 192, flow=True, variant=("once", "depth2", "rest", "even", "ahead"))
+    yield Row("flow timeline at 192 tokens, once:depth2:rest:even:ahead", timeline)
     for variant in FLOWS:
         name = f"flow {variant} qwen3-30b-a3b at 192 tokens"
         yield Row(name, partial(layer_speed, "qwen3-30b-a3b", 192, flow=True, variant=tuple(variant.split(":"))))

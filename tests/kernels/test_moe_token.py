@@ -87,7 +87,7 @@ def test_a_layer_equals_xla(case, seed: int, flow: bool, emulated, monkeypatch) 
         operands = operands._replace(upcoming=operands.qkv, bias=jax.random.uniform(jax.random.key(seed), (E,)))
     emulated[0] = seed
     if flow and seed:
-        how["variant"] = ("staged", "once", "ahead", "depth1", "rest", *(["later"] if tokens > 50 else []))
+        how["variant"] = ("staged", "once", "ahead", "depth1", "rest", "even", *(["later"] if tokens > 50 else []))
     kv = operands.kv_PYKOH
     if tokens % page:  # what follows the last token may be anything
         kv = kv.at[operands.page[0], :, :, tokens % page :].set(jnp.nan)

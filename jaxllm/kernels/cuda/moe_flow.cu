@@ -10,7 +10,7 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches; LATER:
-// 1: not before the heads are there.
+// 1: not before the heads are there; EVEN 1: see Qkv.
 #include "cluster.cuh"
 #include "moe_token.cuh"
 
@@ -31,12 +31,19 @@ constexpr int ROUTED = (EXPERTS + BLOCKS - 1) / BLOCKS;  // experts whose score 
 static_assert(WARPS > 1 && ROUTED * WARPS * 4 + 16 + EXPERTS * 8 + 32 <= WARPS * GROUP * WIDE * 4, "shared memory");
 static_assert(HEADS % KV == 0 && GROUP <= 8 && O % UNIT == 0 && PARTS > 0 && ATTENDED == HEADS * H, "sizes");
 
+// Rows that are no whole round of pairs for all warps come one by one, if there is one for each warp at most.
 struct Qkv {
-  static constexpr int ITEMS = QKV_ROWS / 2, PIECES = WIDTH / PIECE;
+  static constexpr int PIECES = WIDTH / PIECE, ROUNDS = QKV_ROWS / 2 / WORKERS * WORKERS, REST_OF = QKV_ROWS - 2 * ROUNDS;
+  static constexpr bool SINGLE = EVEN && REST_OF <= WORKERS && PIECES % (2 * STAGE) == 0;
+  static constexpr int PAIRS = SINGLE ? ROUNDS : QKV_ROWS / 2, ITEMS = PAIRS + (QKV_ROWS - 2 * PAIRS);
   const u16* weight;
-  DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * WIDTH; }
+  DEVICE const u16* start(int item, int row) const {
+    return weight + (item < PAIRS ? (size_t)(2 * item + row) * WIDTH : (size_t)(PAIRS + item) * WIDTH + row * (WIDTH / 2));
+  }
   DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
+DEVICE int stages_at(const Qkv&, int item) { return stages_of<Qkv>() / (item < Qkv::PAIRS ? 1 : 2); }
+DEVICE int second_inputs(const Qkv&, int item) { return item < Qkv::PAIRS ? 0 : WIDTH / 16; }
 
 // By a warp: a head of the token, as soon as it is told, normed and rotated where it has to be.
 DEVICE void prepare_head(
@@ -536,7 +543,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_flow(
   start.norm(shared, first_weight);
   timeline.mark(1);
   multiply(first, ring, inputs, one, none, [&](int item, float a, float b, u32) {
-    if (lane == 0) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a, b)));
+    if (lane) return;
+    if (item < Qkv::PAIRS) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a, b)));
+    else tell(words + TOLD_QKV + Qkv::PAIRS + item, pack_bf16(a + b, 0.f) & 0xffff | TOLD);
   });
   timeline.mark(2);
   ring.fill();

@@ -30,6 +30,12 @@ static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
 
 template <class Product>
 DEVICE constexpr int stages_of() { return (Product::PIECES + STAGE - 1) / STAGE; }
+// A product may have items that are one row, in two halves: how many stages an item has, and where, in uint4 of inputs, those
+// of its second half begin.
+template <class Product>
+DEVICE constexpr int stages_at(const Product&, int) { return stages_of<Product>(); }
+template <class Product>
+DEVICE constexpr int second_inputs(const Product&, int) { return 0; }
 
 template <class First, class Second>
 struct Ring {
@@ -84,7 +90,7 @@ struct Ring {
       }
     }
     if (++filled == SLOTS) filled = 0;
-    if (++stage == stages_of<Product>()) {
+    if (++stage == stages_at(product, item)) {
       stage = 0;
       item += WORKERS;
     }
@@ -118,14 +124,14 @@ DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y,
 // part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
 // ON_THEIR_WAY: stages of the ring.
 template <int ON_THEIR_WAY = DEPTH, class Product, class Source, class Factor, class Before, class Finish>
-DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish) {
+DEVICE void multiply(const Product& product, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * BLOCKS + blockIdx.x; item < Product::ITEMS; item += WORKERS) {
     float sum[2] = {};
     const u32 known = before(item);
 #pragma unroll 1
-    for (int stage = 0; stage < stages_of<Product>(); ++stage) {
+    for (int stage = 0; stage < stages_at(product, item); ++stage) {
       const uint4* const weights = ring.template next<ON_THEIR_WAY>();
       ring.bring();  // into the slot that was read before this one
 #pragma unroll
@@ -135,7 +141,10 @@ DEVICE void multiply(const Product&, Source& ring, const uint4* inputs, Factor f
         const uint4 x = inputs[piece * 32 + lane];
         const float by = factor(piece);
 #pragma unroll
-        for (int row = 0; row < 2; ++row) sum[row] += by * dot(weights[(i * 2 + row) * 32], x);
+        for (int row = 0; row < 2; ++row) {
+          const uint4 of_row = row ? inputs[piece * 32 + lane + second_inputs(product, item)] : x;
+          sum[row] += by * dot(weights[(i * 2 + row) * 32], of_row);
+        }
       }
     }
 #pragma unroll

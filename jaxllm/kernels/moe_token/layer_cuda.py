@@ -145,7 +145,7 @@ def launcher(
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
         "AHEAD": ahead, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
-        "REST": int("rest" in variant), "LATER": int("later" in variant),
+        "REST": int("rest" in variant), "LATER": int("later" in variant), "EVEN": int("even" in variant),
         "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
     depths = [int(name[-1]) for name in variant if name.startswith("depth")]
