@@ -285,7 +285,7 @@ def rows() -> Iterator[Row]:
     for shape in A:
         yield Row(f"token {shape}", partial(token_speed, shape))
     yield Row("layer right", layer_right)
-    yield Row("flow right", partial(layer_right, flow=True))
+    yield Row("flow right", partial(layer_right, flow=True, variant=("once", "depth2", "rest", "even", "ahead")))
     for tokens in (192, 1000):
         yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
         yield Row(f"flow timeline at {tokens} tokens", partial(layer_timeline, tokens, flow=True))
