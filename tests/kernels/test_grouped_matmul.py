@@ -158,6 +158,18 @@ def test_which_kernels_a_program_has(T: int, F: int, kept: Any, kernels: list[st
     assert kernels_of(T, F, kept) == kernels
 
 
+@pytest.mark.parametrize("of", [4, 12], ids=["all experts", "a third of them"])
+def test_weighted_sums_take_nothing_from_rows_that_nobody_wrote(of: int) -> None:
+    rng = np.random.default_rng(of)
+    chosen, weights = np.stack([rng.permutation(of)[:3] for _ in range(20)]), rng.random((20, 3), np.float32)
+    chosen[7, 1] = -1
+    here = (chosen >= 0) & (chosen < 4)
+    y = np.where(here[:, :, None], rng.standard_normal((20, 3, 8), np.float32), np.nan)
+    found = cuda.weighted(jnp.asarray(y), jnp.asarray(chosen), jnp.asarray(weights), 4, of)
+    wanted = (np.where(here[:, :, None], y, 0) * weights[:, :, None]).sum(axis=1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("turned_off", ["grouped_skinny", "grouped_skinny_quantized"])
 def test_kernels_for_e4m3_are_turned_off_apart(turned_off: str, hopper, monkeypatch) -> None:
     monkeypatch.setenv("JAXLLM_CUDA", f"-{turned_off}")

@@ -254,14 +254,18 @@ def implementation(
         work, (next_weight, _) = list_work(chosen_TX), arrays(down_EDF)
         hidden = up(x_TD, gate_up_EFD, work, next_weight)
         y_TXD = down(hidden, down_EDF, work, next_weight).reshape(T, X, D)
-        return weighted(y_TXD, chosen_TX, weights_TX, E)
+        return weighted(y_TXD, chosen_TX, weights_TX, E, of)
 
     return run
 
 
-def weighted(y_TXD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, experts: int) -> jax.Array:
+def weighted(y_TXD: jax.Array, chosen_TX: jax.Array, weights_TX: jax.Array, experts: int, of: int) -> jax.Array:
     """The weighted sum of what a token's experts give, as far as they are here; the others' place holds anything."""
     here_TX = (chosen_TX >= 0) & (chosen_TX < experts)
+    T, X, D = y_TXD.shape
+    if of > experts:  # on several ranks most are elsewhere: one row stands for all that nobody wrote
+        at_TX = jnp.where(here_TX, jnp.arange(T * X, dtype=jnp.int32).reshape(T, X), 0)
+        y_TXD = jnp.take(y_TXD.reshape(T * X, D), at_TX, axis=0, mode="clip")
     y_TXD = jnp.where(here_TX[:, :, None], y_TXD, 0).astype(jnp.float32)
     return (y_TXD * weights_TX[:, :, None]).sum(axis=1)
 

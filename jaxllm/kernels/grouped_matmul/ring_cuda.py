@@ -132,7 +132,7 @@ def implementation(
     ) -> jax.Array:
         work = list_work(chosen_TX)
         y_TXD = down(up(x_TD, gate_up_EFD, work), down_EDF, work).reshape(T, X, D)
-        return cuda.weighted(y_TXD, chosen_TX, weights_TX, E)
+        return cuda.weighted(y_TXD, chosen_TX, weights_TX, E, of)
 
     return run
 

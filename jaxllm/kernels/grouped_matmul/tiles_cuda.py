@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxllm.formats import Format
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda
-from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight, quantize_tokens
+from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
+from jaxllm.kernels.rows import api as rows
 
 KERNEL = "grouped_tiles"
 QUANTIZED = "grouped_tiles_quantized"
@@ -50,7 +51,10 @@ def product(
     shared = stages * (stage + scales + 16)
 
     def run(x: jax.Array, weight_EFD: Weight, work: jax.Array) -> jax.Array:
-        x, x_scale = quantize_tokens(x) if values.itemsize == 1 else (x, x)
+        x_scale = x
+        if values.itemsize == 1:
+            tokens = rows.quantize(x)
+            x, x_scale = tokens.values, tokens.scale
         arguments = [x, *cuda.arrays(weight_EFD), x_scale, work]
         return call.launch(KERNEL, ptx, arguments, [result], grid=(call.SMS,), threads=384, shared=shared)[0]
 
@@ -97,7 +101,7 @@ def implementation(
     ) -> jax.Array:
         work = list_work(chosen_TX)
         y_TXD = down(up(x_TD, gate_up_EFD, work), down_EDF, work).reshape(T, X, D)
-        return cuda.weighted(y_TXD, chosen_TX, weights_TX, E)
+        return cuda.weighted(y_TXD, chosen_TX, weights_TX, E, of)
 
     return run
 
