@@ -98,12 +98,6 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "blocks / STAGES & 1);\n  fence_products();\n",
         "blocks / STAGES & 1);\n",
     ),
-    "queries_not_fenced": (
-        "two_tiles_shared",
-        "latent_decode.cu",
-        "    cp_async_wait<0>();\n    fence_products();\n",
-        "    cp_async_wait<0>();\n",
-    ),
     "values_of_the_other_half": (
         "two_tiles_shared",
         "latent_decode.cu",
@@ -115,8 +109,8 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "weights_not_awaited": (
         "shared_window",
         "latent_few.cu",
-        "    named_sync(1, 128);\n  }\n\n  DEVICE void mul",
-        "  }\n\n  DEVICE void mul",
+        "    named_sync(1, 128);\n  }\n\n  // Frees",
+        "  }\n\n  // Frees",
     ),
     "parts_not_awaited": ("many_parts", "latent.cuh", "  if (lane == 0) word_wait(finished + part.from, parts);\n", ""),
 }
