@@ -39,6 +39,8 @@ SPEEDS = (
 VARIANTS = (
     ("many heads' kernel", (64, 4096, 16), {"few": False}),
     ("many heads' kernel", (64, 4096, 32), {"few": False}),
+    ("2 ahead", (64, 4096, 16), {"ahead": 2}),
+    ("2 ahead", (64, 4096, 128), {"ahead": 2}),
 )
 
 

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "whole_rows": ((4, 16, 32, 5), {"ctas": 3}),
     "shared_window": ((4, 5, 32, 13), {"ctas": 5, "whole": 1, "window": 150, "min_share": 2}),
     "many_parts": ((1, 28, 64, 11), {"ctas": 9, "whole": 1}),
+    "even_shares": ((2, 8, 32, 10), {"ctas": 6, "whole": 1, "ahead": 2, "even": True}),
     "two_tiles_shared": ((3, 128, 64, 5), {"ctas": 4, "whole": 1, "min_share": 2}),
     "tall_blocks": ((3, 64, 16, 23), {"ctas": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
@@ -67,8 +68,11 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 def run_case(case: str, seed: int) -> None:
     sizes, options = CASES[case]
     q, kv, pages, positions = inputs(*sizes)
+    if options.get("even"):
+        positions[:] = positions[0]
+        pages, kv = np.arange(1, 1 + pages.size, dtype=np.int32).reshape(pages.shape), jnp.nan_to_num(kv)
     first = positions - options["window"] + 1 if "window" in options else None
-    tuning = {key: value for key, value in options.items() if key != "window"}
+    tuning = {key: value for key, value in options.items() if key not in ("window", "even")}
     out, lse = emulate(q, kv, pages, positions, first, scale=H**-0.5, seed=seed, **tuning)
     clean = jnp.nan_to_num(kv.astype(jnp.float32))
     wanted, wanted_lse = reference.attend(

@@ -3,10 +3,13 @@
 //
 // Latents lie in panels of 64 columns, rows of 128 bytes with the hardware's swizzle.
 //
-// Macros: H; O tokens of a page; W pages of a row; BLOCK tokens of a stage, and those of shares.cuh.
+// Macros: H; O tokens of a page; W pages of a row; BLOCK tokens of a stage; AHEAD, blocks by which the second-level cache is
+// told before they are copied (0: it is not), and those of shares.cuh.
 // Constants of the includer: KV_AT, where stages begin; STAGES, and PARTS of one that are freed and filled one after the
 // other; COPIERS, threads that fill them; those of shares.cuh.
 #pragma once
+#define EVEN_SHARES 1
+#include "cluster.cuh"
 #include "grid.cuh"
 #include "hopper.cuh"
 #include "shares.cuh"
@@ -38,16 +41,24 @@ DEVICE void copy(u32 smem, u32 barriers, const Rows& rows, Walk walk, const u16*
     const int at = run.token + block * BLOCK + thread % (BLOCK / 8) * 8;
     return run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : 0;
   };
+  // Of blocks ahead in the same run; -1: nothing to tell of.
+  auto load_ahead = [&]() {
+    const int at = run.token + (block + AHEAD) * BLOCK + thread * 8;
+    return thread < BLOCK / 8 && block + AHEAD < run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : -1;
+  };
   const int column = thread % 8, above = thread / 8;
-  int next_page = load_pages();
+  int next_page = load_pages(), ahead = AHEAD ? load_ahead() : -1;
 #pragma unroll 1
   for (int blocks = 0; run.blocks; ++blocks) {
+    if (AHEAD && ahead >= 0)
+      prefetch(kv + ((size_t)ahead * O + (run.token + (block + AHEAD) * BLOCK + thread * 8) % O) * H, 16 * H);
     const int token = run.token + block * BLOCK + above, last = run.last, page = next_page, stage = blocks % STAGES;
     if (++block == run.blocks) {
       run = walk.take(rows, 0x7fffffff);
       block = 0;
     }
     next_page = load_pages();
+    if (AHEAD) ahead = load_ahead();
     const u32 to = smem + KV_AT + stage * STAGE;
 #pragma unroll
     for (int i = 0; i < BLOCK / AT_ONCE; ++i) {

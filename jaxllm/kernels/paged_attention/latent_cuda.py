@@ -43,11 +43,13 @@ def configure(
     whole: int | None = None,
     min_share: int | None = None,
     few: bool | None = None,
+    ahead: int = 0,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. few: whether by `latent_few.cu`; None: where it can.
+    ahead: blocks by which the second-level cache is told before they are copied.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -74,6 +76,7 @@ def configure(
         "WHOLE": whole or 256 // block,
         "SCALE": repr(float(scale)),
         "FIRST": int(first),
+        "AHEAD": ahead,
     }
     tables = (12 if first else 8) * R + 4
     if few:
