@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.engine.batch import BatchShape
-from jaxllm.kernels.all_reduce.api import Group
+from jaxllm.kernels.all_reduce.api import Group, quantises
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
 from jaxllm.kernels.all_reduce.api import gather as gather_few
 from jaxllm.kernels.all_reduce.api import scatter_sum as scatter_few
@@ -200,7 +200,8 @@ class StepFunctions:
             exchange = None
             if self.group is not None:
                 *weights, words = weights
-                exchange = Exchange(words, self.group.axes, all_reduce_few, scatter_few, gather_few)
+                eight = quantises(self.group.ranks)
+                exchange = Exchange(words, self.group.axes, all_reduce_few, scatter_few, gather_few, eight)
             model = self._model(weights)
             attention = AttentionBatch(
                 decodes,

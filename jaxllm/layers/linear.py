@@ -109,12 +109,20 @@ class RowLinear(nnx.Module):
                 return api.linear(x_TD, self.weight[...], bias_F=bias)
             return self._add(x_TD, bias, residual)
         if bias is None:
-            part_TD = self.partial(x_TD)
             if residual is not None:
-                return sum_later(part_TD, self.axes, tokens, residual)
-            return sum_partial(part_TD, self.axes, tokens)
+                return sum_later(self._unfinished(x_TD), self.axes, tokens, residual)
+            return sum_partial(self.partial(x_TD), self.axes, tokens)
         y = sum_partial(self.partial(x_TD), self.axes, tokens) + bias
         return y if residual is None else residual + y
+
+    def _unfinished(self, x_TD: Activations) -> jax.Array | Product:
+        """`partial`, with scales of e4m3 still to be multiplied with."""
+        weight = self.weight[...]
+        try:
+            return api.fused(x_TD, weight)
+        except NotImplementedError:
+            made = api.product(x_TD, weight)
+        return made.finish() if made.token_scale is None else made
 
     def _add(self, x_TD: Activations, bias_D: jax.Array | None, residual_TD: jax.Array) -> Stream:
         """The residual plus the product: by the product's kernel, or that of the norm that comes next, or XLA."""

@@ -41,7 +41,7 @@ def settle(
     quantised: the second may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not).
     """
     if not isinstance(x, Unadded):
-        return collectives.settle(x, norm)
+        return collectives.settle(x, norm, quantised=quantised)
     if norm is not None:
         return rows.residual_norm(x.product, x.residual_TD, norm, quantised=quantised, blocked=blocked)
     return x.residual_TD + x.product.finish(), None

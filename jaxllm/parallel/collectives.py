@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,11 @@ from jax import lax
 Axes = tuple[str, ...]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["group"], meta_fields=["axes", "add_up", "scatter", "gather"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["group"],
+    meta_fields=["axes", "add_up", "scatter", "gather", "quantises"],
+)
 @dataclass(frozen=True)
 class Exchange:
     """Another way than XLA's to add up small arrays over some axes; it goes into a program as an argument.
@@ -36,13 +41,21 @@ class Exchange:
       scatter: (x, residual or None, group, ranks) -> this rank's rows of the sum of every rank's x, plus the residual;
         as `add_up`. None: by XLA.
       gather: (x, group, ranks) -> the rows of all ranks; likewise.
+      quantises: `add_up` takes an `Unfinished` x with a norm, and `quantised` for that norm in e4m3.
     """
 
     group: jax.Array
     axes: Axes
-    add_up: Callable[..., tuple[jax.Array, jax.Array | None]] = field(repr=False)
+    add_up: Callable[..., tuple[jax.Array, Any | None]] = field(repr=False)
     scatter: Callable[..., jax.Array] | None = field(default=None, repr=False)
     gather: Callable[..., jax.Array] | None = field(default=None, repr=False)
+    quantises: bool = False
+
+
+class Unfinished(Protocol):
+    """A product that its consumer finishes."""
+
+    def finish(self) -> jax.Array: ...
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["part_TD", "residual_TD"], meta_fields=["axes"])
@@ -50,7 +63,7 @@ class Exchange:
 class Unsummed:
     """The residual plus the sum of every rank's part over `axes`, which `settle` makes."""
 
-    part_TD: jax.Array
+    part_TD: jax.Array | Unfinished
     residual_TD: jax.Array
     axes: Axes
 
@@ -140,24 +153,35 @@ def sum_partial(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Arra
     return x_TD if residual_TD is None else residual_TD + x_TD
 
 
-def sum_later(x_TD: jax.Array, axes: Axes, tokens: Axes, residual_TD: jax.Array) -> Stream:
+def sum_later(x_TD: jax.Array | Unfinished, axes: Axes, tokens: Axes, residual_TD: jax.Array) -> Stream:
     """`sum_partial`, but what an exchange adds up is left to `settle`, for the norm that comes next."""
-    if ranks(tokens) > 1 or _exchange_over(axes) is None:
-        return sum_partial(x_TD, axes, tokens, residual_TD)
-    return Unsummed(x_TD, residual_TD, axes)
+    exchange = _exchange_over(axes)
+    if ranks(tokens) > 1 or exchange is None:
+        return sum_partial(_finished(x_TD), axes, tokens, residual_TD)
+    return Unsummed(x_TD if exchange.quantises else _finished(x_TD), residual_TD, axes)
 
 
-def settle(x: Stream, norm: tuple[jax.Array, float] | None = None) -> tuple[jax.Array, jax.Array | None]:
-    """The residual stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had."""
+def _finished(x_TD: jax.Array | Unfinished) -> jax.Array:
+    return x_TD if isinstance(x_TD, jax.Array) else x_TD.finish()
+
+
+def settle(
+    x: Stream, norm: tuple[jax.Array, float] | None = None, *, quantised: bool = False
+) -> tuple[jax.Array, Any | None]:
+    """The residual stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had.
+
+    quantised: that may be in e4m3, as `add_up` makes it.
+    """
     if not isinstance(x, Unsummed):
         return x, None
     exchange = _exchange_over(x.axes)
     if exchange is not None and norm is not None:
         try:
-            return exchange.add_up(x.part_TD, x.residual_TD, exchange.group, ranks(x.axes), norm)
+            options = {"quantised": True} if quantised and exchange.quantises else {}
+            return exchange.add_up(x.part_TD, x.residual_TD, exchange.group, ranks(x.axes), norm, **options)
         except NotImplementedError:
             pass
-    return sum_partial(x.part_TD, x.axes, (), x.residual_TD), None
+    return sum_partial(_finished(x.part_TD), x.axes, (), x.residual_TD), None
 
 
 def exchange_rows(x_N: jax.Array, axes: Axes) -> jax.Array | None:

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.kernels.all_reduce import api, cuda, reference
 from jaxllm.kernels.cuda import rtc
+from jaxllm.kernels.linear.product import Product
+from jaxllm.kernels.linear.quantized import quantize_tokens
 from jaxllm.kernels.linear.reference import Norm, rms_norm
 from jaxllm.layers.embedding import EXACT, greedy
 from jaxllm.mapping import Mapping
@@ -82,8 +84,8 @@ class Ranks:
         weight, eps = norm or (x, None)
         kernel = self.kernel(rank, x, residual is not None, eps, timeout_ms, shots)
         macros = self.macros(x, residual is not None, eps, timeout_ms, shots)
-        arguments = [x, x if residual is None else residual, self.groups[rank], weight]
-        results = [(x.shape, x.dtype), (x.shape if norm else (16,), x.dtype)]
+        arguments = [x, x if residual is None else residual, self.groups[rank], weight, x, x]
+        results = [(x.shape, x.dtype), (x.shape if norm else (16,), x.dtype), ((4,), np.float32)]
         return kernel.run(
             "all_reduce",
             arguments,
@@ -92,7 +94,7 @@ class Ranks:
             threads=macros["THREADS"],
             shared=cuda.shared_of(macros),
             seed=seed,
-        )
+        )[:2]
 
 
 # One block that is not full; four, the last one not full; two rows of two slots, the second not full; two rows of two
@@ -180,10 +182,10 @@ def test_each_trip_is_a_collective_of_its_own(count: int) -> None:
             ranks.kernels[key] = Kernels(source, macros | {"SLOTS": SLOTS, "IN_ORDER": 1}, own=True)
             return None
         shape = {cuda.SCATTER: (rows, width), cuda.GATHER: (count * rows, width)}.get(kind, x.shape)
-        found, normed = ranks.kernels[key].run(
+        found, normed, _ = ranks.kernels[key].run(
             kind,
-            [x, x if residual is None else residual, ranks.groups[rank], norm],
-            [(shape, x.dtype), (shape if eps else (16,), x.dtype)],
+            [x, x if residual is None else residual, ranks.groups[rank], norm, x, x],
+            [(shape, x.dtype), (shape if eps else (16,), x.dtype), ((4,), np.float32)],
             grid=cuda.grid_of(macros, kind),
             threads=macros["THREADS"],
             shared=cuda.shared_of(macros, kind),
@@ -220,6 +222,61 @@ def test_each_trip_is_a_collective_of_its_own(count: int) -> None:
             else:
                 wanted = total
             np.testing.assert_array_equal(found[rank][number], np.asarray(wanted), f"{kind} {number} on rank {rank}")
+
+
+@pytest.mark.parametrize(("count", "shots", "clusters"), [(2, 1, 2), (4, 2, 2), (3, 2, 1)])
+def test_products_in_e4m3_are_finished_and_the_norm_is_quantised(count: int, shots: int, clusters: int) -> None:
+    """What the kernel does in one pass equals the steps: scales, sum, norm, e4m3; on every rank the same bits."""
+    ranks, rng, shape = Ranks(count, False), np.random.default_rng(count), (6, 512)
+    parts = rng.integers(-40, 40, (count, *shape)).astype(jnp.bfloat16)
+    of_row = rng.uniform(0.01, 0.1, (count, shape[0], 1)).astype(np.float32)
+    of_column = rng.uniform(0.01, 0.1, (count, shape[1])).astype(np.float32)
+    residual = rng.standard_normal(shape).astype(jnp.bfloat16)
+    residual[3] = 0
+    parts[:, 3] = 0  # a row of zeros has the scale 1
+    norm = (rng.uniform(0.5, 2, shape[1]).astype(np.float32), 1e-5)
+    options = {"residual": True, "eps": 1e-5, "shots": shots, "clusters": clusters, "numbered": False, "slot": SLOT}
+    options |= {"scaled": True, "quantised": True, "timeout_ms": 20_000}
+    macros = cuda.macros_of(jnp.asarray(parts[0]), count, **options)
+    assert macros["CLUSTER"] == clusters
+    source = rtc.SOURCES / "all_reduce.cu"
+    kernels = [Kernels(source, macros | {"SLOTS": 32, "IN_ORDER": 1}, own=True) for _ in range(count)]
+    for memory in ranks.memory:  # larger than that of other tests
+        memory.resize(128 + PHASES * 2 * count * 32 * SLOT * 16 + 16, refcheck=False)
+    at = [-(-m.ctypes.data // 16) * 16 for m in ranks.memory]
+    for rank, memory in enumerate(ranks.memory):
+        memory[:] = 0
+        memory[-memory.ctypes.data % 16 + 128 :] = 0xFF
+        group = np.array([*np.roll(at, -rank), rank, ranks.word.ctypes.data], np.uint64)
+        ranks.groups[rank] = group.view(np.uint32)
+
+    def one(rank: int) -> list[np.ndarray]:
+        return kernels[rank].run(
+            "all_reduce",
+            [parts[rank], residual, ranks.groups[rank], norm[0], of_row[rank], of_column[rank]],
+            [(shape, parts.dtype), (shape, np.dtype(jnp.float8_e4m3fn)), ((shape[0], 1), np.float32)],
+            grid=cuda.grid_of(macros),
+            threads=macros["THREADS"],
+            shared=cuda.shared_of(macros),
+            seed=rank,
+        )
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(one, range(count)))
+    assert not ranks.word[0]
+    products = [
+        Product(*map(jnp.asarray, x), jnp.dtype(jnp.bfloat16)) for x in zip(parts, of_row, of_column, strict=True)
+    ]
+    wanted = reference.all_reduce(jnp.stack([x.finish() for x in products]), jnp.asarray(residual))
+    normed = np.asarray(rms_norm(wanted.astype(jnp.float32), norm), np.float32)
+    values, scale = quantize_tokens(jnp.asarray(normed, jnp.bfloat16))
+    for out, eight, eight_scale in found:
+        np.testing.assert_array_equal(out, np.asarray(wanted))
+        np.testing.assert_array_equal(eight.view(np.uint8), found[0][1].view(np.uint8))
+        np.testing.assert_allclose(eight_scale, scale, rtol=0.01)  # a last place of bfloat16
+        back, right = (np.asarray(v, np.float32) * np.asarray(s) for v, s in ((eight, eight_scale), (values, scale)))
+        np.testing.assert_allclose(back, normed, rtol=0.07, atol=0.01)
+        assert np.mean(np.abs(back - right) > 0.01 * np.abs(right) + 1e-3) < 0.01
 
 
 @pytest.mark.parametrize("numbered", [True, False])

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.kernels.all_reduce import cuda, driver
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.reference import rms_norm
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,17 @@ logger = logging.getLogger(__name__)
 Axes = tuple[str, ...]
 
 all_reduce = cuda.run
-"""The residual plus the sum of every rank's x, and what a norm makes of that; inside shard_map.
+"""The residual plus the sum of every rank's x, and what a norm makes of that sum; inside shard_map.
 
-(x, residual or None, group, ranks, (weight, epsilon) or None) -> (like x, like x or None). group is this rank's part of
-`Group.array`. The parts are added in float32 in the order of the ranks and rounded once, to the same bits on every
-rank. Raises NotImplementedError for a sum that XLA does better, or at all.
+(x, residual or None, group, ranks, (weight, epsilon) or None) -> (like x, like x or None). x may be a `Product`; with
+`quantised` what the norm makes is `QuantizedTokens`. group is this rank's part of `Group.array`. The parts are added in
+float32 in the order of the ranks and rounded once, to the same bits on every rank. Raises NotImplementedError for a sum
+that XLA does better, or at all.
 """
 scatter_sum = cuda.scatter_sum
 """(x, residual or None, group, ranks) -> this rank's rows of such a sum; raises as `all_reduce`."""
+quantises = cuda.quantises
+"""(ranks) -> whether `all_reduce` had better have a `Product` as x, and be asked for `quantised` activations."""
 gather = cuda.gather
 """(x, group, ranks) -> every rank's rows; raises as `all_reduce`."""
 
@@ -133,6 +137,29 @@ class Group:
                 wrong = wrong + (rows != lax.all_gather(residual, self.axes, tiled=True)).sum(dtype=jnp.int32)
             except NotImplementedError:
                 pass
+            return wrong + in_e4m3(group, number + wrong, rank) if quantises(self.ranks) else wrong
+
+        def in_e4m3(group: jax.Array, number: jax.Array, rank: jax.Array | int) -> jax.Array:
+            """The sum of products that are not finished, and the norm of it in e4m3."""
+            wrong = jnp.int32(0)
+            for rows in (1, 64):
+                at = jnp.arange(rows * 4096, dtype=jnp.int32).reshape(rows, 4096)
+                product = Product(
+                    ((at * 5 + rank * 3 + number + wrong) % 7).astype(jnp.bfloat16),
+                    (1 + jnp.arange(rows) % 2).astype(jnp.float32)[:, None],
+                    (1 + jnp.arange(4096) // 3 % 2).astype(jnp.float32),
+                    jnp.dtype(jnp.bfloat16),
+                )
+                residual = ((at + number) % 9).astype(jnp.bfloat16)
+                norm = (jnp.full(4096, 0.5, jnp.float32), 1e-5)
+                options: dict[str, Any] = {"numbered": self.numbered, "timeout_ms": 3000}
+                found, normed = all_reduce(product, residual, group, self.ranks, norm, quantised=True, **options)
+                assert isinstance(normed, QuantizedTokens)
+                wanted = lax.psum(product.finish().astype(jnp.float32), self.axes) + residual.astype(jnp.float32)
+                wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
+                normal = rms_norm(wanted, norm)
+                error = jnp.abs(normed.values.astype(jnp.float32) * normed.scale - normal)
+                wrong = wrong + (~(error < 0.07 * jnp.abs(normal) + 0.01)).sum(dtype=jnp.int32)
             return wrong
 
         def wrong(group: jax.Array) -> jax.Array:
@@ -150,7 +177,7 @@ class Group:
                     found, normed = all_reduce(part, residual, group, self.ranks, norm, **options)
                     wanted = lax.psum(part.astype(jnp.float32), self.axes) + residual.astype(jnp.float32)
                     wrong = wrong + (found.astype(jnp.float32) != wanted).sum(dtype=jnp.int32)
-                    if norm is not None and normed is not None:
+                    if norm is not None and isinstance(normed, jax.Array):
                         error = jnp.abs(normed.astype(jnp.float32) - rms_norm(wanted, norm))
                         wrong = wrong + (~(error < 0.02)).sum(dtype=jnp.int32)
                 return wrong + apart(group, number + wrong, rank)

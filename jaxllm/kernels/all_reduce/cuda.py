@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
 from jaxllm.kernels.linear.reference import Norm
 
 KERNEL = "all_reduce"
@@ -29,6 +30,8 @@ ASKED = 128 << 10
 """The same for groups that do not stand there, where `JAXLLM_CUDA=+two_shots` asks for it."""
 APART: frozenset[int] = frozenset()
 """Numbers of ranks whose rows are gathered, and summed and scattered, by the kernels of one shot."""
+QUANTISES: frozenset[int] = frozenset()
+"""Numbers of ranks whose sums finish products in e4m3, and make the norm after them e4m3, in the same kernel."""
 NUMBERED = False
 """Whether packets carry the number of their sum, or only data: half as many bytes, and places that must be emptied.
 
@@ -49,6 +52,11 @@ def shots_of(size: int, ranks: int) -> int:
     """The better way for a sum of so many bytes."""
     never = ASKED if ranks > 2 and call.asked_for("two_shots") else MOST_BYTES + 1
     return 2 if size >= TWO_SHOTS.get(ranks, never) else 1
+
+
+def quantises(ranks: int) -> bool:
+    """Whether sums over so many ranks had better take products of e4m3 unfinished, and leave e4m3."""
+    return ranks in QUANTISES or call.asked_for("sum_e4m3")
 
 
 def cluster_of(row: int, most: int, slot: int = SLOT) -> int:
@@ -86,11 +94,14 @@ def macros_of(
     numbered: bool = NUMBERED,
     clusters: int | None = None,
     kernel: str = KERNEL,
+    scaled: bool = False,
+    quantised: bool = False,
     slot: int = SLOT,
     timeout_ms: int = TIMEOUT_MS,
 ) -> dict[str, object]:
     """eps: of a norm of the result; None for none. shots: 1 or 2; None for the better way. numbered: as the group is.
     clusters: the most blocks of a row; None for the better number. kernel: of this name.
+    scaled: x is a product in e4m3. quantised: what the norm makes becomes e4m3.
 
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -117,6 +128,9 @@ def macros_of(
     macros |= {"SLOTS": slots(ranks), "FLOAT": int(x.dtype == jnp.float32), "RESIDUAL": int(residual)}
     if grid_of(macros, kernel)[0] * threads // slot > slots(ranks):
         raise NotImplementedError(f"{x.shape[0]} rows of {threads} threads")
+    if (scaled or quantised) and eps is None:
+        raise NotImplementedError("e4m3 without a norm")
+    macros |= {"SCALED": int(scaled), "QUANT": int(quantised)}
     return {**macros, "NORM": int(eps is not None), "EPS": repr(float(eps or 0.0)), "TIMEOUT_MS": timeout_ms}
 
 
@@ -127,9 +141,9 @@ def grid_of(macros: dict[str, Any], kernel: str = KERNEL) -> tuple[int]:
 
 
 def shared_of(macros: dict[str, Any], kernel: str = KERNEL) -> int:
-    """Bytes of shared memory: with a norm a float for each row and warp, and block of its cluster."""
+    """Bytes of shared memory: with a norm two floats for each row and warp, and block of its cluster."""
     rows = 1 if kernel == SCATTER else _parts(macros)
-    return 4 * (macros["THREADS"] // 32 + macros["CLUSTER"]) * rows if macros["NORM"] else 0
+    return 8 * (macros["THREADS"] // 32 + macros["CLUSTER"]) * rows if macros["NORM"] else 0
 
 
 def _parts(macros: dict[str, Any]) -> int:
@@ -138,7 +152,7 @@ def _parts(macros: dict[str, Any]) -> int:
 
 
 def run(
-    x: jax.Array,
+    x: jax.Array | Product,
     residual: jax.Array | None,
     group: jax.Array,
     ranks: int,
@@ -148,9 +162,15 @@ def run(
     numbered: bool = NUMBERED,
     clusters: int | None = None,
     kernel: str = KERNEL,
+    quantised: bool = False,
     timeout_ms: int = TIMEOUT_MS,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Activations | None]:
     """One launch; see `api.all_reduce`. Raises NotImplementedError where XLA must do the work."""
+    row_scale = column_scale = None
+    if isinstance(x, Product):
+        if x.sums.ndim == 3 or x.sums.dtype != x.dtype:
+            raise NotImplementedError("a product of several parts")
+        row_scale, column_scale, x = x.token_scale, x.column_scale, x.sums
     rows = x.shape[0] * ranks if kernel == GATHER else x.shape[0] // ranks if kernel == SCATTER else x.shape[0]
     shape = (rows, *x.shape[1:])
     if residual is not None and (residual.shape, residual.dtype) != (shape, x.dtype):
@@ -158,19 +178,23 @@ def run(
     call.require(KERNEL)
     weight, eps = (None, None) if norm is None else norm
     options: dict[str, Any] = {"shots": shots, "numbered": numbered, "clusters": clusters, "timeout_ms": timeout_ms}
-    options["kernel"] = kernel
+    options |= {"kernel": kernel, "scaled": row_scale is not None, "quantised": quantised}
     macros: dict[str, Any] = macros_of(x, ranks, residual=residual is not None, eps=eps, **options)
-    second = jax.ShapeDtypeStruct(shape if norm is not None else (UNIT,), x.dtype)
-    out, normed = call.launch(
+    second = jax.ShapeDtypeStruct(shape if norm is not None else (UNIT,), jnp.float8_e4m3fn if quantised else x.dtype)
+    scale = jax.ShapeDtypeStruct((rows, 1) if quantised else (4,), jnp.float32)
+    given = [x if other is None else other for other in (weight, row_scale, column_scale)]
+    out, normed, normed_scale = call.launch(
         kernel,
         call.compile_or_refuse(KERNEL, kernel, macros),
-        [x, x if residual is None else residual, group, x if weight is None else weight],
-        [jax.ShapeDtypeStruct(shape, x.dtype), second],
+        [x, x if residual is None else residual, group, *given],
+        [jax.ShapeDtypeStruct(shape, x.dtype), second, scale],
         grid=grid_of(macros, kernel),
         threads=macros["THREADS"],
         shared=shared_of(macros, kernel),
     )
-    return out, None if norm is None else normed
+    if norm is None:
+        return out, None
+    return out, QuantizedTokens(normed, normed_scale, x.dtype) if quantised else normed
 
 
 def scatter_sum(

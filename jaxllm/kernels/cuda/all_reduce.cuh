@@ -29,12 +29,16 @@
 // With NORM a cluster of blocks takes a row, or one of each GPU's share, and also writes what a norm makes of it, as
 // rounded: one multiprocessor takes as long to send and to look for the packets of a long row as the trip takes.
 //
+// SCALED: a part is a product of operands in e4m3, still to be multiplied with scales of its rows and columns, and rounded.
+// QUANT: what the norm makes goes on as e4m3, with a scale for each row, as `quantize_tokens` of linear/quantized.py has it.
+//
 // Macros: RANKS; SHOTS; TRIPS: BOTH, or one of the two shots; NUMBERED; UNITS of this sum, of all GPUs' shares; ROW: those of a block, or of a block and a GPU's share; CLUSTER: blocks
 // that have a row together (1 without NORM); THREADS of a block, a multiple of SLOT; SLOT; SLOTS that the memory has places
-// for; FLOAT (float32, else bfloat16); RESIDUAL (there is one); NORM, EPS; TIMEOUT_MS. Grid: enough blocks for the units.
+// for; FLOAT (float32, else bfloat16); RESIDUAL (there is one); NORM, EPS; SCALED and QUANT (only with NORM); TIMEOUT_MS. Grid: enough blocks for the units.
 #pragma once
 #include "cluster.cuh"
 #include "peer.cuh"
+#include "quantize.cuh"
 
 constexpr int PACKET = 16;
 constexpr size_t COUNTER_BYTES = (SLOTS * 4 + 127) / 128 * 128;
@@ -45,6 +49,7 @@ enum Trips { BOTH, SCATTER, GATHER };
 constexpr int PARTS = SHOTS == 2 ? RANKS : 1;                      // units of a thread
 constexpr int RESULTS = SHOTS == 2 && TRIPS != SCATTER ? RANKS : 1;  // those of its results
 static_assert(TRIPS == BOTH || (SHOTS == 2 && UNITS % RANKS == 0), "one of two trips, with as many rows on every GPU");
+static_assert(NORM || !(SCALED || QUANT), "rows are known where there is a norm");
 static_assert(TRIPS != GATHER || !(RESIDUAL || NORM), "what is gathered is left as it is");
 constexpr int TOGETHER = RANKS < 4 ? RANKS : 4;  // senders that a thread waits for at a time: more take registers
 constexpr int WARPS = THREADS / 32;
@@ -164,42 +169,77 @@ DEVICE uint4 add_up(const Sum& sum, const uint4& own, const uint4& start) {
   return lost ? make_uint4(~0u, ~0u, ~0u, ~0u) : out;
 }
 
-// The square roots of 1 / (mean square of a row + EPS), of the sums of squares of the threads of its blocks.
-DEVICE void norm_factors(float (&squares)[RESULTS]) {
+// Of the sums of squares of the threads of a row's blocks, the square roots of 1 / (mean square + EPS); and with QUANT the
+// largest that any of them has.
+DEVICE void norm_factors(float (&squares)[RESULTS], float (&largest)[RESULTS]) {
   DYNAMIC_SHARED(bytes);
-  float* const of_warp = (float*)bytes;
-  float* const of_block = of_warp + RESULTS * WARPS;
+  float2* const of_warp = (float2*)bytes;
+  float2* const of_block = of_warp + RESULTS * WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int part = 0; part < RESULTS; ++part) {
 #pragma unroll
-    for (int by = 16; by; by /= 2) squares[part] += __shfl_xor_sync(~0u, squares[part], by);
-    if (!lane) of_warp[part * WARPS + warp] = squares[part];
+    for (int by = 16; by; by /= 2) {
+      squares[part] += __shfl_xor_sync(~0u, squares[part], by);
+      if (QUANT) largest[part] = max(largest[part], __shfl_xor_sync(~0u, largest[part], by));
+    }
+    if (!lane) of_warp[part * WARPS + warp] = make_float2(squares[part], largest[part]);
   }
   __syncthreads();
   if (CLUSTER > 1) {
     cluster_wait();  // all blocks have started
     const int part = threadIdx.x / CLUSTER, block = threadIdx.x % CLUSTER;
     if (part < RESULTS) {
-      float total = 0.f;
-      for (int i = 0; i < WARPS; ++i) total += of_warp[part * WARPS + i];
-      cluster_store(shared_address(of_block + part * CLUSTER + blockIdx.x % CLUSTER), block, total);
+      float2 total = make_float2(0.f, 0.f);
+      for (int i = 0; i < WARPS; ++i) {
+        total.x += of_warp[part * WARPS + i].x;
+        total.y = max(total.y, of_warp[part * WARPS + i].y);
+      }
+      const u32 place = shared_address(of_block + part * CLUSTER + blockIdx.x % CLUSTER);
+      cluster_store(place, block, total.x);
+      if (QUANT) cluster_store(place + 4, block, total.y);
     }
     cluster_sync();
   }
 #pragma unroll
   for (int part = 0; part < RESULTS; ++part) {
-    float total = 0.f;
+    float2 total = make_float2(0.f, 0.f);
     if (CLUSTER > 1) {
 #pragma unroll
-      for (int block = 0; block < CLUSTER; ++block) total += of_block[part * CLUSTER + block];
+      for (int block = 0; block < CLUSTER; ++block) {
+        total.x += of_block[part * CLUSTER + block].x;
+        if (QUANT) total.y = max(total.y, of_block[part * CLUSTER + block].y);
+      }
     } else {
       if (lane < WARPS) total = of_warp[part * WARPS + lane];
 #pragma unroll
-      for (int by = 16; by; by /= 2) total += __shfl_xor_sync(~0u, total, by);
+      for (int by = 16; by; by /= 2) {
+        total.x += __shfl_xor_sync(~0u, total.x, by);
+        if (QUANT) total.y = max(total.y, __shfl_xor_sync(~0u, total.y, by));
+      }
     }
-    squares[part] = rsqrtf(total / (CLUSTER * ROW * 8) + (float)EPS);
+    squares[part] = rsqrtf(total.x / (CLUSTER * ROW * 8) + (float)EPS);
+    largest[part] = total.y;
   }
+}
+
+// The numbers of a unit, and their multiples.
+DEVICE void unpack(float (&v)[8], const uint4& unit) {
+  float low[4] = {}, high[4] = {};
+  add(low, unit.x, unit.y);
+  add(high, unit.z, unit.w);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = low[i];
+    v[4 + i] = high[i];
+  }
+}
+DEVICE uint4 finished(const uint4& unit, float of_row, const float (&of_column)[8]) {
+  float v[8];
+  unpack(v, unit);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = v[i] * of_row * of_column[i];
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
 // What the kernel of this name does.
@@ -208,8 +248,10 @@ DEVICE void exchange(
     const uint4* residual,  // like out, or anything
     const u64* group,       // addresses of the memory of this rank and those after it, its number, the word's address
     const float4* weight,   // of the norm, [2 * CLUSTER * ROW], or anything
+    const float* row_scale, const float4* column_scale,  // of part, [rows] and [2 * CLUSTER * ROW], or anything
     uint4* out,             // [UNITS]; SCATTER: [UNITS / RANKS]
-    uint4* normed           // like out, or anything
+    void* normed,           // like out; in e4m3; or anything
+    float* normed_scale     // [rows], or anything
 ) {
   if (CLUSTER > 1) cluster_started();
   constexpr int WHOLE = CLUSTER * ROW;                              // units of a row
@@ -221,8 +263,17 @@ DEVICE void exchange(
   if (TRIPS != BOTH) shares = here && first < APART ? RANKS : 0;
   uint4 own = make_uint4(0, 0, 0, 0), start = own, done[RESULTS];  // done: the units of the result
   float4 scale[2] = {};
+  float by_column[8] = {};
+  const int row = first / WHOLE;  // of the first share
+  if (SCALED && here) {
+    const float4 a = column_scale[2 * column], b = column_scale[2 * column + 1];
+    const float words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) by_column[i] = words[i];
+  }
   // What needs nothing of the group comes first, to be under way while the group's words are.
   if ((SHOTS == 1 || TRIPS == GATHER) && shares > 0) own = part[first];
+  if (SHOTS == 1 && SCALED && shares > 0) own = finished(own, row_scale[row], by_column);
   if ((SHOTS == 1 || TRIPS == SCATTER) && RESIDUAL && shares > 0) start = residual[first];
   if (NORM && here)
     for (int half = 0; half < 2; ++half) scale[half] = weight[2 * column + half];
@@ -246,6 +297,7 @@ DEVICE void exchange(
     for (int i = 0; i < RANKS; ++i) {
       const int share = sum.rank + i < RANKS ? sum.rank + i : sum.rank + i - RANKS;
       if (share < shares) theirs[i] = part[first + share * APART];
+      if (SCALED && share < shares) theirs[i] = finished(theirs[i], row_scale[row + share * (APART / WHOLE)], by_column);
     }
 #pragma unroll
     for (int i = 1; i < RANKS; ++i) {
@@ -279,33 +331,40 @@ DEVICE void exchange(
     }
   }
   if (NORM) {
-    float factors[RESULTS];
-#pragma unroll
-    for (int share = 0; share < RESULTS; ++share) {
-      float low[4] = {}, high[4] = {};
-      add(low, done[share].x, done[share].y);
-      add(high, done[share].z, done[share].w);
-      factors[share] = 0.f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) factors[share] += low[i] * low[i] + high[i] * high[i];
-      if (share >= shares) factors[share] = 0.f;
-    }
-    norm_factors(factors);
+    float factors[RESULTS], largest[RESULTS];
     const float by[8] = {scale[0].x, scale[0].y, scale[0].z, scale[0].w, scale[1].x, scale[1].y, scale[1].z, scale[1].w};
 #pragma unroll
     for (int share = 0; share < RESULTS; ++share) {
-      float low[4] = {}, high[4] = {};
-      add(low, done[share].x, done[share].y);
-      add(high, done[share].z, done[share].w);
+      float v[8];
+      unpack(v, done[share]);
+      factors[share] = largest[share] = 0.f;
+      if (share >= shares) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        low[i] = low[i] * factors[share] * by[i];
-        high[i] = high[i] * factors[share] * by[4 + i];
+      for (int i = 0; i < 8; ++i) {
+        factors[share] += v[i] * v[i];
+        if (QUANT) largest[share] = max(largest[share], fabsf(v[i] * by[i]));
       }
-      uint4 scaled;
-      rounded(low, scaled.x, scaled.y);
-      rounded(high, scaled.z, scaled.w);
-      if (share < shares) normed[first + share * APART] = scaled;
+    }
+    norm_factors(factors, largest);
+#pragma unroll
+    for (int share = 0; share < RESULTS; ++share) {
+      if (share >= shares) continue;
+      float v[8];
+      unpack(v, done[share]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = v[i] * factors[share] * by[i];
+      const uint4 scaled =
+          make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+      const int unit = first + share * APART;
+      if (!QUANT) {
+        ((uint4*)normed)[unit] = scaled;
+        continue;
+      }
+      // Of what was rounded, as if it had been written between.
+      const float2 of_row = scales_of(bf16_to_float((u16)pack_bf16(largest[share] * factors[share], 0.f)));
+      unpack(v, scaled);
+      store_e4m3(normed, unit, v, of_row.y);
+      if (column == 0) normed_scale[row + share * (APART / WHOLE)] = of_row.x;
     }
   }
   __syncthreads();  // all have read the counter

@@ -3,6 +3,7 @@
 #include "all_reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_OF(CLUSTER) reduce_scatter(
-    const uint4* part, const uint4* residual, const u64* group, const float4* weight, uint4* out, uint4* normed) {
-  exchange(part, residual, group, weight, out, normed);
+    const uint4* part, const uint4* residual, const u64* group, const float4* weight, const float* row_scale,
+    const float4* column_scale, uint4* out, void* normed, float* normed_scale) {
+  exchange(part, residual, group, weight, row_scale, column_scale, out, normed, normed_scale);
 }

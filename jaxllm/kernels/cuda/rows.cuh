@@ -7,6 +7,7 @@
 // Macros: COLUMNS of the product; THREADS; BLOCKS that a multiprocessor shall have at once; FLOAT (activations are float32,
 // else bfloat16); SPLITS (0: the product is in the activations' dtype); SCALED.
 #pragma once
+#include "quantize.cuh"
 #include "stream.cuh"
 
 DEVICE void add_pair(float (&v)[8], int at, u32 two) {
@@ -97,15 +98,4 @@ DEVICE float2 of_block(float sum, float largest) {
     largest = max(largest, other.y);
   }
   return make_float2(sum, largest);
-}
-
-// How numbers of at most this size become e4m3, as `quantize_tokens` of linear/quantized.py has it: .x is what a value
-// is multiplied with to be the number again, .y what the number is multiplied with.
-DEVICE float2 scales_of(float largest) {
-  return largest > 0.f ? make_float2(largest * (1.f / 448.f), 448.f / largest) : make_float2(1.f, 1.f);
-}
-DEVICE void store_e4m3(void* p, size_t unit, const float (&v)[8], float by) {
-  const u32 low = pack_e4m3(v[0] * by, v[1] * by) | (u32)pack_e4m3(v[2] * by, v[3] * by) << 16;
-  const u32 high = pack_e4m3(v[4] * by, v[5] * by) | (u32)pack_e4m3(v[6] * by, v[7] * by) << 16;
-  ((uint2*)p)[unit] = make_uint2(low, high);
 }
