@@ -176,9 +176,14 @@ class EngineConfig(Strict):
             end token within one is dropped. More than one pays where the host takes longer than the device.
         stream_interval: streaming requests are told about every this many tokens.
         seed: of dummy weights, and of requests that sample without a seed of their own.
+        kv_cache_config, scheduler_config: the page pool, and who runs when it is short.
         compilation_cache_dir: persistent XLA cache; None = ~/.cache/jaxllm/xla (or $JAXLLM_CACHE/xla), "" = none.
         batch_buckets, token_buckets: decode batch sizes and prefill token counts to compile for; None = chosen.
         progress: show bars while loading and compiling, if stderr is a terminal.
+
+    Raises:
+        ConfigError (a ValueError): a setting is unknown, has a wrong value, contradicts another one, or belongs to
+            something that jaxllm does not have.
     """
 
     model: str

@@ -27,7 +27,7 @@ _NOT_SUPPORTED_YET = {
     "LoRARequest": "LoRA",
     "MTPDecodingConfig": "speculative decoding",
     "NGramDecodingConfig": "speculative decoding",
-    "QuantConfig": "choosing a quantisation (a quantised GGUF file can be loaded as it is)",
+    "QuantConfig": "QuantConfig (LLM's `quantization` rounds a plain checkpoint; quantised ones load as they are)",
 }
 
 __all__ = [

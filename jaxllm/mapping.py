@@ -15,7 +15,11 @@ AXES = ("pp", "cp", "ep", "tp")
 
 
 class CpType(Enum):
-    """The kinds of context parallelism, by the names of TensorRT-LLM's `tensorrt_llm.mapping.CpType`."""
+    """The kinds of context parallelism, by the names and numbers of TensorRT-LLM's `tensorrt_llm.mapping.CpType`.
+
+    What each does is told by `CpConfig`. ULYSSES follows DeepSpeed-Ulysses, RING ring attention, STAR star attention
+    (arXiv 2411.17116, approximate by design) and HELIX Helix parallelism.
+    """
 
     ULYSSES = 0
     STAR = 1

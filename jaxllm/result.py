@@ -53,14 +53,17 @@ class CompletionOutput:
 
     @property
     def text_diff(self) -> str:
+        """Text since the previous yield."""
         return self.text[self._seen_text :]
 
     @property
     def token_ids_diff(self) -> list[int]:
+        """Tokens since the previous yield."""
         return self.token_ids[self._seen_tokens :]
 
     @property
     def logprobs_diff(self) -> list[dict[int, Logprob]] | None:
+        """`logprobs` of the tokens since the previous yield."""
         return None if self.logprobs is None else self.logprobs[self._seen_logprobs :]
 
     def _mark_seen(self) -> None:
@@ -100,6 +103,13 @@ class GenerationResult:
     As a future: `result(timeout)`, `await result`, `await result.aresult()`. As an iterator: `for` and `async for`
     yield this same object each time there is news, with cumulative `outputs` (use `*_diff` for the increments); without
     streaming they yield once, at the end. A request that failed raises its error from all of them.
+
+    Attributes:
+        request_id: unique within its LLM.
+        prompt_token_ids: the prompt, special tokens and truncation included.
+        outputs: a CompletionOutput for each sequence that is returned.
+        error: why the request failed; None otherwise.
+        timing: when it was submitted, had its first token and ended, in seconds; `ttft`, `tpot` and `e2e` of these.
     """
 
     def __init__(

@@ -80,7 +80,13 @@ class SamplingParams:
       stop: string or strings that end the text. stop_token_ids: tokens that end it.
       bad: string or strings that must not be generated. bad_token_ids: tokens that must not.
       logit_bias: token id -> value added to its logit; -inf bans it.
+      include_stop_str_in_output: leave the stop string or stop token that ended a text in it.
+      ignore_eos: go on after the model's end token.
       end_id: replaces the model's end-of-sequence token. pad_id: accepted for compatibility; batches hold no padding.
+      detokenize: make text; False leaves it empty. skip_special_tokens: leave special tokens out of it.
+        spaces_between_special_tokens: accepted for compatibility, without effect.
+      add_special_tokens: put the tokenizer's special tokens around a prompt that is text.
+      exclude_input_from_output: False puts the prompt in front of every output, tokens and text.
       truncate_prompt_tokens: keep only the last so many prompt tokens.
       logprobs, prompt_logprobs: None = none, k in 0..20 = the token's own and the k likeliest, of the model's
         distribution before temperature, penalties, bias, filters and structured outputs.
