@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxllm.serve.command import check_packages, serve_settings
 from jaxllm.serve.http_client import Client
+from jaxllm.serve.options import check_packages, serve_settings
 from jaxllm.settings import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions")
