@@ -29,18 +29,17 @@ F, D, _ = SHAPES["gate_up"]
 
 SMALL = 4 * wide_cuda.COLUMNS
 """Rows of the weight: as many tiles as take a moment to compare with float32."""
-OTHERS: tuple[dict[str, Any], ...] = ({"depths": (4, 3)}, {"mapped": True}, {"mapped": True, "depths": (4, 3)})
-"""Beside the default at 256 tokens."""
+TOKENS = (256, 200, 192, 128, 100, 64)
 
 
-def right(cases: tuple[tuple[int, dict[str, Any]], ...]) -> dict[str, Any]:
+def right() -> dict[str, Any]:
     """Distance from float32 of a product of few rows, and of the norm that makes its activations from that which does
     not; and of the whole product from XLA's.
     """
     product, residual, norm_D = values(1, 256, D), values(2, 256, D), 1 + values(4, D, dtype=F32) / 4
     weight = weights("gate_up")[0][:SMALL]
     with ThreadPoolExecutor() as pool:
-        kernels = list(pool.map(lambda case: wide_cuda.implementation(case[0], weight, "silu", **case[1]), cases))
+        kernels = list(pool.map(lambda T: wide_cuda.implementation(T, weight, "silu"), TOKENS))
 
     def errors(product: jax.Array, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> list[Any]:
         wanted = normed(product, residual, norm_D, 0)
@@ -52,7 +51,7 @@ def right(cases: tuple[tuple[int, dict[str, Any]], ...]) -> dict[str, Any]:
             matmul=lambda x, weight, dtype: jnp.matmul(x, weight.T, precision="highest"),
         )
         distances = []
-        for (T, _), kernel in zip(cases, kernels, strict=True):
+        for T, kernel in zip(TOKENS, kernels, strict=True):
             x = normed(product[:T], residual[:T], norm_D, wide_cuda.rows_for(T))
             assert isinstance(x, BlockedTokens)
             found = kernel(x, weight).astype(F32)
@@ -63,22 +62,17 @@ def right(cases: tuple[tuple[int, dict[str, Any]], ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong = False
     made = jax.jit(errors, compiler_options=OPTIONS)(product, residual, norm_D, weight)
-    for (T, options), (error, different) in zip(cases, made, strict=True):
-        found[f"{T}{label(options)}"] = float(error)
+    for T, (error, different) in zip(TOKENS, made, strict=True):
+        found[str(T)] = float(error)
         wrong = wrong or not float(error) < 0.01 or int(different) > 0
         if int(different):
             found[f"{T} numbers that differ after the norm"] = int(different)
     one, other = (
         jax.jit(half, compiler_options=OPTIONS)(Product.of(product), residual, norm_D, weights("gate_up")[0])[1]
-        for half in (partial(own, **cases[0][1]), engine)
+        for half in (own, engine)
     )
     found["256 whole"] = difference(one, other)
     return found | {"wrong": wrong or not found["256 whole"] < 0.01}
-
-
-def label(options: dict[str, Any]) -> str:
-    depths = options.get("depths")
-    return " mapped" * options.get("mapped", False) + (f" {depths[0]}/{depths[1]}" if depths else "")
 
 
 def normed(product: jax.Array, residual: jax.Array, norm_D: jax.Array, blocked: int) -> Any:
@@ -91,14 +85,12 @@ Linear = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 """(product, residual, norm, weight) -> the sum of the first two, and act(gate) * up of its norm's product."""
 
 
-def own(
-    product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
+def own(product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     T = residual.shape[0]
     run = rows_cuda.norm_kernel(product, eps=EPS, residual=True, quantised=False, blocked=wide_cuda.rows_for(T))
     x, y = run(product, residual, norm_D)
     assert x is not None and isinstance(y, BlockedTokens)
-    return x, wide_cuda.implementation(T, weight, "silu", **options)(y, weight)
+    return x, wide_cuda.implementation(T, weight, "silu")(y, weight)
 
 
 def engine(product: Product, residual: jax.Array, norm_D: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,22 +133,6 @@ def kernels(T: int) -> dict[str, Any]:
     return found
 
 
-def trials(T: int, others: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """Microseconds of norm, product and gate, one after another without a pause, as the default and in other ways."""
-    made, x = weights("gate_up"), values(0, T, D)
-    found: dict[str, Any] = {}
-    ways = [
-        ("default", own),
-        *((label(options).strip(), partial(own, **options)) for options in others),
-        ("xla", engine),
-    ]
-    runs = {name: jax.jit(partial(chain, half), compiler_options=OPTIONS) for name, half in ways}
-    for again in ("", " again"):
-        for name, run in runs.items():
-            found[name + again] = time_call(run, x, made, calls=len(made), seconds=0.03) * 1e6
-    return found
-
-
 def layer(T: int) -> dict[str, Any]:
     """Microseconds of a layer's products and what is between, with the first 4,096 of qkv in place of attention."""
     names = ("qkv", "o", "gate_up", "down")
@@ -189,13 +165,8 @@ def layer(T: int) -> dict[str, Any]:
 
 
 def rows() -> Iterator[Row]:
-    yield Row("right", partial(right, tuple((T, {}) for T in (256, 200, 192, 128, 100, 64))))
+    yield Row("right", right)
     for T in (256, 128, 64):
         yield Row(f"kernels T={T}", partial(kernels, T))
     for T in (256, 128):
         yield Row(f"layer T={T}", partial(layer, T))
-    mapped: dict[str, Any] = {"mapped": True}
-    yield Row("mapped right", partial(right, tuple((T, mapped) for T in (256, 200, 128))))
-    yield Row("trials T=256", partial(trials, 256, OTHERS))
-    for T in (128, 64):
-        yield Row(f"trials T={T}", partial(trials, T, (mapped,)))

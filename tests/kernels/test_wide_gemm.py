@@ -41,7 +41,6 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     activation: str = "silu",
     stages: tuple[int, int] | None = None,
-    mapped: bool = False,
 ) -> np.ndarray:
     """What `wide_cuda.implementation` launches, on the emulator."""
     ran: list[Kernels] = []
@@ -57,7 +56,9 @@ def run(
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    kernel = wide_cuda.implementation(len(x), like, activation, depths=stages, mapped=mapped)
+    if stages is not None:
+        monkeypatch.setattr(wide_cuda, "stages", lambda _: stages)
+    kernel = wide_cuda.implementation(len(x), like, activation)
     return kernel(blocked(x), weight)
 
 
@@ -71,31 +72,30 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("T", "F", "D", "activation", "stages", "mapped", "seed"),
+    ("T", "F", "D", "activation", "stages", "seed"),
     [
         # tokens, features, inputs; stages of tokens and of the weight
-        (100, 448, 384, "silu", (2, 3), False, 1),
-        (130, 448, 384, "silu", (3, 2), True, 0),
-        (255, 448, 256, "silu", (2, 2), True, 0),
-        pytest.param(100, 448, 384, "silu", (2, 3), False, 0, marks=SLOW),
-        pytest.param(130, 448, 384, "silu", (3, 2), True, 1, marks=SLOW),
-        pytest.param(255, 448, 320, "silu", (2, 2), True, 1, marks=SLOW),
+        (100, 448, 384, "silu", (2, 3), 1),
+        (255, 448, 256, "silu", (2, 2), 0),
+        pytest.param(100, 448, 384, "silu", (2, 3), 0, marks=SLOW),
+        pytest.param(130, 448, 384, "silu", (3, 2), 1, marks=SLOW),
+        pytest.param(255, 448, 320, "silu", (2, 2), 1, marks=SLOW),
         *(
             pytest.param(*case, seed, marks=SLOW)
             for seed in (0, 1)
             for case in (
-                (192, 448, 640, "gelu_tanh", None, False),
-                (128, 896, 512, "silu", (3, 3), True),
-                (256, 448, 640, "silu", None, False),
-                (7, 448, 512, "silu", None, False),
+                (192, 448, 640, "gelu_tanh", None),
+                (128, 896, 512, "silu", (3, 3)),
+                (256, 448, 640, "silu", None),
+                (7, 448, 512, "silu", None),
             )
         ),
     ],
 )
-def test_equals_float64(T, F, D, activation, stages, mapped, seed, monkeypatch) -> None:
+def test_equals_float64(T, F, D, activation, stages, seed, monkeypatch) -> None:
     """With odd seeds copies land at once."""
     x, weight = operands(T, F, D)
-    out, wanted = run(x, weight, seed, monkeypatch, activation, stages, mapped), expected(x, weight, activation)
+    out, wanted = run(x, weight, seed, monkeypatch, activation, stages), expected(x, weight, activation)
     assert out.dtype == BF16 and out.shape == wanted.shape
     np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
 

@@ -18,16 +18,13 @@
 //   CLUSTER                2
 //   X_STAGES W_STAGES
 //   GATED                  1: silu; 2: gelu with tanh
-//   MAPPED                 1: but for the first stages one thread lets the weight be copied, by a map that each block makes
 #include "cluster.cuh"
 #include "hopper.cuh"
-#include "tensor_map.cuh"
 
 constexpr int THREADS = GROUPS * 128, WARPS = GROUPS * 4, STEPS = INPUTS / 64, TILE = COLUMNS / 2;
-// Shared memory: the ring of the weight, that of tokens, barriers, a map.
+// Shared memory: the ring of the weight, that of tokens, barriers.
 constexpr int W_STAGE = COLUMNS * 128, X_STAGE = PADDED * 128, X_AT = W_STAGES * W_STAGE;
-constexpr int BARRIERS_AT = X_AT + X_STAGES * X_STAGE, DONE_AT = BARRIERS_AT + (2 * W_STAGES + X_STAGES) * 8;
-constexpr int MAP_AT = (DONE_AT + 8 + 127) / 128 * 128;
+constexpr int BARRIERS_AT = X_AT + X_STAGES * X_STAGE, DONE_AT = BARRIERS_AT + (W_STAGES + X_STAGES) * 8;
 constexpr int AT_ONCE = THREADS / 8, TURNS = (COLUMNS + AT_ONCE - 1) / AT_ONCE;  // rows of the weight of one turn; turns
 constexpr int HALF = X_STAGE / CLUSTER;
 // What a warp has of 64 tokens' results, 16 rows, on its way out.
@@ -35,7 +32,7 @@ constexpr int PITCH = TILE * 2 + 16, PIECES = TILE / 8;
 static_assert(PADDED == GROUPS * BLOCKS_OF_GROUP * 64 && TOKENS <= PADDED, "tokens");
 static_assert(INPUTS % 64 == 0 && COLUMNS % 16 == 0 && OUT_FEATURES % TILE == 0 && OUT_FEATURES % 8 == 0, "tiles");
 static_assert(AT_ONCE % 16 == 0 && STEPS > W_STAGES && STEPS > X_STAGES && W_STAGES > 1 && X_STAGES > 1, "stages");
-static_assert(W_STAGE % 1024 == 0 && MAP_AT + 128 <= SHARED && WARPS * 16 * PITCH <= BARRIERS_AT, "shared memory");
+static_assert(W_STAGE % 1024 == 0 && DONE_AT + 8 <= SHARED && WARPS * 16 * PITCH <= BARRIERS_AT, "shared memory");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
@@ -53,11 +50,6 @@ DEVICE void copy_weight(u32 to, u32 full, const u16* __restrict__ from, int firs
       cp_async_16_ahead(to + i * AT_ONCE * 128, from + (size_t)(i * AT_ONCE / 2) * INPUTS, 16);
   cp_async_arrive(full);
 }
-// The rows of the weight of a tile, in the order of `weight_row`.
-DEVICE Array4 rows_of(const u16* weight) {
-  const u64 row = INPUTS * 2;
-  return {weight, {INPUTS, 8, 2, OUT_FEATURES / 8}, {row, row * OUT_FEATURES, row * 8}, {64, 8, 2, TILE / 8}};
-}
 // Lets this block's half of a stage of tokens be copied to both blocks.
 DEVICE void copy_tokens(u32 to, u32 full, const u8* __restrict__ x, int step, int rank) {
   barrier_expect(full, X_STAGE);
@@ -65,14 +57,13 @@ DEVICE void copy_tokens(u32 to, u32 full, const u8* __restrict__ x, int step, in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wide_gemm(
-    const u8* __restrict__ x, const u16* __restrict__ weight, u16* __restrict__ out, u8* __restrict__ maps) {
+    const u8* __restrict__ x, const u16* __restrict__ weight, u16* __restrict__ out) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, rank = blockIdx.x % CLUSTER;
-  const u32 w_full = smem + BARRIERS_AT, w_mapped = w_full + W_STAGES * 8, x_full = w_mapped + W_STAGES * 8;
-  const u32 done = smem + DONE_AT;
+  const u32 w_full = smem + BARRIERS_AT, x_full = w_full + W_STAGES * 8, done = smem + DONE_AT;
   if (thread == 0) {
-    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + i * 8, THREADS), barrier_init(w_mapped + i * 8, 1);
+    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + i * 8, THREADS);
     for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + i * 8, 1);
     barrier_init(done, CLUSTER * WARPS);  // a step's products, in both blocks
     barrier_init_fence();
@@ -83,8 +74,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wid
   const u16* from = weight + ((size_t)blockIdx.x * TILE + weight_row(first)) * INPUTS + thread % 8 * 8;
   const u32 to = smem + first * 128 + ((thread % 8 ^ first % 8) << 4);
   for (int i = 0; i < W_STAGES; i++, from += 64) copy_weight(to + i * W_STAGE, w_full + i * 8, from, first);
-  u8* const map = maps + blockIdx.x * 128;
-  if (MAPPED && warp == WARPS - 1) make_map(smem + MAP_AT, map, rows_of(weight), lane);
   cluster_wait();
   if (thread == 0)
     for (int i = 0; i < X_STAGES; i++) copy_tokens(smem + X_AT + i * X_STAGE, x_full + i * 8, x, i, rank);
@@ -95,10 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wid
   int w_slot = 0, w_phase = 0, x_slot = 0, x_phase = 0;
 #pragma unroll 1
   for (int step = 0; step < STEPS; step++) {
-    const bool mapped = MAPPED && step >= W_STAGES;
-    barrier_wait((mapped ? w_mapped : w_full) + w_slot * 8, w_phase ^ mapped);
+    barrier_wait(w_full + w_slot * 8, w_phase);
     barrier_wait(x_full + x_slot * 8, x_phase);
-    if (!mapped) fence_products();
+    fence_products();
 #pragma unroll
     for (int m = 0; m < BLOCKS_OF_GROUP; m++) wgmma_pin(d[m]);
     wgmma_fence();
@@ -122,13 +110,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wid
       }
       if (next_w < STEPS) {
         const int slot = w_slot == 0 ? W_STAGES - 1 : w_slot - 1;
-        if (!MAPPED) {
-          copy_weight(to + slot * W_STAGE, w_full + slot * 8, from, first);
-          from += 64;
-        } else if (thread == THREADS - 32) {
-          barrier_expect(w_mapped + slot * 8, W_STAGE);
-          copy_box(smem + slot * W_STAGE, map, next_w * 64, 0, 0, blockIdx.x * (TILE / 8), w_mapped + slot * 8);
-        }
+        copy_weight(to + slot * W_STAGE, w_full + slot * 8, from, first);
+        from += 64;
       }
       __syncwarp();
     }

@@ -60,15 +60,11 @@ def implementation(
     tokens: int,
     weight_FD: jax.Array | jax.ShapeDtypeStruct,
     activation: str,
-    *,
-    mapped: bool = False,
-    depths: tuple[int, int] | None = None,
 ) -> Callable[[BlockedTokens, jax.Array], jax.Array]:
     """The kernel for these shapes, as a function of (x, weight), in a program for an H100 or H200.
 
     It computes what `api.gated` does, [T, F / 2]. Sums are float32, and rounded once. A token's result does not
-    depend on the others. mapped: the weight comes by the tensor memory accelerator. depths: stages of tokens and of the
-    weight, where `stages` shall not choose them.
+    depend on the others.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -77,19 +73,18 @@ def implementation(
         raise NotImplementedError(f"{weight_FD.dtype} weights")
     if activation not in ACTIVATIONS or F % (CLUSTER * COLUMNS):
         raise NotImplementedError(f"activation {activation} of {F} features")
-    of_tokens, of_weight = stages(tokens) if depths is None else depths
+    of_tokens, of_weight = stages(tokens)
     if not 0 < tokens <= MOST or D % 64 or max(of_tokens, of_weight) >= D // 64:
         raise NotImplementedError(f"{tokens} tokens of {D} inputs")
     of_block, of_group = groups(tokens)
     macros = {
         "TOKENS": tokens, "PADDED": rows_for(tokens), "OUT_FEATURES": F // 2, "INPUTS": D, "COLUMNS": COLUMNS,
         "GROUPS": of_block, "BLOCKS_OF_GROUP": of_group, "CLUSTER": CLUSTER, "X_STAGES": of_tokens,
-        "W_STAGES": of_weight, "GATED": ACTIVATIONS[activation], "MAPPED": int(mapped), "SHARED": call.MAX_SHARED,
+        "W_STAGES": of_weight, "GATED": ACTIVATIONS[activation], "SHARED": call.MAX_SHARED,
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     grid, shared = (F // COLUMNS,), call.MAX_SHARED
-    # A map for each block, of 128 bytes.
-    result = [jax.ShapeDtypeStruct((tokens, F // 2), jnp.bfloat16), jax.ShapeDtypeStruct((grid[0], 32), jnp.int32)]
+    result = [jax.ShapeDtypeStruct((tokens, F // 2), jnp.bfloat16)]
 
     def run(x: BlockedTokens, weight_FD: jax.Array) -> jax.Array:
         arguments = [x.values, weight_FD]
