@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.formats import Format
 from jaxllm.kernels.linear import api, reference
@@ -20,6 +21,9 @@ from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.stream import Unadded, like, settle
+from jaxllm.mapping import Mapping
+from jaxllm.parallel.collectives import Exchange, exchanging, gather_rows, sum_later, sum_partial
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.params import ParamSpec, Segment
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -104,3 +108,73 @@ def test_mlp_of_fp8_weights_hands_e4m3_on(monkeypatch: pytest.MonkeyPatch) -> No
     found = mlp(x, norm, residual=x)
     assert seen
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_sums_over_ranks_take_products_unfinished(eight: bool) -> None:
+    """Where the exchange is for that, it gets products with scales and gives e4m3."""
+    mesh, got = make_mesh(Mapping(tp=2)), []
+    rng = np.random.default_rng(5)
+    x, residual = (jnp.asarray(rng.standard_normal((33, n)), BF16) for n in (128, 64))
+    weight = quantize(jnp.asarray(rng.standard_normal((64, 128)) / 8, BF16), Format("fp8"))
+    norm_weight = jnp.asarray(rng.uniform(0.5, 2, 64), F32)
+
+    def add_up(part, residual, group, ranks, norm=None, quantised=False):  # type: ignore[no-untyped-def]
+        got.append((isinstance(part, Product), quantised))
+        whole = part.finish() if isinstance(part, Product) else part
+        total = (residual + jax.lax.psum(whole.astype(F32), "tp")).astype(BF16)
+        normed = reference.rms_norm(total, norm)
+        return total, rows.quantize(normed) if quantised else normed
+
+    def step(x_TD: jax.Array, residual_TD: jax.Array, norm_D: jax.Array, group: jax.Array) -> Any:
+        made = api.product(x_TD, weight)
+        assert made.token_scale is not None
+        with exchanging(Exchange(group, ("tp",), add_up, quantises=eight)):
+            stream = sum_later(made, ("tp",), (), residual_TD)
+            total, normed = settle(stream, (norm_D, 1e-5), quantised=True)
+        if isinstance(normed, QuantizedTokens):
+            normed = (normed.values.astype(F32) * normed.scale).astype(BF16)
+        return total, normed
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P(), P(mesh.axis_names)), out_specs=(P(), P()), check_vma=False
+    )
+    total, normed = mapped(x, residual, norm_weight, jnp.zeros((2, 8), jnp.uint32))
+    assert got == [(eight, eight)]
+    wanted = residual.astype(F32) + 2 * api.product(x, weight).finish().astype(F32)
+    np.testing.assert_allclose(np.asarray(total, np.float32), wanted, atol=0.03, rtol=0.01)
+    right = np.asarray(reference.rms_norm(total.astype(F32), (norm_weight, 1e-5)))
+    np.testing.assert_allclose(np.asarray(normed, np.float32), right, rtol=0.08, atol=0.02)
+
+
+@pytest.mark.parametrize("order", [("ep", "tp"), ("tp", "ep")])
+def test_rows_go_by_the_exchange_of_their_axes(order: tuple[str, str]) -> None:
+    """Rows are scattered and gathered in the order of the ranks: another one than the group's is XLA's."""
+    mesh, used = make_mesh(Mapping(tp=2, ep=2)), []
+
+    def scatter(x, residual, group, ranks):  # type: ignore[no-untyped-def]
+        used.append("scatter")
+        out = jax.lax.psum_scatter(x, ("ep", "tp"), tiled=True)
+        return out if residual is None else residual + out
+
+    def gather(x, group, ranks):  # type: ignore[no-untyped-def]
+        used.append("gather")
+        return jax.lax.all_gather(x, ("ep", "tp"), tiled=True)
+
+    def step(x_TD: jax.Array, residual_TD: jax.Array, group: jax.Array) -> jax.Array:
+        with exchanging(Exchange(group, ("ep", "tp"), lambda *_: None, scatter, gather)):  # type: ignore[arg-type, return-value]
+            own = sum_partial(x_TD[0], order, order, residual_TD)
+            return gather_rows(own, order)
+
+    x = jnp.arange(4 * 8 * 3.0).reshape(4, 8, 3)
+    residual = jnp.arange(24.0).reshape(8, 3)
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P(("ep", "tp")), P(order), P(mesh.axis_names)),
+        out_specs=P(),
+        check_vma=False,
+    )
+    found = mapped(x, residual, jnp.zeros((4, 12), jnp.uint32))
+    np.testing.assert_array_equal(found, residual + x.sum(axis=0))
+    assert used == (["scatter", "gather"] if order == ("ep", "tp") else [])
