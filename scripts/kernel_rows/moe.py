@@ -204,7 +204,7 @@ HEADS = {"qwen3-30b-a3b": (32, 4), "mixtral-8x7b": (32, 8)}
 QK_SCALE = one_layer.HEAD_DIM**-0.5
 
 
-def layer_right(**options: Any) -> dict[str, Any]:
+def layer_right() -> dict[str, Any]:
     """A token through a whole layer by one kernel, against float32; the same each time it runs."""
     found: dict[str, Any] = {}
     worst, cases = 0.0, 0
@@ -212,7 +212,7 @@ def layer_right(**options: Any) -> dict[str, Any]:
     for heads, norms, contexts in (((32, 4), True, (1, 129, 3000)), ((16, 8), False, (513,))):
         for tokens in contexts:
             operands = one_layer.random_operands(2048, heads, 64, 768, tokens, norms=norms, seed=tokens)
-            kernel = jax.jit(one_layer.implementation(operands, choice, activation="silu", scale=QK_SCALE, **options))
+            kernel = jax.jit(one_layer.implementation(operands, choice, activation="silu", scale=QK_SCALE))
             results = [[np.asarray(array) for array in kernel(operands)] for _ in range(5)]
             if not all(np.array_equal(a, b) for again in results for a, b in zip(results[0], again, strict=True)):
                 found["not reproducible"] = f"{tokens} tokens, {heads} heads"
@@ -241,25 +241,14 @@ def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
     return rate(seconds, moved=moved)
 
 
-FLOWS = (
-    "rest",
-    "depth3:rest",
-    "depth2:rest",
-    "once:rest",
-    "depth2:rest:even",
-    "once:depth2:rest:even:ahead",
-    "once:depth2:rest:even:ahead:later",
-)
-
-
-def layer_timeline(tokens: int, **options: Any) -> dict[str, Any]:
+def layer_timeline(tokens: int) -> dict[str, Any]:
     """Where the time of a layer goes: of each phase the shortest, the median and the longest of all warps, in us."""
     E, X, D, F = SHAPES["qwen3-30b-a3b"]
     calls = 8
     operands = one_layer.random_operands(D, HEADS["qwen3-30b-a3b"], E, F, tokens)
     operands = operands._replace(upcoming=operands.qkv)
     choice = router.Choice(X, 1e-6)
-    kernel = one_layer.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True, **options)
+    kernel = one_layer.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True)
     routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
 
     @jax.jit
@@ -285,16 +274,8 @@ def rows() -> Iterator[Row]:
     for shape in A:
         yield Row(f"token {shape}", partial(token_speed, shape))
     yield Row("layer right", layer_right)
-    yield Row("flow right", partial(layer_right, flow=True, variant=("once", "depth2", "rest", "even", "ahead")))
     for tokens in (192, 1000):
         yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
-        yield Row(f"flow timeline at {tokens} tokens", partial(layer_timeline, tokens, flow=True))
-        yield Row(f"flow qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens, flow=True))
-    timeline = partial(layer_timeline, 192, flow=True, variant=("once", "depth2", "rest", "even", "ahead"))
-    yield Row("flow timeline at 192 tokens, once:depth2:rest:even:ahead", timeline)
-    for variant in FLOWS:
-        name = f"flow {variant} qwen3-30b-a3b at 192 tokens"
-        yield Row(name, partial(layer_speed, "qwen3-30b-a3b", 192, flow=True, variant=tuple(variant.split(":"))))
     for tokens in (192, 1000, 4000, 32_000):
         yield Row(f"layer qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens))
     yield Row("layer qwen3-30b-a3b at 1000 tokens, alone", partial(layer_speed, "qwen3-30b-a3b", 1000, alone=8))

@@ -60,9 +60,6 @@ DEVICE void look_again(u32 polls, u64& began) {
 
 #endif
 
-#ifndef STAGED
-#define STAGED 0
-#endif
 constexpr u32 TOLD = 0x10000;
 DEVICE bool is_told(uint2 x) { return x.x & x.y & TOLD; }
 DEVICE bool is_told(uint4 x) { return x.x & x.y & x.z & x.w & TOLD; }
@@ -71,15 +68,10 @@ DEVICE uint2 words_of(u32 two) { return make_uint2(two & 0xffff | TOLD, two >> 1
 DEVICE u32 two_of(u32 x, u32 y) { return select_bytes(x, y, 0x5410); }
 DEVICE u32 two_of(uint2 x) { return two_of(x.x, x.y); }
 
-// Waits until N looks at words find something told. place(i): where. STAGED 1: looks at one until there is something.
+// Waits until N looks at words find something told. place(i): where.
 template <int N, class Words, class Place>
 DEVICE void collect(Words (&words)[N], Place place) {
   u64 began = 0;
-  for (u32 polls = 1; STAGED && N > 1; ++polls) {
-    look(place(0), words[0]);
-    if (is_told(words[0])) break;
-    look_again(polls, began);
-  }
   for (u32 polls = 1;; ++polls) {
     bool all = true;
 #pragma unroll

@@ -8,17 +8,11 @@
 //   PIECES  of 256 inputs in a row
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
-// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; ONCE: 1: weights make room first in the second-level
-// cache; DEPTH: stages of a warp on their way while it multiplies the first product: more of them delay what others read; REST 1: see fill.
+// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; DEPTH: stages of a warp on their way while it multiplies
+// the first product (SLOTS - 1), for more of them delay what others read.
 #pragma once
 #include "cluster.cuh"
 
-#ifndef ONCE
-#define ONCE 0
-#endif
-#ifndef REST
-#define REST 0
-#endif
 #ifndef DEPTH
 #define DEPTH (SLOTS - 1)
 #endif
@@ -55,7 +49,7 @@ struct Ring {
     slots = rings + warp * (SLOTS * SLOT) + lane * 16;
     item = warp * BLOCKS + blockIdx.x;
     stage = filled = emptied = 0;
-    if (ONCE) once = read_once();
+    once = read_once();
     on_second = item >= First::ITEMS;
 #pragma unroll 1
     for (int i = 0; i < DEPTH; ++i) bring();
@@ -64,7 +58,7 @@ struct Ring {
   DEVICE void fill() {
 #pragma unroll 1
     for (int i = DEPTH; i < SLOTS - 1; ++i) bring();
-    if (!REST || item >= Second::ITEMS) return;
+    if (item >= Second::ITEMS) return;
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
       prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
   }
@@ -85,8 +79,7 @@ struct Ring {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const u32 at = to + (i * 2 + row) * PIECE * 2;
-        if (ONCE) cp_async_16_once(at, from[row] + offsets[i], once);
-        else cp_async_16(at, from[row] + offsets[i], 16);
+        cp_async_16_once(at, from[row] + offsets[i], once);
       }
     }
     if (++filled == SLOTS) filled = 0;

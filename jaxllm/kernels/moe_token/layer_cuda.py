@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,6 @@ from jaxllm.kernels.rope_write import reference as rope
 from jaxllm.kernels.router.cuda import Choice
 
 KERNEL = "moe_layer"
-FLOW = "moe_flow"
-"""The same, whose blocks tell one another numbers with marks, and have one barrier at most."""
 HEAD_DIM = 128
 MOST_GROUP = 8
 """Query heads of a KV head: half of the rows of a product."""
@@ -30,10 +27,12 @@ ALONE = 4
 """Units for each warp of a block up to which a KV head's context is not shared: to merge takes as long as two."""
 
 PHASES = (
-    "norm", "qkv", "wait", "attention", "wait for heads", "heads", "output", "wait for stream", "second norm", "router",
-    "wait for scores", "choice", "gate and up", "wait for hidden", "hidden", "down",
+    "norm", "qkv", "wait for queries", "attention", "merge", "wait for heads", "output", "wait for stream",
+    "second norm", "scores", "wait for scores", "choice", "gate and up", "wait for hidden", "down",
 )  # fmt: skip
 """Of the kernel, in their order; a timeline has the clock before the first and after each."""
+DEPTH = 2
+"""Stages of a warp on their way while it multiplies: more delay what others read, 4 of them a layer by 1.5 us."""
 MARKS = 20
 """Of a warp's timeline: see `cuda/timeline.cuh`."""
 
@@ -80,15 +79,7 @@ Kernel = Callable[[Operands], tuple[jax.Array, jax.Array]]
 def choose(operands: Operands, choice: Choice, *, activation: str, scale: float) -> Kernel:
     """The kernel, compiled. Raises NotImplementedError where others must do the work."""
     cuda.require(KERNEL)
-    return implementation(operands, choice, activation=activation, scale=scale, **asked_for())
-
-
-def asked_for() -> dict[str, Any]:
-    """The kernel with marks, where `JAXLLM_CUDA=+moe_flow:once:rest` asks for it."""
-    for name in os.environ.get("JAXLLM_CUDA", "").split(","):
-        if name.startswith(f"+{FLOW}"):
-            return {"flow": True, "variant": tuple(name.split(":")[1:])}
-    return {}
+    return implementation(operands, choice, activation=activation, scale=scale)
 
 
 def implementation(
@@ -99,17 +90,13 @@ def implementation(
     scale: float,
     slots: int | None = None,
     alone: int = ALONE,
-    flow: bool = False,
-    variant: tuple[str, ...] = (),
 ) -> Kernel:
     """The kernel for arrays of these shapes, in a program for an H100 or H200 with `call.SMS` multiprocessors.
 
     scale: on q.k. slots: of a warp's ring; None for as many as fit. alone: see ALONE.
     Raises NotImplementedError where there is none.
     """
-    run = launcher(
-        operands, choice, activation=activation, scale=scale, slots=slots, alone=alone, flow=flow, variant=variant
-    )
+    run = launcher(operands, choice, activation=activation, scale=scale, slots=slots, alone=alone)
     return lambda operands: run(operands)[:2]
 
 
@@ -122,8 +109,6 @@ def launcher(
     slots: int | None = None,
     alone: int = ALONE,
     timeline: bool = False,
-    flow: bool = False,
-    variant: tuple[str, ...] = (),
 ) -> Callable[[Operands], tuple[jax.Array, jax.Array, jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted."""
     _, _, K, O, H = operands.kv_PYKOH.shape
@@ -135,50 +120,38 @@ def launcher(
         raise NotImplementedError(f"{N} query and {K} KV heads of {H}, pages of {O} tokens")
     if (operands.q_norm is None) != (operands.k_norm is None):
         raise NotImplementedError("a norm of only queries or keys")
+    if operands.bias is not None and not choice.sigmoid:
+        raise NotImplementedError("a choice by probabilities and a bias")
     half = second_half(operands, operands.x)
     group = N // K
     # Where the next layer is alike, the second-level cache fetches its first rows.
     upcoming = None if operands.upcoming is None else operands.upcoming.shape
-    ahead = rows if "ahead" in variant and upcoming == (rows, D) else 0
+    ahead = rows if upcoming == (rows, D) else 0
     own = (2 + 4 * cuda.WARPS) * group * (H + 8) + 8 * cuda.WARPS * group + 4 * H + 16
     macros, shared = cuda.macros_of(half, A, choice, activation=activation, slots=slots, beside=own)
     macros |= {
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(operands.q_norm is not None),
-        "AHEAD": ahead, "ONCE": int("once" in variant), "STAGED": int("staged" in variant),
-        "REST": int("rest" in variant), "LATER": int("later" in variant), "EVEN": int("even" in variant),
-        "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
+        "AHEAD": ahead, "DEPTH": DEPTH, "SCALE_QK": repr(float(scale)), "ALONE": alone, "TIMELINE": int(timeline),
     }  # fmt: skip
-    depths = [int(name[-1]) for name in variant if name.startswith("depth")]
-    macros |= {"DEPTH": depths[0]} if depths else {}
-    name = FLOW if flow else KERNEL
-    ptx = call.compile_or_refuse(KERNEL, name, macros)
+    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     E, F, X = *operands.down.shape[::2], choice.chosen
+    # What blocks tell one another, and the words of their barrier.
     told = -(-call.SMS // 4) * 4 + rows + A + D + X * F + 2 * E
     results = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         jax.ShapeDtypeStruct(operands.kv_PYKOH.shape, jnp.bfloat16),
-        jax.ShapeDtypeStruct((rows,), jnp.bfloat16),
-        jax.ShapeDtypeStruct((A,), jnp.bfloat16),
         jax.ShapeDtypeStruct((call.SMS, group, H), jnp.float32),
         jax.ShapeDtypeStruct((call.SMS, group, 2), jnp.float32),
-        jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
-        jax.ShapeDtypeStruct((E,), jnp.float32),
-        jax.ShapeDtypeStruct((X, F), jnp.bfloat16),
-        jax.ShapeDtypeStruct((call.SMS,), jnp.int32),
+        jax.ShapeDtypeStruct((told,), jnp.int32),
         jax.ShapeDtypeStruct((call.SMS, cuda.WARPS, MARKS) if timeline else (1,), jnp.uint32),
     ]
-
-    if flow:
-        results = [*results[:2], *results[4:6], jax.ShapeDtypeStruct((told,), jnp.int32), results[-1]]
 
     def run(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the kernel does not read must still be a pointer.
         arguments = [operands.x if operand is None else operand for operand in operands]
-        if not flow:
-            arguments.pop()
-        arguments.append(jnp.zeros(results[-2].shape, jnp.int32))
+        arguments.append(jnp.zeros(told, jnp.int32))
         out, kv, *_, times = call.launch(
-            name,
+            KERNEL,
             ptx,
             arguments,
             results,
@@ -276,7 +249,7 @@ def check() -> None:
     choice = Choice(4, 1e-6)
     for tokens in (70, 1500):
         operands = random_operands(512, (16, 2), 16, 256, tokens)
-        run = implementation(operands, choice, activation="silu", scale=HEAD_DIM**-0.5, **asked_for())
+        run = implementation(operands, choice, activation="silu", scale=HEAD_DIM**-0.5)
         error = difference(operands, jax.jit(run)(operands), choice, HEAD_DIM**-0.5)
         if not error < 0.02:
             raise ArithmeticError(f"wrong by {error:.1e} with {tokens} tokens")

@@ -1,0 +1,271 @@
+// Attention of one token, in the middle of moe_layer.cu.
+//
+// Attention reads pages straight to registers. A unit is 16 tokens of a KV head, with all its query heads, for one warp;
+// heads are the rows of products. A contraction may take its numbers in any order as long as both sides take the same, so
+// a lane reads 16 consecutive bytes of a key; of values it reads the same 16 bytes of two tokens, and mixes them. A block
+// has units of one KV head. A short context is one block's; a long one's parts are merged by one block for each head.
+#pragma once
+#include "moe_layer.cuh"
+
+constexpr float MASKED = -1e30f;
+
+// By a warp: a head of the token, as soon as it is told, normed and rotated where it has to be.
+DEVICE void prepare_head(
+    const u32* from, u16* to, u16* also, const float* norm, const float* cosine, const float* sine, bool rotates, float eps
+) {
+  const int lane = threadIdx.x % 32;
+  u32 two[2];
+  float x[2][2];
+  float2 weight[2] = {}, c = {}, s = {};
+  if (rotates) {  // on its way with the head
+    c = __ldg((const float2*)cosine + lane);
+    s = __ldg((const float2*)sine + lane);
+    if (NORM_HEADS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) weight[half] = __ldg((const float2*)norm + half * H / 4 + lane);
+  }
+  uint2 words[2];
+  collect(words, [&](int half) { return from + half * H / 2 + lane * 2; });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    two[half] = two_of(words[half]);
+    x[half][0] = low_of(two[half]);
+    x[half][1] = high_of(two[half]);
+  }
+  if (rotates) {
+    if (NORM_HEADS) {
+      float sum = square(two[0]) + square(two[1]);
+#pragma unroll
+      for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+      const float factor = rsqrtf(sum / H + eps);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 normed = pack_bf16(x[half][0] * factor * weight[half].x, x[half][1] * factor * weight[half].y);
+        x[half][0] = low_of(normed);
+        x[half][1] = high_of(normed);
+      }
+    }
+    const float a[2] = {x[0][0], x[0][1]}, b[2] = {x[1][0], x[1][1]};
+    x[0][0] = a[0] * c.x - b[0] * s.x;
+    x[0][1] = a[1] * c.y - b[1] * s.y;
+    x[1][0] = b[0] * c.x + a[0] * s.x;
+    x[1][1] = b[1] * c.y + a[1] * s.y;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const u32 result = pack_bf16(x[half][0], x[half][1]);
+    ((u32*)to)[half * H / 4 + lane] = result;
+    if (also) ((u32*)also)[half * H / 4 + lane] = result;
+  }
+}
+
+// Lets the second-level cache fetch the keys and values of each warp's first units, while queries are made.
+DEVICE void prefetch_pages(const int* pages, const u16* pool, int tokens, int part, int parts) {
+  const int lane = threadIdx.x % 32, unit = (lane * parts + part) * WARPS + threadIdx.x / 32;
+  if (lane >= ALONE || unit * UNIT >= tokens) return;
+  const size_t page = __ldg(pages + unit * UNIT / O);
+  const u16* const keys = pool + ((page * 2 * KV + blockIdx.x % KV) * O + unit * UNIT % O) * H;
+  prefetch(keys, UNIT * H * 2);
+  prefetch(keys + (size_t)KV * O * H, UNIT * H * 2);
+}
+
+// Attention of a KV head's queries over the units of this block: part `part` of `parts`. Where there are no other parts,
+// its result is told; otherwise `found` [BLOCKS, GROUP, H] and `sums` [BLOCKS, GROUP, 2] get this part of it.
+DEVICE void attend(
+    u8* shared, u32* words, const float* q_norm, const float* k_norm, const float* cosine, const float* sine,
+    const int* page, const int* slot, const int* pages, u16* pool, float* found, float* sums, int tokens, int part,
+    int parts, const Timeline& timeline
+) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  const int head = blockIdx.x % KV, units = (tokens + UNIT - 1) / UNIT, step = parts * WARPS;
+  const int first = part * WARPS + warp;
+  u16* const queries = (u16*)(shared + QUERIES_AT);
+  float* const results = (float*)(shared + RESULTS_AT);
+  float* const of_warps = (float*)(shared + SUMS_AT);
+  u16* const new_ones = (u16*)(shared + NEW_AT);  // the token's key and value
+  // A lane has the page of every 32nd unit of the warp.
+  auto page_of = [&](int unit) { return unit < units ? __ldg(pages + unit * UNIT / O) : 0; };
+  int batch = page_of(first + lane * step);
+  uint4 k[2][4], v[4][2];
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  auto keys_of = [&](int unit, int turn) {
+    return pool + (((size_t)__shfl_sync(~0u, batch, turn % 32) * 2 * KV + head) * O + unit * UNIT % O) * H;
+  };
+  auto load_keys = [&](const u16* keys) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) k[n][i] = __ldcg((const uint4*)(keys + (n * 8 + row) * H + i * 32 + quarter * 8));
+  };
+  auto load_values = [&](const u16* keys, int unit) {
+    const u16* const values = keys + (size_t)KV * O * H;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int at = quarter * 2 + t % 2 + t / 2 * 8;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)  // what follows the last token may be anything
+        v[t][i] = unit * UNIT + at < tokens ? __ldcg((const uint4*)(values + at * H + i * 64 + row * 8)) : zero;
+    }
+  };
+  // They come while the queries are made elsewhere.
+  if (first < units) {
+    const u16* const keys = keys_of(first, 0);
+    load_keys(keys);
+    load_values(keys, first);
+  }
+
+  // The block with the last unit writes the new key and value, before it reads any.
+  const bool writes = units ? (units - 1) / WARPS % parts == part : part == 0;
+#pragma unroll 1
+  for (int i = warp; i < GROUP + (writes ? 2 : 0); i += WARPS) {
+    const bool is_query = i < GROUP, is_key = i == GROUP;
+    const int of = is_query ? head * GROUP + i : HEADS + (is_key ? 0 : KV) + head;
+    const size_t place = (((size_t)__ldg(page) * 2 + (is_key ? 0 : 1)) * KV + head) * O + __ldg(slot);
+    prepare_head(
+        words + TOLD_QKV + of * H, is_query ? queries + i * WIDE : pool + place * H,
+        is_query ? nullptr : new_ones + (i - GROUP) * H, is_query ? q_norm : k_norm, cosine, sine, is_query || is_key, EPS
+    );
+  }
+  __syncthreads();
+  timeline.mark(3);
+  uint4 query[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) query[i] = row < GROUP ? *(const uint4*)(queries + row * WIDE + i * 32 + quarter * 8) : zero;
+
+  float out[2][8][4] = {}, top = MASKED, sum = 0.f;
+#pragma unroll 1
+  for (int unit = first, turn = 0; unit < units; unit += step, ++turn) {
+    const int token = unit * UNIT, newest = tokens - 1 - token;
+    if (newest < UNIT) {  // in the pool it may not be seen yet
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n * 8 + row == newest) k[n][i] = *(const uint4*)(new_ones + i * 32 + quarter * 8);
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (quarter * 2 + t % 2 + t / 2 * 8 == newest) v[t][i] = *(const uint4*)(new_ones + H + i * 64 + row * 8);
+    }
+    float s[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 low[4] = {query[i].x, 0, query[i].y, 0}, high[4] = {query[i].z, 0, query[i].w, 0};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        mma_bf16(s[n], low, k[n][i].x, k[n][i].y);
+        mma_bf16(s[n], high, k[n][i].z, k[n][i].w);
+      }
+    }
+    const u16* next = nullptr;
+    if (unit + step < units) {
+      if ((turn + 1) % 32 == 0) batch = page_of(unit + (lane + 1) * step);
+      next = keys_of(unit + step, turn + 1);
+      load_keys(next);
+    }
+    float high = top;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const bool visible = token + n * 8 + quarter * 2 + j < tokens;
+        s[n][j] = visible ? s[n][j] * (float)(SCALE_QK * 1.4426950408889634) : MASKED;
+        high = fmaxf(high, s[n][j]);
+      }
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+    const float keep = fast_exp2(top - high);
+    top = high;
+    sum *= keep;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        s[n][j] = fast_exp2(s[n][j] - high);
+        sum += s[n][j];
+      }
+    const u32 weights[4] = {pack_bf16(s[0][0], s[0][1]), 0, pack_bf16(s[1][0], s[1][1]), 0};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 of[4][4] = {
+          {v[0][i].x, v[0][i].y, v[0][i].z, v[0][i].w},
+          {v[1][i].x, v[1][i].y, v[1][i].z, v[1][i].w},
+          {v[2][i].x, v[2][i].y, v[2][i].z, v[2][i].w},
+          {v[3][i].x, v[3][i].y, v[3][i].z, v[3][i].w},
+      };
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const u32 selector = j % 2 ? 0x7632 : 0x5410;
+        out[i][j][0] *= keep;
+        out[i][j][1] *= keep;
+        mma_bf16(out[i][j], weights, select_bytes(of[0][j / 2], of[1][j / 2], selector),
+                 select_bytes(of[2][j / 2], of[3][j / 2], selector));
+      }
+    }
+    if (next) load_values(next, unit + step);
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  if (row < GROUP) {
+    if (quarter == 0) {
+      of_warps[(warp * GROUP + row) * 2] = top;
+      of_warps[(warp * GROUP + row) * 2 + 1] = sum;
+    }
+    const bool last_first = quarter >= 2;  // so that four quarters write to different banks
+    float4* const to = (float4*)(results + (warp * GROUP + row) * WIDE) + quarter * 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float4 a = make_float4(out[i][0][n], out[i][1][n], out[i][2][n], out[i][3][n]);
+        const float4 b = make_float4(out[i][4][n], out[i][5][n], out[i][6][n], out[i][7][n]);
+        to[i * 16 + n * 2 + (last_first ? 1 : 0)] = last_first ? b : a;
+        to[i * 16 + n * 2 + (last_first ? 0 : 1)] = last_first ? a : b;
+      }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < GROUP * H / 2; at += THREADS) {  // two dims of a head
+    const int m = at / (H / 2), dim = at % (H / 2) * 2;
+    float most = MASKED, total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, of_warps[(w * GROUP + m) * 2]);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float by = fast_exp2(of_warps[(w * GROUP + m) * 2] - most);
+      const float2 two = *(const float2*)(results + (w * GROUP + m) * WIDE + dim);
+      total += of_warps[(w * GROUP + m) * 2 + 1] * by;
+      x += two.x * by;
+      y += two.y * by;
+    }
+    if (parts == 1) {
+      const float inverse = total > 0.f ? 1.f / total : 0.f;
+      tell(words + TOLD_HEADS + (head * GROUP + m) * H + dim, words_of(pack_bf16(x * inverse, y * inverse)));
+    } else {
+      const size_t of = (size_t)blockIdx.x * GROUP + m;
+      *(float2*)(found + of * H + dim) = make_float2(x, y);
+      if (dim == 0) *(float2*)(sums + of * 2) = make_float2(most, total);
+    }
+  }
+}
+
+// The parts of the heads that this block merges.
+DEVICE void merge(const float* found, const float* sums, u32* words, int parts) {
+  for (int head = blockIdx.x; head < HEADS; head += BLOCKS) {
+    const int m = head % GROUP, kv = head / GROUP;
+    for (int dim = threadIdx.x; dim < H; dim += THREADS) {
+      float most = MASKED, total = 0.f, x = 0.f;
+#pragma unroll 8
+      for (int part = 0; part < parts; ++part)
+        most = fmaxf(most, __ldcg(sums + ((size_t)(part * KV + kv) * GROUP + m) * 2));
+#pragma unroll 8
+      for (int part = 0; part < parts; ++part) {
+        const size_t of = (size_t)(part * KV + kv) * GROUP + m;
+        const float by = fast_exp2(__ldcg(sums + of * 2) - most);
+        total += __ldcg(sums + of * 2 + 1) * by;
+        x += __ldcg(found + of * H + dim) * by;
+      }
+      tell(words + TOLD_HEADS + head * H + dim, pack_bf16(x / total, 0.f) & 0xffff | TOLD);
+    }
+  }
+}
