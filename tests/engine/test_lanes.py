@@ -13,7 +13,16 @@ from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.request import FinishReason, Request, Sequence
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.step import LaneSteps
-from tests.engine.test_scheduler_properties import EOS, FakeDevice, Harness, Params, Truth, operations, schedulers
+from tests.engine.test_scheduler_properties import (
+    EOS,
+    FakeDevice,
+    Harness,
+    Params,
+    Truth,
+    operations,
+    replay,
+    schedulers,
+)
 
 
 class FakeDevices:
@@ -119,23 +128,7 @@ def test_any_load_runs_to_its_end(
         batching_wait_iters=batching, priority_queue=options["priority_queue"],
     )  # fmt: skip
     harness = LaneHarness(lanes, depth + options["micro_batches"] - 1, repeats)
-    for kind, *args in load:
-        if kind == "add":
-            prompt, params, priority, salt, cached = args
-            harness.add(prompt, params, priority=priority, cache_salt=salt, prefix_cache=cached)
-        elif kind == "run":
-            for _ in range(args[0]):
-                harness.advance()
-                lanes.check()
-        elif harness.requests:
-            request = harness.requests[args[0] % len(harness.requests)]
-            if kind == "abort":
-                harness.abort(request)
-            else:
-                alive = [seq for seq in request.sequences if not seq.finished]
-                harness.stop(alive[args[0] % len(alive)])
-        lanes.check()
-    harness.drain()
+    replay(harness, load)
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -403,20 +404,16 @@ schedulers = st.fixed_dictionaries(
 pools = st.builds(PagePool, st.integers(2, 16), st.integers(1, 5), st.booleans())
 
 
-@settings(max_examples=300, deadline=None)
-@given(pools, schedulers, st.integers(1, 3), st.lists(operations, max_size=25), st.sampled_from([1, 1, 2, 4]))
-def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load, repeats) -> None:
-    scheduler = Scheduler(pool, eos_token_ids=[EOS], **options)
-    depth = depth if options["micro_batches"] == 1 else options["micro_batches"] + depth - 1
-    harness = Harness(scheduler, depth, repeats)
+def replay(harness: Harness, load: list[tuple[Any, ...]]) -> None:
+    """Does a list of `operations` one after the other, checks after each, and runs what is left to its end."""
     for kind, *args in load:
         if kind == "add":
-            prompt, request_params, priority, salt, cached = args
-            harness.add(prompt, request_params, priority=priority, cache_salt=salt, prefix_cache=cached)
+            prompt, params, priority, salt, cached = args
+            harness.add(prompt, params, priority=priority, cache_salt=salt, prefix_cache=cached)
         elif kind == "run":
             for _ in range(args[0]):
                 harness.advance()
-                scheduler.check()
+                harness.scheduler.check()
         elif harness.requests:
             request = harness.requests[args[0] % len(harness.requests)]
             if kind == "abort":
@@ -424,8 +421,17 @@ def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load,
             else:
                 alive = [seq for seq in request.sequences if not seq.finished]
                 harness.stop(alive[args[0] % len(alive)])
-        scheduler.check()
+        harness.scheduler.check()
     harness.drain()
+
+
+@settings(max_examples=300, deadline=None)
+@given(pools, schedulers, st.integers(1, 3), st.lists(operations, max_size=25), st.sampled_from([1, 1, 2, 4]))
+def test_any_load_leaves_every_page_where_it_belongs(pool, options, depth, load, repeats) -> None:
+    scheduler = Scheduler(pool, eos_token_ids=[EOS], **options)
+    depth = depth if options["micro_batches"] == 1 else options["micro_batches"] + depth - 1
+    harness = Harness(scheduler, depth, repeats)
+    replay(harness, load)
 
 
 @settings(max_examples=150, deadline=None)
