@@ -63,11 +63,7 @@ SHAPES: dict[str, tuple[np.ndarray, int, tuple[int, int, int], dict[str, Any]]] 
 }
 COMPARED = ("8 x 2048", "fp8 8 x 2048", "8192 after 122880", "H=256 1 x 8192 softcap window")
 """With the reference at full size."""
-SWEEP: dict[str, Variant] = {
-    "2 stages": wgmma(128, 2),
-    "no turns": wgmma(128, pingpong=False),
-    "192 rows, 80 keys, no turns": wgmma(80, 4, pingpong=False, rows=192),
-}
+SWEEP: dict[str, Variant] = {"2 stages": wgmma(128, 2)}
 SWEPT = ("1 x 8000", "8 x 2048")
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     # what is replaced in the sources, to see what a part costs; the results are wrong

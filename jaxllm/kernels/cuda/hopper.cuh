@@ -135,20 +135,6 @@ struct Wgmma<64> {
   }
 };
 template <>
-struct Wgmma<80> {
-  DEVICE static void ss(float (&d)[40], u64 a, u64 b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-        "}, %40, %41, p, 1, 1, 0, 0;\n}"
-        : OUT8(0), OUT8(8), OUT8(16), OUT8(24), OUT8(32)
-        : "l"(a), "l"(b), "r"(accumulate));
-  }
-};
-template <>
 struct Wgmma<96> {
   DEVICE static void ss(float (&d)[48], u64 a, u64 b, int accumulate) {
     asm volatile(
@@ -302,8 +288,7 @@ DEVICE void registers_fewer() {
 // What this thread wrote to shared memory is seen by products that other threads start after a barrier.
 DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Barrier `id` (1 to 15) of `threads` threads, of which some only arrive and some wait.
-DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Barrier `id` (1 to 15) of `threads` threads.
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 #endif

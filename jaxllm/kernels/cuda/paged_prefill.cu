@@ -4,17 +4,15 @@
 // into shared memory (cp.async, because a page is no box that the copy engine could swizzle without a tensor map); two
 // others have 64 rows each. Blocks of keys come from the last visible one to the first. The scores of a block are
 // computed together with the output of the block before, so that the exponentials of the one overlap with the products
-// of the other; and the two warpgroups take turns in starting products (PINGPONG).
+// of the other. The two warpgroups fall out of step by themselves: taking turns in starting products won nothing.
 //
-// Macros: those of prefill.cuh with BLOCK_M = 128 or 192; STAGES (buffers for keys, and as many for values), PINGPONG,
-// FP8 (pages are e4m3)
+// Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), FP8 (pages are e4m3)
 #include "hopper.cuh"
 #include "prefill.cuh"
 
-constexpr int GROUPS = BLOCK_M / 64;  // warpgroups that multiply
+constexpr int GROUPS = 2;  // warpgroups that multiply
 constexpr int THREADS = (1 + GROUPS) * 128;
-constexpr int REGISTERS = GROUPS == 2 ? 224 : 160, REGISTERS_TO_COPY = GROUPS == 2 ? 56 : 32;
-static_assert(GROUPS == 2 || GROUPS == 3, "registers are for two or three warpgroups of 64 rows");
+static_assert(BLOCK_M == GROUPS * 64, "a warpgroup has 64 rows");
 
 // Shared memory: queries, STAGES of keys, STAGES of values, what is copied and not yet converted, barriers.
 constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, PACKED_AT = V_AT + STAGES * KV_BYTES;
@@ -196,7 +194,6 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     fence_products();
   };
 
-  if (PINGPONG && group == GROUPS - 1) named_arrive(1, 256);  // the first turn
   bool more = find_next();
   if (!more) return;
   wait_for_tile();
@@ -217,10 +214,8 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
       wait_for(rings.k);
       wait_for(rings.v);
       if (!FP8) fence_products();
-      if (PINGPONG) named_sync(1 + group, 256);
       start_scores();
       start_output(block == last - 1);
-      if (PINGPONG) named_arrive(1 + (group + 1) % GROUPS, 256);
       wgmma_wait<1>();
       wgmma_pin(s);
       free_buffer(rings.k);
@@ -253,8 +248,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
     const int* __restrict__ lasts, const int* __restrict__ firsts, const int* __restrict__ schedule,
     u16* __restrict__ out, float* __restrict__ lse) {
   DYNAMIC_SHARED(memory);
-  // What all threads of a warp know to be the same is computed in uniform registers: next to nothing then stands between a
-  // turn and its first product.
+  // What all threads of a warp know to be the same is computed in uniform registers: next to nothing then stands between
+  // a wait and the first product after it.
   const u32 smem = __shfl_sync(0xffffffffu, shared_address(memory), 0);
   const int thread = threadIdx.x % 128, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const Rings rings(smem + BARRIERS_AT);
@@ -267,10 +262,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
   }
   __syncthreads();
   if (group == 0) {
-    registers_fewer<REGISTERS_TO_COPY>();
+    registers_fewer<56>();
     copy(memory, smem, rings, q, kv, page_table, schedule, out, lse, thread);
   } else {
-    registers_more<REGISTERS>();
+    registers_more<224>();
     multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);
   }
 }

@@ -27,13 +27,12 @@ FP8 = jnp.float8_e4m3fn
 class Variant:
     """One way to compile a kernel for a head dim.
 
-    rows: of a tile. block: keys of a step. stages: buffers for keys and values, if shared memory holds so many.
+    block: keys of a step. stages: buffers for keys and values, if shared memory holds so many.
     macros: beyond those of `prefill.cuh`.
     persistent: one block of threads stays on each multiprocessor, instead of one for each tile.
     """
 
     kernel: str
-    rows: int
     block: int
     stages: int
     threads: int
@@ -52,26 +51,26 @@ class Variant:
     def _bytes(self, stages: int, head_dim: int, fp8: bool) -> int:
         barriers = 16 * (1 + 2 * stages) if self.persistent else 0
         packed = 2 * self.block * head_dim if fp8 else 0
-        return 2 * head_dim * (self.rows + 2 * stages * self.block) + packed + barriers
+        return 2 * head_dim * (tiles.ROWS + 2 * stages * self.block) + packed + barriers
 
 
-def wgmma(block: int, stages: int = 3, pingpong: bool = True, rows: int = tiles.ROWS) -> Variant:
-    """FlashAttention-3: a warpgroup that copies, and one that multiplies for every 64 rows."""
-    return Variant("paged_prefill", rows, block, stages, 128 + rows * 2, True, (("PINGPONG", int(pingpong)),))
+def wgmma(block: int, stages: int = 3) -> Variant:
+    """FlashAttention-3: a warpgroup that copies, two that multiply."""
+    return Variant("paged_prefill", block, stages, 384, True, ())
 
 
 def mma(block: int, tall: int) -> Variant:
     """FlashAttention-2: warps of 16 * tall rows."""
     warps = tiles.ROWS // (16 * tall)
     macros = (("WARPS", warps), ("TALL", tall))
-    return Variant("paged_prefill_mma", tiles.ROWS, block, 2, warps * 32, False, macros)
+    return Variant("paged_prefill_mma", block, 2, warps * 32, False, macros)
 
 
 VARIANTS: Mapping[int, tuple[Variant, Variant]] = {
     64: (wgmma(128), mma(64, tall=2)),
     96: (wgmma(128), mma(64, tall=2)),
     128: (wgmma(128), mma(32, tall=2)),
-    256: (wgmma(64, pingpong=False), mma(32, tall=1)),
+    256: (wgmma(64), mma(32, tall=1)),
 }
 """By head dim, in the order of preference: what shared memory (227 KiB) and registers hold without spills."""
 
@@ -113,7 +112,7 @@ def macros_of(
         "PAGE": kv_shape[3],
         "SCALE_LOG2": f"{scale * math.log2(math.e):.9e}f",
         "SOFTCAP": f"{cap:.9e}f",
-        "BLOCK_M": variant.rows,
+        "BLOCK_M": tiles.ROWS,
         "BLOCK_N": variant.block,
         "STAGES": variant.stages_of(q_shape[-1], fp8),
         "FP8": int(fp8),
@@ -164,8 +163,8 @@ def run(
     K = kv_PYKOH.shape[2]
     positions_RQ = positions_RQ.astype(jnp.int32)
     first_RQ = jnp.zeros_like(positions_RQ) if first_RQ is None else first_RQ.astype(jnp.int32)
-    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1], tile=variant.rows)
-    items = K * tiles.num_tiles(R, Q, N // K, variant.rows)
+    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1])
+    items = K * tiles.num_tiles(R, Q, N // K)
     out_RQNH, lse_RQN = call.launch(
         variant.kernel,
         ptx,

@@ -20,12 +20,12 @@ KEYS = 64
 LARGEST = jnp.iinfo(jnp.int32).max
 
 
-def num_tiles(rows: int, queries: int, group: int, tile: int = ROWS) -> int:
+def num_tiles(rows: int, queries: int, group: int) -> int:
     """Tiles of one KV head."""
-    return rows * -(-queries * group // tile)
+    return rows * -(-queries * group // ROWS)
 
 
-def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width: int, tile: int = ROWS) -> jax.Array:
+def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width: int) -> jax.Array:
     """The tiles of all rows, those with the most visible keys first: int32 [1 + tiles, LINE].
 
     The first line is the number of tiles, `width` and Q. The others are: the tile's row, the first of its query rows,
@@ -36,24 +36,23 @@ def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width:
       positions_RQ, first_RQ: the last and first key that each query token sees; it sees none where last < first.
       group: query heads of a KV head: query row i of a row belongs to its token i // group.
       width: pages of a row.
-      tile: query rows of a tile.
     """
     R, Q = positions_RQ.shape
-    per_row = num_tiles(1, Q, group, tile)
+    per_row = num_tiles(1, Q, group)
     first_RQ = jnp.maximum(first_RQ, 0)
     sees_RQ = positions_RQ >= first_RQ
 
     def of_tiles(x_RQ: jax.Array, otherwise: int) -> jax.Array:
         rows = jnp.repeat(jnp.where(sees_RQ, x_RQ, otherwise), group, axis=1)
-        rows = jnp.pad(rows, ((0, 0), (0, per_row * tile - Q * group)), constant_values=otherwise)
-        return rows.reshape(R * per_row, tile)
+        rows = jnp.pad(rows, ((0, 0), (0, per_row * ROWS - Q * group)), constant_values=otherwise)
+        return rows.reshape(R * per_row, ROWS)
 
     first = of_tiles(first_RQ, LARGEST).min(1)
     last = of_tiles(positions_RQ, -1).max(1)
     full_from, full_to = of_tiles(first_RQ, -1).max(1), of_tiles(positions_RQ, LARGEST).min(1)
     at = jnp.arange(R * per_row, dtype=jnp.int32)
     zero = jnp.zeros_like(at)
-    lines = jnp.stack([at // per_row, at % per_row * tile, first, last, full_from, full_to, zero, zero], axis=1)
+    lines = jnp.stack([at // per_row, at % per_row * ROWS, first, last, full_from, full_to, zero, zero], axis=1)
     work = jnp.where(last < 0, 0, last // KEYS - first // KEYS + 1)
     header = jnp.zeros((1, LINE), jnp.int32).at[0, :3].set(jnp.asarray([R * per_row, width, Q], jnp.int32))
     return jnp.concatenate([header, lines[_longest_first(work)]])

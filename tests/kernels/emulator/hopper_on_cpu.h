@@ -159,10 +159,3 @@ template <int N> void registers_fewer() {}
 inline void fence_products() { emulator::current->unfenced = false; }
 
 inline void named_sync(int id, int threads) { named_barrier(id, threads); }
-inline void named_arrive(int id, int threads) {
-  emulator::Meeting& b = emulator::barriers[id];
-  if (++b.arrived == (u32)threads) {
-    b.arrived = 0;
-    ++b.generation;
-  }
-}
