@@ -66,8 +66,8 @@ sys.path[:0] = {paths}
 import jax
 jax.config.update("jax_num_cpu_devices", {devices})
 from tests.parallel.test_pace import sums
-program, x = sums({devices}, 20)
-for _ in range(8):
+program, x = sums({devices}, 10)
+for _ in range(2):
     for _ in range(100):
         out = program(x)
     out.block_until_ready()
