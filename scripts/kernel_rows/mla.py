@@ -38,9 +38,8 @@ SPEEDS = (
 """Rows, tokens, query heads."""
 VARIANTS = (
     ("many heads' kernel", (64, 4096, 16), {"few": False}),
-    ("many heads' kernel", (64, 4096, 32), {"few": False}),
-    ("2 ahead", (64, 4096, 16), {"ahead": 2}),
-    ("2 ahead", (64, 4096, 128), {"ahead": 2}),
+    ("shares of 4", (1, 4096, 16), {"min_share": 4}),
+    ("shares of 2", (8, 4096, 128), {"min_share": 2}),
 )
 
 

@@ -24,8 +24,6 @@ DEVICE void wgmma_pin(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
-// What follows from x is computed again here, instead of being kept in registers from before a loop.
-DEVICE void compute_again(u64& x) { asm volatile("" : "+l"(x)); }
 // Before the first product, and after registers of one were written.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -3,13 +3,9 @@
 //
 // Latents lie in panels of 64 columns, rows of 128 bytes with the hardware's swizzle.
 //
-// Macros: H; O tokens of a page; W pages of a row; BLOCK tokens of a stage; AHEAD, blocks by which the second-level cache is
-// told before they are copied (0: it is not), and those of shares.cuh.
-// Constants of the includer: KV_AT, where stages begin; STAGES, and PARTS of one that are freed and filled one after the
-// other; COPIERS, threads that fill them; those of shares.cuh.
+// Macros: H; O tokens of a page; W pages of a row; BLOCK tokens of a stage, and those of shares.cuh.
+// Constants of the includer: KV_AT, where stages begin; STAGES; COPIERS, threads that fill one of them; those of shares.cuh.
 #pragma once
-#define EVEN_SHARES 1
-#include "cluster.cuh"
 #include "grid.cuh"
 #include "hopper.cuh"
 #include "shares.cuh"
@@ -18,75 +14,53 @@ constexpr int PANELS = H / 64, ROW = 128, PANEL = BLOCK * ROW, STAGE = PANELS * 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 static_assert(H % 64 == 0 && O % 8 == 0, "not what these kernels were written for");
 
-// Barriers of stages: full, and then one for each of PARTS parts, of BLOCK / PARTS tokens, that has been freed.
-constexpr int BARRIERS_OF_STAGE = 8 * (1 + PARTS);
-DEVICE u32 full_of(u32 barriers, int stage) { return barriers + stage * BARRIERS_OF_STAGE; }
-DEVICE u32 freed_of(u32 barriers, int stage, int part) { return barriers + stage * BARRIERS_OF_STAGE + 8 * (1 + part); }
-// To be called by one thread; freeing: warps that free a part.
-DEVICE void init_stages(u32 barriers, int freeing) {
-  for (int stage = 0; stage < STAGES; ++stage) {
-    barrier_init(full_of(barriers, stage), COPIERS);
-    for (int part = 0; part < PARTS; ++part) barrier_init(freed_of(barriers, stage, part), freeing);
-  }
-}
+// Barriers of stages: two for each, the first full and then freed.
+DEVICE u32 full_of(u32 barriers, int stage) { return barriers + stage * 16; }
+DEVICE u32 freed_of(u32 barriers, int stage) { return barriers + stage * 16 + 8; }
 
-// What COPIERS threads do: they fill a part of a stage as soon as it has been freed, and do not wait for what is under way.
-DEVICE void copy(u32 smem, u32 barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int thread) {
+// Threads that fill stage `stage`: every STAGES-th block.
+DEVICE void copy(
+    u32 smem, u32 barriers, const Rows& rows, Walk walk, const u16* kv, const int* pages, int stage, int thread
+) {
   constexpr int AT_ONCE = COPIERS / 8;  // tokens of one turn
-  static_assert(BLOCK / PARTS % AT_ONCE == 0, "a part has whole turns");
   Run run = walk.take(rows, 0x7fffffff);
   int block = 0;
+  auto step = [&]() {
+    ++block;
+    if (block >= run.blocks) {
+      run = walk.take(rows, 0x7fffffff);
+      block = 0;
+    }
+  };
   // A lane has the page of eight tokens.
   auto load_pages = [&]() {
     const int at = run.token + block * BLOCK + thread % (BLOCK / 8) * 8;
     return run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : 0;
   };
-  // Of blocks ahead in the same run; -1: nothing to tell of.
-  auto load_ahead = [&]() {
-    const int at = run.token + (block + AHEAD) * BLOCK + thread * 8;
-    return thread < BLOCK / 8 && block + AHEAD < run.blocks && at <= run.last ? pages[(size_t)run.row * W + at / O] : -1;
-  };
   const int column = thread % 8, above = thread / 8;
-  int next_page = load_pages(), ahead = AHEAD ? load_ahead() : -1;
+  const u32 to = smem + KV_AT + stage * STAGE;
+  for (int i = 0; i < stage && run.blocks; ++i) step();
+  int page = load_pages();
 #pragma unroll 1
-  for (int blocks = 0; run.blocks; ++blocks) {
-    if (AHEAD && ahead >= 0)
-      prefetch(kv + ((size_t)ahead * O + (run.token + (block + AHEAD) * BLOCK + thread * 8) % O) * H, 16 * H);
-    const int token = run.token + block * BLOCK + above, last = run.last, page = next_page, stage = blocks % STAGES;
-    if (++block == run.blocks) {
-      run = walk.take(rows, 0x7fffffff);
-      block = 0;
-    }
-    next_page = load_pages();
-    if (AHEAD) ahead = load_ahead();
-    const u32 to = smem + KV_AT + stage * STAGE;
+  for (int turn = 0; run.blocks; ++turn) {
+    const int token = run.token + block * BLOCK + above, last = run.last;
+    barrier_wait(freed_of(barriers, stage), turn & 1 ^ 1);
 #pragma unroll
     for (int i = 0; i < BLOCK / AT_ONCE; ++i) {
       const int row = above + i * AT_ONCE, at = token + i * AT_ONCE;
-      if (i * AT_ONCE % (BLOCK / PARTS) == 0)
-        barrier_wait(freed_of(barriers, stage, i * AT_ONCE / (BLOCK / PARTS)), blocks / STAGES & 1 ^ 1);
       const u16* from = kv + ((size_t)__shfl_sync(~0u, page, row / 8) * O + at % O) * H + column * 8;
       const u32 here = to + row * ROW + ((column ^ row % 8) << 4), bytes = at <= last ? 16 : 0;
 #pragma unroll
       for (int panel = 0; panel < PANELS; ++panel) cp_async_16(here + panel * PANEL, from + panel * 64, bytes);
     }
-    cp_async_arrive(full_of(barriers, stage));
+    cp_async_commit();
+#pragma unroll 1
+    for (int i = 0; i < STAGES && run.blocks; ++i) step();
+    page = load_pages();
+    cp_async_wait<0>();
+    fence_products();
+    barrier_arrive(full_of(barriers, stage));
   }
-  cp_async_wait<0>();
-}
-
-// Waits until products can read the stage that block number `blocks` is in.
-DEVICE void wait_full(u32 barriers, int blocks) {
-  barrier_wait(full_of(barriers, blocks % STAGES), blocks / STAGES & 1);
-  fence_products();
-}
-
-// Frees the parts of a stage one after the other, as soon as their products, of which each part has a group, are done.
-template <int PART = 0>
-DEVICE void free_parts(u32 barriers, int stage, int lane) {
-  wgmma_wait<PARTS - 1 - PART>();
-  if (lane == 0) barrier_arrive(freed_of(barriers, stage, PART));
-  if constexpr (PART + 1 < PARTS) free_parts<PART + 1>(barriers, stage, lane);
 }
 
 // A part that its CTA has not merged yet, and where the item's results go. None: one part is all of it.
@@ -94,12 +68,6 @@ struct Unmerged {
   Part part;
   size_t target;
 };
-
-// Tells others of a CTA's parts, once they are all there and every thread that wrote one has made that known.
-DEVICE void announce(const Unmerged* unmerged, int* finished) {
-  for (int i = 0; i < 2; ++i)
-    if (!unmerged[i].part.complete()) atomicAdd(finished + unmerged[i].part.from, 1);
-}
 
 // Merges a CTA's share of an item that several CTAs have parts of, once all of them have theirs: each has some of the
 // item's slices of 128 numbers. All CTAs run at once, so that they can wait for each other.

@@ -7,7 +7,7 @@
 //
 // An item of work is a row's tile of 64 query heads; see shares.cuh. One CTA stays on each SM, of four warpgroups:
 //   copy     brings blocks of BLOCK tokens into STAGES stages; each has warps of its own, so that none waits for others
-//   scores   queries @ latents of two blocks, softmax; leaves the weights, and by how much older results shrink
+//   scores   queries @ latents, softmax; leaves the weights, and by how much older results shrink
 //   values   two of them: result = result * shrinking + weights @ latents, half of the VALUES numbers each
 // so that the products of scores overlap with those of values of the block before, and the softmax with both.
 //
@@ -18,7 +18,7 @@
 
 constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE - 1) / TILE, M = HEADS < TILE ? HEADS : TILE;
-constexpr int WARPS = 16, THREADS = WARPS * 32, COPIERS = 128, PARTS = BLOCK / 16;
+constexpr int WARPS = 16, THREADS = WARPS * 32, COPIERS = 128 / STAGES;
 // Shared memory: queries, stages of latents, weights, factors of rows, lse of rows, barriers, tables.
 constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"
@@ -26,7 +26,7 @@ constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 constexpr int WEIGHTS_AT = KV_AT + STAGES * STAGE;
 constexpr int FACTORS_AT = WEIGHTS_AT + TILE * BLOCK * 2;
 constexpr int LSE_AT = FACTORS_AT + TILE * 4, BARRIERS_AT = LSE_AT + TILE * 4;
-constexpr int WEIGHTS_MADE = BARRIERS_AT + BARRIERS_OF_STAGE * STAGES, WEIGHTS_FREED = WEIGHTS_MADE + 8;
+constexpr int WEIGHTS_MADE = BARRIERS_AT + 16 * STAGES, WEIGHTS_FREED = WEIGHTS_MADE + 8;
 constexpr int UNMERGED_AT = WEIGHTS_FREED + 8, TABLES_AT = UNMERGED_AT + 48;
 static_assert(VALUES == 512 && HEADS % M == 0, "not what this kernel was written for");
 
@@ -39,11 +39,15 @@ DEVICE void make_weights(
   uint4* const weights = (uint4*)(shared + WEIGHTS_AT);
   float* const factors = (float*)(shared + FACTORS_AT);
   float* const logs = (float*)(shared + LSE_AT);
-  u64 query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
+  const u64 query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
   const u32 barriers = smem + BARRIERS_AT;
-  float s[BLOCK / 2], t[BLOCK / 2];
+  float s[BLOCK / 2];
   int blocks = 0, messages = 0;
-  auto fetch_queries = [&](const Run& run) {
+#pragma unroll 1
+  for (;;) {
+    const Run run = walk.take(rows, 0x7fffffff);
+    if (!run.blocks) break;
+    named_sync(1, 128);  // all have used the queries before
     const u16* from = q + ((size_t)run.row * HEADS + run.item * TILE) * H;
 #pragma unroll 4
     for (int i = 0; i < TILE * H / 8 / 128; ++i) {
@@ -52,21 +56,16 @@ DEVICE void make_weights(
       cp_async_16(to, from + (m < M ? (size_t)at * 8 : 0), m < M ? 16 : 0);
     }
     cp_async_commit();
-  };
-  Run next = walk.take(rows, 0x7fffffff);
-  if (next.blocks) fetch_queries(next);
-#pragma unroll 1
-  while (next.blocks) {
-    const Run run = next;
     cp_async_wait<0>();
     fence_products();
     named_sync(1, 128);
     const int lowest = FIRST ? first[run.row] : 0;
     float top[2] = {MASKED, MASKED}, sum[2] = {0.f, 0.f};
-    auto multiply = [&](float (&s)[BLOCK / 2], int blocks) {
-      wait_full(barriers, blocks);
-      const u64 keys = matrix_descriptor(smem + KV_AT + blocks % STAGES * STAGE, ROW, 16, 8 * ROW);
-      compute_again(query);
+#pragma unroll 1
+    for (int block = 0; block < run.blocks; ++block, ++blocks) {
+      const int stage = blocks % STAGES;
+      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
+      const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
       wgmma_pin(s);
       wgmma_fence();
 #pragma unroll
@@ -75,8 +74,8 @@ DEVICE void make_weights(
         Wgmma<BLOCK>::ss(s, query + (i / 4 * QUERY_PANEL + inside) / 16, keys + (i / 4 * PANEL + inside) / 16, i > 0);
       }
       wgmma_commit();
-    };
-    auto weigh = [&](float (&s)[BLOCK / 2], int block) {
+      wgmma_wait<0>();
+      wgmma_pin(s);
       const int token = run.token + block * BLOCK + lane % 4 * 2;
       if (token - lane % 4 * 2 + BLOCK > run.last || FIRST) {
 #pragma unroll
@@ -118,33 +117,6 @@ DEVICE void make_weights(
         factors[row] = keep[0];
         factors[row + 8] = keep[1];
       }
-    };
-    // Scores of two blocks are made one after the other, and weights of the first, which may be used once both are made,
-    // meanwhile: values would slow the second's down, and then have to wait for weights. While a pair's values are
-    // multiplied, blocks of the next come.
-    int block = 0;
-#pragma unroll 1
-    for (; block + 1 < run.blocks; block += 2, blocks += 2) {
-      multiply(s, blocks);
-      multiply(t, blocks + 1);
-      wgmma_wait<1>();
-      wgmma_pin(s);
-      weigh(s, block);
-      hold_until_known(sum[0]);
-      hold_until_known(sum[1]);
-      wgmma_wait<0>();
-      wgmma_pin(t);
-      barrier_arrive(smem + WEIGHTS_MADE);
-      ++messages;
-      weigh(t, block + 1);
-      barrier_arrive(smem + WEIGHTS_MADE);
-      ++messages;
-    }
-    if (block < run.blocks) {
-      multiply(s, blocks++);
-      wgmma_wait<0>();
-      wgmma_pin(s);
-      weigh(s, block);
       barrier_arrive(smem + WEIGHTS_MADE);
       ++messages;
     }
@@ -164,9 +136,6 @@ DEVICE void make_weights(
     }
     barrier_arrive(smem + WEIGHTS_MADE);
     ++messages;
-    named_sync(1, 128);  // all have used the queries
-    next = walk.take(rows, 0x7fffffff);
-    if (next.blocks) fetch_queries(next);
   }
 }
 
@@ -212,22 +181,22 @@ DEVICE void multiply_values(
         }
       }
       const int stage = blocks % STAGES;
-      wait_full(barriers, blocks);
+      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
       const u64 values =
           matrix_descriptor(smem + KV_AT + stage * STAGE + group * (VALUES / 2 / 64) * PANEL, ROW, PANEL, 8 * ROW);
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < BLOCK / 16; ++i) {
+      for (int i = 0; i < BLOCK / 16; ++i)
 #pragma unroll
         for (int side = 0; side < 2; ++side)
           Wgmma<VALUES / 4>::rs(o[side], p[i], values + (side * (VALUES / 4 / 64) * PANEL + i * 16 * ROW) / 16);
-        wgmma_commit();
-      }
-      free_parts(barriers, stage, lane);
+      wgmma_commit();
+      wgmma_wait<0>();
       wgmma_pin(o[0]);
       wgmma_pin(o[1]);
+      if (lane == 0) barrier_arrive(freed_of(barriers, stage));
     }
     barrier_wait(smem + WEIGHTS_MADE, messages & 1);
     const float inverse[2] = {factors[row], factors[row + 8]}, log[2] = {logs[row], logs[row + 8]};
@@ -254,12 +223,15 @@ DEVICE void multiply_values(
         else part_lse[slot] = log[half];
       }
     }
-    if (group == 0 && thread == 0 && !part.complete())
+    if (part.complete()) continue;
+    __threadfence();
+    named_sync(2, 256);
+    if (group == 0 && thread == 0) {
+      atomicAdd(finished + part.from, 1);
       unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
+    }
   }
-  __threadfence();
   named_sync(2, 256);
-  if (group == 0 && thread == 0) announce(unmerged, finished);
   // All else that uses shared memory has been done: the last weights were.
 #pragma unroll 1
   for (int i = 0; i < 2; ++i)
@@ -288,7 +260,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
   if (cta >= CTAS) return;
   const u32 barriers = smem + BARRIERS_AT;
   if (threadIdx.x == 0) {
-    init_stages(barriers, 8);  // the warps of values
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(full_of(barriers, stage), COPIERS);
+      barrier_init(freed_of(barriers, stage), 8);  // the warps of values
+    }
     barrier_init(smem + WEIGHTS_MADE, 128);
     barrier_init(smem + WEIGHTS_FREED, 8);
     barrier_init_fence();
@@ -308,12 +283,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
   }
   if (group == 0) {
     registers_fewer<40>();
-    copy(smem, barriers, rows, work.walk, kv, pages, thread);
+    copy(smem, barriers, rows, work.walk, kv, pages, thread / COPIERS, thread % COPIERS);
   } else if (group == 1) {
-    registers_fewer<120>();
+    registers_fewer<104>();
     make_weights(shared, smem, rows, work.walk, q, first, thread);
   } else {
-    registers_more<176>();
+    registers_more<184>();
     multiply_values(shared, smem, rows, work, out, lse, part_out, part_lse, finished, group - 2, thread);
   }
 }

@@ -13,13 +13,13 @@
 #define GRID_BARRIER  // all CTAs run at once
 
 constexpr int Q = 1, ITEMS = 1, N = HEADS_ROOM;
-constexpr int THREADS = WARPS * 32, COPIERS = THREADS - 128, PARTS = 2;
+constexpr int THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
 // Shared memory: queries, stages, weights, what warps tell each other, barriers, what is to be merged, tables.
 constexpr int QUERY_PANEL = N * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"
 
 constexpr int WEIGHTS_AT = KV_AT + STAGES * STAGE, TOLD_AT = WEIGHTS_AT + N * ROW;
-constexpr int BARRIERS_AT = TOLD_AT + 4 * N * 4, UNMERGED_AT = BARRIERS_AT + BARRIERS_OF_STAGE * STAGES, TABLES_AT = UNMERGED_AT + 48;
+constexpr int BARRIERS_AT = TOLD_AT + 4 * N * 4, UNMERGED_AT = BARRIERS_AT + 16 * STAGES, TABLES_AT = UNMERGED_AT + 48;
 static_assert(BLOCK == 64 && VALUES == 512 && HEADS <= N && KV_AT % 1024 == 0, "not what this kernel was written for");
 
 // The warpgroup that has products. A thread has heads 8 i + 2 (lane % 4) + j of scores and results, i < N / 8, j < 2, of
@@ -33,8 +33,8 @@ struct Attention {
   DEVICE Attention(u8* shared, u32 smem, int thread)
       : shared(shared), smem(smem), thread(thread), lane(thread % 32), warp(thread / 32), pair(thread % 4 * 2) {}
 
-  // Begins to bring queries; the warpgroup's scores of others are done. Then comes `queries_come`.
-  DEVICE void fetch_queries(const u16* from) {
+  DEVICE void load_queries(const u16* from) {
+    named_sync(1, 128);  // all have used those before
 #pragma unroll 3
     for (int at = thread; at < N * H / 8; at += 128) {
       const int m = at / (H / 8), chunk = at % (H / 8);
@@ -42,8 +42,6 @@ struct Attention {
       cp_async_16(to, from + (m < HEADS ? (size_t)at * 8 : 0), m < HEADS ? 16 : 0);
     }
     cp_async_commit();
-  }
-  DEVICE void queries_come() {
     cp_async_wait<0>();
     fence_products();
     named_sync(1, 128);
@@ -85,23 +83,16 @@ struct Attention {
 
   DEVICE void multiply_keys(u32 stage) {
     const u64 keys = matrix_descriptor(stage, ROW, 16, 8 * ROW), query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
-    float t[N / 2];  // a sum of its own for every other product: one need not wait for the one before
     wgmma_pin(s);
-    wgmma_pin(t);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < H / 16; ++i) {
       const int inside = i % 4 * 32;
-      const u64 a = keys + (i / 4 * PANEL + inside) / 16, b = query + (i / 4 * QUERY_PANEL + inside) / 16;
-      if (i % 2) Wgmma<N>::ss(t, a, b, i > 1);
-      else Wgmma<N>::ss(s, a, b, i > 1);
+      Wgmma<N>::ss(s, keys + (i / 4 * PANEL + inside) / 16, query + (i / 4 * QUERY_PANEL + inside) / 16, i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(s);
-    wgmma_pin(t);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) s[i] += t[i];
   }
 
   // Makes weights of scores of tokens from `token` on, of which those from `lowest` to `last` are seen.
@@ -146,21 +137,19 @@ struct Attention {
     named_sync(1, 128);
   }
 
-  // Frees the stage, too.
-  DEVICE void multiply_values(u32 stage, u32 barriers, int number) {
+  DEVICE void multiply_values(u32 stage) {
     const u64 values = matrix_descriptor(stage, ROW, PANEL, 8 * ROW);
     const u64 weights = matrix_descriptor(smem + WEIGHTS_AT, ROW, 16, 8 * ROW);
 #pragma unroll
     for (int i = 0; i < VALUES / 64; ++i) wgmma_pin(o[i]);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < BLOCK / 16; ++k) {
+    for (int i = 0; i < VALUES / 64; ++i)
 #pragma unroll
-      for (int i = 0; i < VALUES / 64; ++i)
+      for (int k = 0; k < BLOCK / 16; ++k)
         Wgmma<N>::ss_mn(o[i], values + (i * PANEL + k * 16 * ROW) / 16, weights + k * 2);
-      if ((k + 1) % (BLOCK / 16 / PARTS) == 0) wgmma_commit();
-    }
-    free_parts(barriers, number, lane);
+    wgmma_commit();
+    wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < VALUES / 64; ++i) wgmma_pin(o[i]);
   }
@@ -176,26 +165,24 @@ DEVICE void attend(
   const u32 barriers = smem + BARRIERS_AT;
   Walk walk = work.walk;
   int blocks = 0;
-  Run next = walk.take(rows, 0x7fffffff);
-  if (next.blocks) attention.fetch_queries(q + (size_t)next.row * HEADS * H);
 #pragma unroll 1
-  while (next.blocks) {
-    const Run run = next;
+  for (;;) {
+    const Run run = walk.take(rows, 0x7fffffff);
+    if (!run.blocks) break;
     const size_t target = (size_t)run.row * HEADS;
-    attention.queries_come();
+    attention.load_queries(q + target * H);
     attention.clear();
     const int lowest = FIRST ? first[run.row] : 0;
 #pragma unroll 1
     for (int block = 0; block < run.blocks; ++block, ++blocks) {
       const int stage = blocks % STAGES;
       const u32 at = smem + KV_AT + stage * STAGE;
-      wait_full(barriers, blocks);
+      barrier_wait(full_of(barriers, stage), blocks / STAGES & 1);
       attention.multiply_keys(at);
       attention.make_weights(run.token + block * BLOCK, lowest, run.last);
-      attention.multiply_values(at, barriers, stage);
+      attention.multiply_values(at);
+      if (lane == 0) barrier_arrive(freed_of(barriers, stage));
     }
-    next = walk.take(rows, 0x7fffffff);
-    if (next.blocks) attention.fetch_queries(q + (size_t)next.row * HEADS * H);
     attention.over_warps(attention.sum, [](float a, float b) { return a + b; });
     const Part part = work.part_of(rows, run);
 #pragma unroll
@@ -217,11 +204,14 @@ DEVICE void attend(
         else part_out[slot * VALUES + dim] = x;
       }
     }
-    if (thread == 0 && !part.complete()) unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
+    if (part.complete()) continue;
+    __threadfence();
+    named_sync(1, 128);
+    if (thread == 0) {
+      atomicAdd(finished + part.from, 1);
+      unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
+    }
   }
-  __threadfence();
-  named_sync(1, 128);
-  if (thread == 0) announce(unmerged, finished);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
@@ -244,7 +234,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
   const u32 barriers = smem + BARRIERS_AT;
   Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
   if (thread == 0) {
-    init_stages(barriers, 4);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(full_of(barriers, stage), COPIERS);
+      barrier_init(freed_of(barriers, stage), 4);
+    }
     barrier_init_fence();
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
@@ -259,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
     for (int i = thread; i < HEADS; i += THREADS) lse[r * HEADS + i] = MASKED;
   }
   if (thread < 128) attend(shared, smem, rows, work, q, first, out, lse, part_out, part_lse, finished, unmerged, thread);
-  else copy(smem, barriers, rows, work.walk, kv, pages, thread - 128);
+  else copy(smem, barriers, rows, work.walk, kv, pages, (thread - 128) / COPIERS, (thread - 128) % COPIERS);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 2; ++i)

@@ -4,8 +4,6 @@
 // is known when the kernel runs, and so is how CTAs share the list:
 //   - where no row is longer than WHOLE blocks, or whole items fill the CTAs evenly, CTA c has items c, c + CTAS, ... :
 //     nothing has to be merged, and what the first item needs can be fetched before anything else is known
-//   - with EVEN_SHARES, where all rows are equally long and as many CTAs for each item are nearly all of them, so many have
-//     equal shares of it, and none has parts of two
 //   - else each CTA has an equal, contiguous share of all blocks, so that neither long nor short rows, nor padding,
 //     leave part of the GPU idle. CTAs that share an item leave partial results, each at most two, and the last of them
 //     to finish merges those of the item.
@@ -14,10 +12,6 @@
 // Constants of the includer: ITEMS of a row, BLOCK, Q query tokens of a row, WARPS and THREADS.
 #pragma once
 #include "ptx.cuh"
-
-#ifndef EVEN_SHARES
-#define EVEN_SHARES 0
-#endif
 
 constexpr float MASKED = -1e30f, UNSEEN = -1e29f;
 
@@ -90,10 +84,8 @@ struct Part {
 struct Work {
   Walk walk;
   int cta, total, ctas;  // blocks of all items, and CTAs that share them
-  int each, sharers;     // blocks of each item, and CTAs that share each; 0 where they are not the same
 
-  DEVICE Work(const Rows& rows, const int* positions, const int* first, int cta)
-      : cta(cta), total(0), ctas(CTAS), each(0), sharers(0) {
+  DEVICE Work(const Rows& rows, const int* positions, const int* first, int cta) : cta(cta), total(0), ctas(CTAS) {
     walk.item = cta;
     walk.skip = 0;
     walk.budget = 0x7fffffff;
@@ -105,14 +97,6 @@ struct Work {
     walk.whole = 0.95f * turns * longest * CTAS <= total;
     if (walk.whole) return;
     ctas = min(CTAS, (total + MIN_SHARE - 1) / MIN_SHARE);
-    if (EVEN_SHARES) {
-      const int items = rows.count * ITEMS, many = CTAS / items;
-      if (longest * items == total && 20 * many * items >= 19 * CTAS && longest >= many * MIN_SHARE) {
-        each = longest;
-        sharers = many;
-        ctas = many * items;
-      }
-    }
     if (cta >= ctas) {
       walk.budget = 0;
       return;
@@ -132,12 +116,8 @@ struct Work {
   }
 
   // CTA c has blocks [begin(c), begin(c + 1)) of the list.
-  DEVICE int begin(int cta) const {
-    if (EVEN_SHARES && sharers) return cta / sharers * each + cta % sharers * each / sharers;
-    return total / ctas * cta + min(cta, total % ctas);
-  }
+  DEVICE int begin(int cta) const { return total / ctas * cta + min(cta, total % ctas); }
   DEVICE int owner(int block) const {
-    if (EVEN_SHARES && sharers) return block / each * sharers + ((block % each + 1) * sharers - 1) / each;
     const int each = total / ctas, more = total % ctas;  // the first `more` have one more
     return block < more * (each + 1) ? block / (each + 1) : more + (block - more * (each + 1)) / each;
   }

@@ -43,13 +43,11 @@ def configure(
     whole: int | None = None,
     min_share: int | None = None,
     few: bool | None = None,
-    ahead: int = 0,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. few: whether by `latent_few.cu`; None: where it can.
-    ahead: blocks by which the second-level cache is told before they are copied.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -76,14 +74,13 @@ def configure(
         "WHOLE": whole or 256 // block,
         "SCALE": repr(float(scale)),
         "FIRST": int(first),
-        "AHEAD": ahead,
     }
     tables = (12 if first else 8) * R + 4
     if few:
         room = next(room for room in (8, 16, 32) if room >= N)
         warps = 12 if room <= 16 else 8  # which leaves results of 32 heads registers enough
         macros |= {"HEADS_ROOM": room, "STAGES": STAGES, "WARPS": warps}
-        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 8 * 3 * STAGES + 48 + 2 * warps * 4 + tables
+        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * warps * 4 + tables
         return fitting(Launch(macros, (R, -(-ctas // R)), 32 * warps, shared), R)
     panels = 2 * (TILE + 128) * H  # queries and stages
     shared = panels + 2 * TILE * block + 2 * 4 * TILE + 8 * (2 * 128 // block + 2) + 48 + 2 * 16 * 4 + tables
