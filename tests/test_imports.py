@@ -1,7 +1,7 @@
 """The import rule.
 
-cli -> bench -> serve -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels) -> settings
--> mapping.
+cli -> terminal -> bench -> serve -> plan -> llm -> engine -> (models, weights) -> layers -> (parallel, kernels)
+-> settings -> mapping.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(jaxllm.__file__).parent
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
     [{"cli"}],
+    [{"terminal"}],
     [{"bench"}],
     [{"serve"}],
     [{"plan"}],
