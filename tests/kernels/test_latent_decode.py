@@ -58,7 +58,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     # R, N, O, W
     "whole_rows": ((4, 16, 32, 5), {"ctas": 3}),
     "shared_window": ((4, 5, 32, 13), {"ctas": 5, "whole": 1, "window": 150, "min_share": 2}),
-    "many_parts": ((1, 28, 64, 11), {"ctas": 9, "whole": 1}),
+    "many_parts": ((1, 12, 64, 11), {"ctas": 9, "whole": 1}),
     "two_tiles_shared": ((3, 128, 64, 5), {"ctas": 4, "whole": 1, "min_share": 2}),
     "tall_blocks": ((3, 64, 16, 23), {"ctas": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
