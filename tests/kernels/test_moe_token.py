@@ -87,8 +87,8 @@ def test_a_layer_equals_xla(case, seed: int, emulated, monkeypatch) -> None:
     emulated[0] = seed
     operands = operands._replace(upcoming=operands.qkv if tokens > 50 else None)
     kv = operands.kv_PYKOH
-    if tokens % page:  # what follows the last token may be anything
-        kv = kv.at[operands.page[0], :, :, tokens % page :].set(jnp.nan)
+    if tokens:  # what is where the last token goes, and what follows it, may be anything
+        kv = kv.at[operands.page[0], :, :, (tokens - 1) % page :].set(jnp.nan)
     out, pool = layer_cuda.implementation(operands._replace(kv_PYKOH=kv), choice, slots=3, alone=alone, **how)(
         operands._replace(kv_PYKOH=kv)
     )
