@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,3 +55,29 @@ def difference(found: Any, wanted: Any) -> float:
     """Norm of the difference over the norm of what is wanted; NaN if either has one."""
     a, b = (np.asarray(x, np.float32) for x in (found, wanted))
     return float(np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-30))
+
+
+def decode_errors(found: Any, wanted: Any, positions: Any) -> tuple[float, float, bool]:
+    """Of the (out, lse) of decode attention: difference, largest error of lse, and whether either is too much.
+
+    Rows without a position are padding: finite, and with an lse that says nothing was seen.
+    """
+    real = np.asarray(positions) >= 0
+    out, lse = (np.asarray(x, np.float32) for x in found)
+    error = difference(out[real], np.asarray(wanted[0])[real])
+    lse_error = float(np.abs(lse - np.asarray(wanted[1]))[real].max())
+    finite = bool(np.isfinite(out).all() and (lse[~real] < -1e29).all())
+    return error, lse_error, not (error < 6e-3 and lse_error < 5e-3 and finite)
+
+
+def all_right(cases: Sequence[Any], errors: Callable[..., tuple[float, float, bool]]) -> dict[str, Any]:
+    """The largest errors of all cases, and which of them are wrong."""
+    with ThreadPoolExecutor(len(cases)) as pool:  # they compile side by side
+        found = list(pool.map(lambda case: errors(*case), cases))
+    wrong = [str(case) for case, (_, _, bad) in zip(cases, found, strict=True) if bad]
+    return {
+        "cases": len(cases),
+        "difference": max(error for error, _, _ in found),
+        "lse_error": max(error for _, error, _ in found),
+        "wrong": "; ".join(wrong),
+    }

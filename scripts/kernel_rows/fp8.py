@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from kernel_rows._measure import BANDWIDTH, Row, rate, time_call
-from kernel_rows.linear import BF16, EPS, F32, FP8, LAYERS, SHAPES, values, weights
+from kernel_rows.linear import BF16, EPS, F32, FP8, LAYERS, SHAPES, layer_products, values, weights
 
 from jaxllm.formats import Format
 from jaxllm.kernels.linear import fp8_cuda, quantized, reference
@@ -133,14 +133,6 @@ def layer(T: int) -> dict[str, Any]:
     ]
     norm = (jnp.ones(4096, F32), EPS)
 
-    def program(linear: Callable[..., jax.Array], x: jax.Array, given: list[list[QuantizedWeight]]) -> jax.Array:
-        for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
-            y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
-            x = linear(y, o, residual=x, ahead=gate_up)
-            y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
-            x = linear(y, down, residual=x, ahead=following)
-        return x
-
     def apart(
         matmul: Any, x: jax.Array, weight: QuantizedWeight, *, ahead: QuantizedWeight, **options: Any
     ) -> jax.Array:
@@ -171,7 +163,7 @@ def layer(T: int) -> dict[str, Any]:
     moved = sum(weight.values.nbytes for weight in given[0])
 
     def timed(linear: Callable[..., jax.Array]) -> float:
-        run = jax.jit(partial(program, linear), compiler_options=OPTIONS)
+        run = jax.jit(partial(layer_products, linear, norm), compiler_options=OPTIONS)
         return time_call(run, x, given, calls=LAYERS, seconds=0.02)
 
     found: dict[str, Any] = rate(timed(partial(own, 0) if T <= WIDE_TOKENS else partial(apart, eight)), moved=moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -173,19 +173,26 @@ def seconds(run: Callable[..., jax.Array], name: str, T: int, dtype: Any = BF16)
     return time_call(jax.jit(program), x, made, others(name, T, dtype), calls=len(made)) - feeding(T)
 
 
+def layer_products(
+    linear: Callable[..., jax.Array], norm: Any, x: jax.Array, given: Sequence[Sequence[Any]]
+) -> jax.Array:
+    """The products of layers one after the other as the model calls them, each told of the weight that follows.
+
+    given: qkv, o, gate_up and down of each layer. The first 4,096 columns of qkv take the place of attention.
+    """
+    for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
+        y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
+        x = linear(y, o, residual=x, ahead=gate_up)
+        y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
+        x = linear(y, down, residual=x, ahead=following)
+    return x
+
+
 def layer(T: int) -> dict[str, Any]:
     """The products of a layer as the model calls them, with the first 4,096 of qkv in place of attention."""
     names = ("qkv", "o", "gate_up", "down")
     given = [[weights(name)[i] for name in names] for i in range(LAYERS)]
     norm = (jnp.ones(4096, F32), EPS)
-
-    def program(linear: Callable[..., jax.Array], x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
-        for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
-            y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
-            x = linear(y, o, residual=x, ahead=gate_up)
-            y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
-            x = linear(y, down, residual=x, ahead=following)
-        return x
 
     def xla(x: jax.Array, weight: jax.Array, *, ahead: jax.Array, **options: Any) -> jax.Array:
         return reference.linear(x, weight, **options)
@@ -218,7 +225,7 @@ def layer(T: int) -> dict[str, Any]:
     moved = sum(weight.nbytes for weight in given[0])
 
     def timed(linear: Callable[..., jax.Array]) -> float:
-        return time_call(jax.jit(partial(program, linear)), x, given, calls=LAYERS)
+        return time_call(jax.jit(partial(layer_products, linear, norm)), x, given, calls=LAYERS)
 
     found: dict[str, Any] = rate(timed(partial(own, False, None)), moved=moved)
     found["xla_us"] = timed(xla) * 1e6

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_rows._measure import BANDWIDTH, FLOPS, Row, difference, time_call
+from kernel_rows._measure import BANDWIDTH, FLOPS, Row, all_right, decode_errors, time_call
 
 from jaxllm.kernels.paged_attention import latent_cuda, reference
 
@@ -58,24 +57,11 @@ def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
     with jax.default_matmul_precision("highest"):
         plain = jax.jit(partial(reference.attend, scale=SCALE, values=VALUES))
         wanted = plain(q.astype(jnp.float32), kv.astype(jnp.float32), pages, positions, first)
-    real = np.asarray(positions) >= 0
-    out, lse = (np.asarray(x, np.float32) for x in found)
-    error = difference(out[real], np.asarray(wanted[0])[real])
-    lse_error = float(np.abs(lse - np.asarray(wanted[1]))[real].max())
-    finite = bool(np.isfinite(out).all() and (lse[~real] < -1e29).all())
-    return error, lse_error, not (error < 6e-3 and lse_error < 5e-3 and finite)
+    return decode_errors(found, wanted, positions)
 
 
 def right() -> dict[str, Any]:
-    with ThreadPoolExecutor(len(CASES)) as pool:  # they compile side by side
-        found = list(pool.map(lambda case: errors(*case), CASES))
-    wrong = [str(case) for case, (_, _, bad) in zip(CASES, found, strict=True) if bad]
-    return {
-        "cases": len(CASES),
-        "difference": max(error for error, _, _ in found),
-        "lse_error": max(error for _, error, _ in found),
-        "wrong": "; ".join(wrong),
-    }
+    return all_right(CASES, errors)
 
 
 @cache

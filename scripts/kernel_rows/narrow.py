@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from kernel_rows._measure import Row, rate, time_call
-from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, values, weights
+from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, layer_products, values, weights
 
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
@@ -177,16 +177,9 @@ def layer(T: int) -> dict[str, Any]:
     given = [[weights(name)[i] for name in names] for i in range(LAYERS)]
     norm = (jnp.ones(4096, F32), EPS)
 
-    def program(linear: Any, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
-        for (qkv, o, gate_up, down), (following, *_) in zip(given, [*given[1:], given[0]], strict=True):
-            y = linear(x, qkv, norm=norm, ahead=o)[:, :4096]
-            x = linear(y, o, residual=x, ahead=gate_up)
-            y = linear(x, gate_up, norm=norm, activation="silu", ahead=down)
-            x = linear(y, down, residual=x, ahead=following)
-        return x
-
     def timed(linear: Any) -> float:
-        return time_call(jax.jit(partial(program, linear)), values(0, T, 4096), given, calls=LAYERS, seconds=0.02)
+        run = jax.jit(partial(layer_products, linear, norm))
+        return time_call(run, values(0, T, 4096), given, calls=LAYERS, seconds=0.02)
 
     found: dict[str, Any] = rate(timed(own), moved=sum(weight.nbytes for weight in given[0]))
     found["xla_us"] = timed(xla) * 1e6
