@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from jaxllm.bench.load import names_of
+from jaxllm.bench.serving_command import SERVE_EXAMPLES, fill_serve_parser
 from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
 
 _LATENCY_EXAMPLES = """\
@@ -58,14 +60,6 @@ examples:
   jaxllm bench comm --tp 8
   jaxllm bench comm --tp 2 --ep 4 --sizes 8K,1M,256M --collectives all_reduce,all_to_all --json comm.json
   JAX_NUM_CPU_DEVICES=4 jaxllm bench comm --tp 2 --cp 2 --sizes 64K
-"""
-_SERVE_EXAMPLES = """\
-Streams requests from any OpenAI server and reports TTFT, TPOT, ITL and goodput. Prompts are random token ids
-(/v1/completions), random words (chat), or the lines of --dataset-path: {"prompt": "...", "output_len": 100}.
-
-examples:
-  jaxllm bench serve --base-url http://127.0.0.1:8000 --num-prompts 200 --input-len 1000 --output-len 1000
-  jaxllm bench serve --request-rate 10 --goodput ttft:200 --goodput tpot:20 --json out.json
 """
 
 
@@ -161,42 +155,8 @@ def fill_parser(parser: Parser) -> None:
     comm.add_argument("--debug", action="store_true", help="show the traceback of an error")
     comm.set_defaults(run=_run_bench_comm)
 
-    serve = commands.add_parser("serve", help="any OpenAI server, over HTTP", description=_SERVE_EXAMPLES)
-    serve.usage = "%(prog)s [--base-url URL] [options]"
-    serve.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
-    serve.add_argument("--endpoint", default="/v1/completions", metavar="PATH", help="(default: %(default)s)")
-    serve.add_argument("--model", metavar="NAME", help="(default: the server's first)")
-    serve.add_argument("--api-key", metavar="KEY")
-    serve.add_argument("--num-prompts", type=positive, default=200, metavar="N", help="(default: %(default)s)")
-    serve.add_argument(
-        "--input-len", "--isl", default="1024", metavar="N[:M]", help="prompt tokens (default: %(default)s)"
-    )
-    serve.add_argument(
-        "--output-len", "--osl", default="128", metavar="N[:M]", help="output tokens (default: %(default)s)"
-    )
-    serve.add_argument("--vocab-size", type=positive, default=30_000, metavar="N", help="random ids are below it")
-    serve.add_argument("--dataset-path", metavar="JSONL", help="prompts of a file instead of random ones")
-    serve.add_argument("--request-rate", type=float, default=float("inf"), metavar="R", help="a second (default: inf)")
-    serve.add_argument("--burstiness", type=float, default=1.0, metavar="B", help="1 = Poisson, less = burstier")
-    serve.add_argument("--max-concurrency", type=positive, metavar="N", help="requests on their way at once")
-    serve.add_argument("--num-warmups", type=int, default=1, metavar="N", help="not counted (default: %(default)s)")
-    serve.add_argument("--no-ignore-eos", action="store_true", help="let requests end at the model's end token")
-    serve.add_argument("--extra-body", default="{}", metavar="JSON", help="further fields of every request")
-    serve.add_argument(
-        "--goodput",
-        action="append",
-        default=[],
-        metavar="NAME:MS",
-        help="limit for ttft, tpot or e2el; may be repeated",
-    )
-    serve.add_argument("--metric-percentiles", default="99", metavar="LIST", help="(default: %(default)s)")
-    serve.add_argument(
-        "--ready-check-timeout-sec", type=float, default=600.0, metavar="S", help="(default: %(default)s)"
-    )
-    serve.add_argument("--seed", type=int, default=0)
-    serve.add_argument("--json", metavar="PATH", help="also write the figures as JSON (- = stdout, instead of a table)")
-    serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    serve.set_defaults(run=_run_bench_serve)
+    serve = commands.add_parser("serve", help="any OpenAI server, over HTTP", description=SERVE_EXAMPLES)
+    fill_serve_parser(serve)
 
 
 def _run_bench_comm(args: argparse.Namespace) -> int:
@@ -205,51 +165,11 @@ def _run_bench_comm(args: argparse.Namespace) -> int:
 
     names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "moe_expert"}
     given = {f"{name}_parallel_size": getattr(args, axis) for axis, name in names.items() if getattr(args, axis)}
-    rows = run_comm(EngineConfig(model="none", **given), parse_sizes(args.sizes), _names(args.collectives), args.repeat)
+    rows = run_comm(
+        EngineConfig(model="none", **given), parse_sizes(args.sizes), names_of(args.collectives), args.repeat
+    )
     emit(rows, args.json)
     return 0
-
-
-def _run_bench_serve(args: argparse.Namespace) -> int:
-    import asyncio
-    import json
-
-    from jaxllm.bench import serving
-    from jaxllm.bench.load import Lengths
-    from jaxllm.serve.http_client import Client
-    from jaxllm.settings import ConfigError
-
-    try:
-        extra = json.loads(args.extra_body)
-        percentiles = [float(one) for one in _names(args.metric_percentiles)]
-    except ValueError as error:
-        raise ConfigError(f"--extra-body must be a JSON object and --metric-percentiles numbers: {error}") from None
-    if not isinstance(extra, dict) or not all(0 <= one <= 100 for one in percentiles):
-        raise ConfigError("--extra-body must be a JSON object and --metric-percentiles numbers up to 100")
-    if not args.request_rate > 0 or not args.burstiness > 0:
-        raise ConfigError("--request-rate and --burstiness must be above 0")
-    goodput = serving.parse_goodput(args.goodput)
-    input_len, output_len = Lengths.parse(args.input_len, "--input-len"), Lengths.parse(args.output_len, "--output-len")
-    client = Client(args.base_url, {"authorization": f"Bearer {args.api_key}"} if args.api_key else {})
-
-    async def measure() -> int:
-        name = await serving.wait_until_ready(client, args.ready_check_timeout_sec)
-        bodies = serving.make_bodies(
-            endpoint=args.endpoint, model=args.model or name, count=args.num_prompts, input_len=input_len,
-            output_len=output_len, vocab_size=args.vocab_size, seed=args.seed, ignore_eos=not args.no_ignore_eos,
-            extra=extra, dataset=args.dataset_path,
-        )  # fmt: skip
-        load = serving.ServeLoad(
-            args.endpoint, bodies, args.request_rate, args.burstiness, args.max_concurrency, args.num_warmups, goodput,
-            args.seed,
-        )  # fmt: skip
-        outcomes, seconds = await serving.run_load(client, load)
-        found = serving.summary(load, outcomes, seconds, percentiles)
-        serving.emit({"model_id": args.model or name, **found}, percentiles, args.json)
-        client.close()
-        return 0 if found["completed"] else 1
-
-    return asyncio.run(measure())
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:
@@ -259,7 +179,7 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
 
 def _compared(args: argparse.Namespace) -> dict[str, Any]:
     """What loads take that other libraries can run beside."""
-    compare = _names(args.compare)
+    compare = names_of(args.compare)
     if args.prefix_len < 0:
         from jaxllm.settings import ConfigError
 
@@ -336,7 +256,7 @@ def _run_bench_layouts(args: argparse.Namespace) -> int:
 
     config = engine_config(args)
     batch_sizes, prompt_lens = _numbers(args.batch_sizes, "--batch-sizes"), _numbers(args.prompt_lens, "--prompt-lens")
-    rows = run_layouts(config, _names(args.layouts), batch_sizes, prompt_lens, args.repeat, args.json)
+    rows = run_layouts(config, names_of(args.layouts), batch_sizes, prompt_lens, args.repeat, args.json)
     emit(config, rows, args.json)
     return int(any(row.error for row in rows))
 
@@ -344,11 +264,7 @@ def _run_bench_layouts(args: argparse.Namespace) -> int:
 def _numbers(text: str, option: str) -> list[int]:
     from jaxllm.settings import ConfigError
 
-    names = _names(text)
+    names = names_of(text)
     if not names or not all(name.isdigit() and int(name) > 0 for name in names):
         raise ConfigError(f"{option} = {text!r} must be numbers above 0, for example 1,64")
     return [int(name) for name in names]
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

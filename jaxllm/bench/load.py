@@ -87,3 +87,8 @@ def random_load(
         prompts.append(prefix + [tokens.randrange(low, high) for _ in range(input_len.draw(lengths))])
         output_lens.append(output_len.draw(lengths))
     return Load(prompts, output_lens)
+
+
+def names_of(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
