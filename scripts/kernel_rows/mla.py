@@ -35,11 +35,6 @@ SPEEDS = (
     (128, 512, 16),
 )
 """Rows, tokens, query heads."""
-VARIANTS = (
-    ("many heads' kernel", (64, 4096, 16), {"few": False}),
-    ("shares of 4", (1, 4096, 16), {"min_share": 4}),
-    ("shares of 2", (8, 4096, 128), {"min_share": 2}),
-)
 
 
 def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
@@ -106,5 +101,4 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
-    for name, (count, tokens, heads), tuning in VARIANTS:
-        yield Row(f"{name} B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, False, **tuning))
+    yield Row("many heads' kernel B=64 x 4096, 16 heads", partial(speed, 64, 4096, 16, False, few=False))

@@ -99,15 +99,6 @@ struct Wgmma<32> {
         : OUT8(0), OUT8(8)
         : "l"(a), "l"(b), "r"(accumulate));
   }
-  DEVICE static void ss_mn(float (&d)[16], u64 a, u64 b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %17, p, 1, 1, 1, 0;\n}"
-        : OUT8(0), OUT8(8)
-        : "l"(a), "l"(b));
-  }
 };
 template <>
 struct Wgmma<64> {

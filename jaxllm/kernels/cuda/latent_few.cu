@@ -7,13 +7,13 @@
 // One warpgroup does both; the others bring blocks of BLOCK tokens into STAGES stages. One CTA stays on each SM; how they
 // share the work is in shares.cuh.
 //
-// Macros: HEADS of queries, at most HEADS_ROOM: 8, 16 or 32; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64;
-// STAGES; WARPS, of which all but four copy; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
+// Macros: HEADS of queries, at most HEADS_ROOM: 8 or 16; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64;
+// STAGES; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #define GRID_BARRIER  // all CTAs run at once
 
 constexpr int Q = 1, ITEMS = 1, N = HEADS_ROOM;
-constexpr int THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
+constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
 // Shared memory: queries, stages, weights, what warps tell each other, barriers, what is to be merged, tables.
 constexpr int QUERY_PANEL = N * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"

@@ -19,7 +19,7 @@ VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 FEW = 16
 """Query heads that `latent_few.cu` has: on an H200 64 rows of 4,096 tokens take 87 us with 8 heads and 93 with 16,
-where the other kernel takes 99 with any number up to 64. With 32 this one takes 107."""
+where the other kernel takes 99 with any number up to 64. With 32, this one took 107."""
 TILE = 64
 """Query heads of an item of work: the rows of one matrix instruction."""
 BLOCK = 64
@@ -78,11 +78,12 @@ def configure(
     }
     tables = (12 if first else 8) * R + 4
     if few:
-        room = next(room for room in (8, 16, 32) if room >= N)
-        warps = 12 if room <= 16 else 8  # which leaves results of 32 heads registers enough
-        macros |= {"HEADS_ROOM": room, "STAGES": STAGES, "WARPS": warps}
-        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * warps * 4 + tables
-        return fitting(Launch(macros, (R, -(-ctas // R)), 32 * warps, shared), R)
+        if N > FEW:
+            raise NotImplementedError(f"{N} query heads in the kernel for at most {FEW}")
+        room = 8 if N <= 8 else 16
+        macros |= {"HEADS_ROOM": room, "STAGES": STAGES}
+        shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * 12 * 4 + tables
+        return fitting(Launch(macros, (R, -(-ctas // R)), 384, shared), R)
     panels = 2 * (TILE + 128) * H  # queries and stages
     shared = panels + 2 * TILE * block + 2 * 4 * TILE + 8 * (2 * 128 // block + 2) + 48 + 2 * 16 * 4 + tables
     return fitting(Launch(macros, (R, -(-ctas // R)), 512, shared), R)
