@@ -244,7 +244,7 @@ def test_a_callback_that_raises_ends_its_request_only(
     other = llm.generate_async(PROMPTS[0], GREEDY)
     submit(llm, 10**6, PROMPTS[1], SamplingParams(max_tokens=40, n=2, ignore_eos=True), broken)
     assert other.result(timeout=60).outputs[0].token_ids == wanted[0]
-    assert until(lambda: all_free(llm))
+    assert until(lambda: bool(calls) and all_free(llm))  # the engine may not have seen it yet
     assert len(calls) == 1
     assert "the callback of request 1000000 failed" in caplog.text
     check(llm, wanted)
