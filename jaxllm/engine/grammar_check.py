@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 SECONDS = 5.0
@@ -53,6 +54,8 @@ class GrammarChecker:
     def check(self, kind: str, text: str) -> None:
         """Raises GrammarError that says why a constraint cannot be used."""
         with self._lock:
+            if self._child is not None and self._child.poll() is not None:
+                self._end()  # something else ended it: no fault of this constraint
             if self._child is None:
                 command = [sys.executable, "-m", __name__]
                 self._child = subprocess.Popen(
@@ -91,7 +94,8 @@ class GrammarChecker:
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with suppress(OSError):  # closing sends what is left, and nobody reads it any more
+                        pipe.close()
 
     def close(self) -> None:
         """Ends the child; the next check would start another."""

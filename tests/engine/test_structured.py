@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -177,6 +179,25 @@ def test_a_compiler_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(GrammarError, match="within 0 s"):
             checker.check("regex", "a")
         monkeypatch.setattr("jaxllm.engine.grammar_check.SECONDS", 30.0)
+        checker.check("regex", "a")
+    finally:
+        checker.close()
+
+
+def test_a_compiler_that_does_not_read_or_was_ended_is_replaced() -> None:
+    program = "import os, time; os.close(0); print(flush=True); time.sleep(60)"
+    deaf = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert deaf.stdout is not None and deaf.stdout.readline()
+    checker = GrammarChecker()
+    checker._child = deaf
+    try:
+        with pytest.raises(GrammarError):
+            checker.check("regex", "a")
+        assert deaf.poll() is not None
+        checker.check("regex", "a")
+        assert checker._child is not None
+        checker._child.kill()
+        checker._child.wait()
         checker.check("regex", "a")
     finally:
         checker.close()
