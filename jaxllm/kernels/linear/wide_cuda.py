@@ -28,7 +28,7 @@ TOKENS: tuple[tuple[int, int], ...] = ((33, MOST),)
 """Where the kernel is used: tokens, from and to.
 
 Measured on an H200 (jax 0.11.2) with Llama-3.1-8B's shapes: 59.5 us at 64 tokens, 62.0 at 128 and 82.9 at 256; cuBLAS
-and the kernel for silu take 61.1, 66.7 and 92.4, and `narrow_cuda` 62.9 at 64. Those are short runs at full clock: a
+and the kernel for silu take 61.1, 66.7 and 92.4, and `narrow_cuda` 62.9 at 64. Those are short runs: a
 layer's kernels one after another take 193.5 us at 256 tokens, not 196.4, and 142.2 at 128, not 147.7. Steps of the
 engine, with `narrow_cuda` up to 64 tokens, before and after, perhaps on two GPUs: 64 requests 5.25 and 5.05 ms,
 128 6.34 and 6.27, 256 9.51 and 9.57, which is within what GPUs differ by."""
