@@ -40,6 +40,14 @@ LONG = {(1, 131_072): 4, (8, 32_768): 2, (64, 2048): 4}
 TUNINGS: dict[str, tuple[dict[str, int], ...]] = {
     "B=1 x 160": ({"warps": 4}, {"warps": 8, "resident": 1}),
     "B=64 x 160": ({"warps": 12, "resident": 1}, {"warps": 8, "resident": 1}, {"resident": 3}, {"whole": 0}),
+    "B=256 x 256": (
+        {"resident": 2},
+        {"whole": 0},
+        {"warps": 2, "resident": 4},
+        {"warps": 2, "resident": 5},
+        {"warps": 4, "resident": 3},
+        {"warps": 8, "resident": 1},
+    ),
     "B=1 x 131072": ({"warps": 4},),
 }
 
