@@ -8,6 +8,7 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches.
+#include "moe_layer.cuh"
 #include "token_attention.cuh"
 #include "token_experts.cuh"
 
@@ -78,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layer(
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
   const int part = blockIdx.x / KV;
   if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
-  start.norm(shared, first_weight);
+  start.norm(inputs, (float*)(shared + SQUARES_AT), first_weight);
   timeline.mark(1);
   multiply(first, ring, inputs, one, none, [&](int item, float a, float b, u32) {
     if (lane) return;

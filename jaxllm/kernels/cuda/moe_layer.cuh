@@ -18,20 +18,3 @@ static_assert(SIGMOID || !BIAS, "a choice by probabilities and a bias");
 constexpr int ROUTED = (EXPERTS + BLOCKS - 1) / BLOCKS;  // experts whose score is this block's
 static_assert(WARPS > 1 && ROUTED * WARPS * 4 + 16 + EXPERTS * 8 + 32 <= WARPS * GROUP * WIDE * 4, "shared memory");
 static_assert(HEADS % KV == 0 && GROUP <= 8 && O % UNIT == 0 && PARTS > 0 && ATTENDED == HEADS * H, "sizes");
-// By all threads: COUNT bf16 that others tell, a multiple of 8, to shared memory, where nobody reads any more before.
-template <int COUNT>
-DEVICE void fetch_told(uint4* inputs, const u32* words) {
-  constexpr int EACH = (COUNT / 4 + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
-#pragma unroll 1
-  for (int first = 0; first < COUNT / 4; first += AT_ONCE * THREADS) {
-    const int at = first + threadIdx.x;
-    uint4 x[AT_ONCE];
-    collect(x, [&](int i) { return words + 4 * min(at + i * THREADS, COUNT / 4 - 1); });
-    if (first == 0) __syncthreads();
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (at + i * THREADS < COUNT / 4)
-        ((uint2*)inputs)[at + i * THREADS] = make_uint2(two_of(x[i].x, x[i].y), two_of(x[i].z, x[i].w));
-  }
-  __syncthreads();
-}

@@ -9,14 +9,10 @@
 //   GATED        1: silu(gate) * up; 2: gelu with tanh
 //   BLOCKS WARPS SLOTS   of row_pairs.cuh; and EXPERTS, CHOSEN, SIGMOID, BIAS, NORMALISE, SCALE of choice.cuh
 #pragma once
-#define GRID_BARRIER
 #include "choice.cuh"
-#include "grid.cuh"
-#include "row_pairs.cuh"
-#include "timeline.cuh"
+#include "one_token.cuh"
 
 // Shared memory: the rings, inputs of a product, what each warp knows of the choice, sums of squares.
-constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int MOST = larger(ATTENDED, larger(WIDTH, CHOSEN * FFN));
 constexpr int INPUTS_AT = RINGS, CHOICE_AT = INPUTS_AT + MOST * 2, SQUARES_AT = CHOICE_AT + WARPS * CHOSEN * 8;
 constexpr int SHARED_END = SQUARES_AT + WARPS * 4;
@@ -59,33 +55,6 @@ struct Nothing {
   static constexpr int ITEMS = 0, PIECES = 1;
   DEVICE const u16* start(int, int) const { return nullptr; }
   DEVICE size_t offset(int) const { return 0; }
-};
-
-DEVICE float activation(float x) {
-  const float y = GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
-  return x * fast_reciprocal(1.f + fast_exp2(y * -1.4426950408889634f));
-}
-DEVICE float square(u32 two) { return low_of(two) * low_of(two) + high_of(two) * high_of(two); }
-DEVICE u32 scaled(u32 two, float a, float b) { return pack_bf16(low_of(two) * a, high_of(two) * b); }
-
-// Issued where it stands.
-DEVICE float4 load_float4(const float4* p) {
-  const uint4 x = load_kept(p);
-  return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
-}
-// A thread's part of a norm's weight, which can be on its way before anything else is known.
-struct NormWeight {
-  static constexpr int EACH = (WIDTH / 8 + THREADS - 1) / THREADS;
-  float4 low[EACH], high[EACH];
-
-  DEVICE explicit NormWeight(const float* __restrict__ weight) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int at = min((int)threadIdx.x + i * THREADS, WIDTH / 8 - 1);
-      low[i] = load_float4((const float4*)weight + 2 * at);
-      high[i] = load_float4((const float4*)weight + 2 * at + 1);
-    }
-  }
 };
 
 // By all threads: what the norm makes of the residual stream, to shared memory.

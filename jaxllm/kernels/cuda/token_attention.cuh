@@ -1,11 +1,12 @@
-// Attention of one token, in the middle of moe_layer.cu.
+// Attention of one token, in the middle of a layer that is one launch. Sizes come from the header before it: moe_layer.cuh
+// or dense_layer.cuh.
 //
 // Attention reads pages straight to registers. A unit is 16 tokens of a KV head, with all its query heads, for one warp;
 // heads are the rows of products. A contraction may take its numbers in any order as long as both sides take the same, so
 // a lane reads 16 consecutive bytes of a key; of values it reads the same 16 bytes of two tokens, and mixes them. A block
 // has units of one KV head. A short context is one block's; a long one's parts are merged by one block for each head.
 #pragma once
-#include "moe_layer.cuh"
+#include "one_token.cuh"
 
 constexpr float MASKED = -1e30f;
 

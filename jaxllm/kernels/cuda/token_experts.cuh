@@ -2,49 +2,6 @@
 #pragma once
 #include "moe_layer.cuh"
 
-// By all threads: what a norm multiplies the stream with, of which each thread has a part.
-DEVICE float norm_factor(u8* shared, const uint4 (&x)[NormWeight::EACH]) {
-  float* const squares = (float*)(shared + SQUARES_AT);
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < NormWeight::EACH; ++i) sum += square(x[i].x) + square(x[i].y) + square(x[i].z) + square(x[i].w);
-#pragma unroll
-  for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) sum += squares[w];
-  return rsqrtf(sum / WIDTH + EPS);
-}
-DEVICE uint4 normed(uint4 x, const NormWeight& weight, int i, float by) {
-  const float4 a = weight.low[i], b = weight.high[i];
-  return make_uint4(scaled(x.x, by * a.x, by * a.y), scaled(x.y, by * a.z, by * a.w), scaled(x.z, by * b.x, by * b.y),
-                    scaled(x.w, by * b.z, by * b.w));
-}
-
-// A thread's part of the residual stream.
-struct StreamPart {
-  uint4 x[NormWeight::EACH];
-
-  DEVICE explicit StreamPart(const u16* stream) {
-#pragma unroll
-    for (int i = 0; i < NormWeight::EACH; ++i) {
-      const int at = threadIdx.x + i * THREADS;
-      x[i] = at < WIDTH / 8 ? load_kept((const uint4*)stream + at) : make_uint4(0, 0, 0, 0);
-    }
-  }
-  // By all threads, as fetch_normed.
-  DEVICE void norm(u8* shared, const NormWeight& weight) const {
-    uint4* const inputs = (uint4*)(shared + INPUTS_AT);
-    const float by = norm_factor(shared, x);
-#pragma unroll
-    for (int i = 0; i < NormWeight::EACH; ++i)
-      if (threadIdx.x + i * THREADS < WIDTH / 8) inputs[threadIdx.x + i * THREADS] = normed(x[i], weight, i, by);
-    __syncthreads();
-  }
-};
-
 // Waits for the stream after attention; what its norm makes of it goes to shared memory, and this block's scores are told.
 // route: the router's rows of them, as NormWeight has a norm's.
 DEVICE void score_experts(
@@ -66,7 +23,7 @@ DEVICE void score_experts(
     x[i] = make_uint4(two_of(a.x, a.y), two_of(a.z, a.w), two_of(b.x, b.y), two_of(b.z, b.w));
     if (threadIdx.x + i * THREADS >= WIDTH / 8) x[i] = make_uint4(0, 0, 0, 0);
   }
-  const float by = norm_factor(shared, x);
+  const float by = norm_factor((float*)(shared + SQUARES_AT), x);
   float score[ROUTED] = {};
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
