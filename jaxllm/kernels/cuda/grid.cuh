@@ -36,8 +36,8 @@ DEVICE void word_wait(const int* p, int x) {
   }
 }
 
-// Words that blocks tell one another, each with 16 bits of what is told and a mark; they begin as zeros and are written
-// once. Who sees a mark has what was told, without a barrier or a fence.
+// Words that blocks tell one another, each with 16 bits of what is told and a mark; they begin as zeros, and are written
+// once with each mark, which grows. Who sees a mark has what was told, without a barrier or a fence.
 DEVICE void tell(u32* p, u32 x) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 DEVICE void tell(u32* p, uint2 x) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
@@ -51,6 +51,12 @@ DEVICE void look(const u32* p, uint4& x) {
                : "l"(p)
                : "memory");
 }
+DEVICE void add_relaxed(u64* p, u64 x) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory"); }
+DEVICE u64 look(const u64* p) {
+  u64 x;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
 // After the last of `polls` that found nothing. After ten seconds the kernel fails.
 DEVICE void look_again(u32 polls, u64& began) {
   if (polls % 4096) return;
@@ -60,27 +66,46 @@ DEVICE void look_again(u32 polls, u64& began) {
 
 #endif
 
-constexpr u32 TOLD = 0x10000;
-DEVICE bool is_told(uint2 x) { return x.x & x.y & TOLD; }
-DEVICE bool is_told(uint4 x) { return x.x & x.y & x.z & x.w & TOLD; }
-// Two numbers of 16 bits as words.
-DEVICE uint2 words_of(u32 two) { return make_uint2(two & 0xffff | TOLD, two >> 16 | TOLD); }
+constexpr u32 TOLD = 0x10000;  // the first mark, and the difference between marks
+DEVICE bool is_told(uint2 x, u32 mark) { return ((x.x ^ mark) | (x.y ^ mark)) < TOLD; }
+DEVICE bool is_told(uint4 x, u32 mark) { return ((x.x ^ mark) | (x.y ^ mark) | (x.z ^ mark) | (x.w ^ mark)) < TOLD; }
+// Two numbers of 16 bits as words, and the lower one of them.
+DEVICE uint2 words_of(u32 two, u32 mark = TOLD) { return make_uint2(two & 0xffff | mark, two >> 16 | mark); }
+DEVICE u32 word_of(u32 two, u32 mark = TOLD) { return two & 0xffff | mark; }
 DEVICE u32 two_of(u32 x, u32 y) { return select_bytes(x, y, 0x5410); }
 DEVICE u32 two_of(uint2 x) { return two_of(x.x, x.y); }
 
-// Waits until N looks at words find something told. place(i): where.
+// Waits until N looks at words find something told with this mark. place(i): where.
 template <int N, class Words, class Place>
-DEVICE void collect(Words (&words)[N], Place place) {
+DEVICE void collect(Words (&words)[N], Place place, u32 mark = TOLD) {
   u64 began = 0;
   for (u32 polls = 1;; ++polls) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < N; ++i) look(place(i), words[i]);
 #pragma unroll
-    for (int i = 0; i < N; ++i) all = all && is_told(words[i]);
+    for (int i = 0; i < N; ++i) all = all && is_told(words[i], mark);
     if (all) break;
     look_again(polls, began);
   }
+}
+
+// A sum of what all blocks have, in 64 bits that begin as zeros: their low 8 count the blocks, so that who finds the count
+// has the sum, and the others are in fixed point, whose sums do not depend on their order. x: under 2^21 in size, or it
+// is taken for that, and NaN for the least.
+constexpr float SUM_UNIT = 1.f / (1 << 26), MOST_ADDED = 1 << 21;
+DEVICE void add_to_sum(u64* sum, float x) {
+  const float within = fminf(fmaxf(x, -MOST_ADDED), MOST_ADDED);
+  add_relaxed(sum, (u64)(long long)(within / SUM_UNIT) * 256 + 1);
+}
+// Waits until so many blocks have added to it.
+DEVICE float collect_sum(const u64* sum, u32 blocks) {
+  u64 began = 0, x = look(sum);
+  for (u32 polls = 1; (x & 255) != blocks; ++polls) {
+    look_again(polls, began);
+    x = look(sum);
+  }
+  return (float)((long long)x >> 8) * SUM_UNIT;
 }
 
 // Barrier `number` (1, 2, ...) of all threads of `blocks` blocks; block i has words[i]. What any of them wrote before it,

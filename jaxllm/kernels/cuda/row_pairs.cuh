@@ -1,7 +1,7 @@
 // Products of one token with weights, two rows at a time, by warps that share nothing: each has its own ring in shared
 // memory, which every lane fills by asynchronous copies of what it will read itself, so that nobody waits for anybody. A
 // ring has the weights of two products that follow each other: while the results of the first are exchanged, those of
-// the second come already.
+// the second come already. A ring can go on with what the second one is followed by.
 //
 // A product is a type with
 //   ITEMS   pairs of rows; warp w of block b has items w * BLOCKS + b, and so on, by WORKERS
@@ -31,16 +31,20 @@ DEVICE constexpr int stages_at(const Product&, int) { return stages_of<Product>(
 template <class Product>
 DEVICE constexpr int second_inputs(const Product&, int) { return 0; }
 
-template <class First, class Second>
-struct Ring {
-  const First& first;
-  const Second& second;
+// How far the copies of a warp are.
+struct RingPlace {
   u8* slots;       // of this warp
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
   bool on_second;
   u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
+};
+
+template <class First, class Second>
+struct Ring : RingPlace {
+  const First& first;
+  const Second& second;
 
   // Begins with DEPTH stages.
   DEVICE Ring(const First& first, const Second& second, u8* rings) : first(first), second(second) {
@@ -53,6 +57,12 @@ struct Ring {
     on_second = item >= First::ITEMS;
 #pragma unroll 1
     for (int i = 0; i < DEPTH; ++i) bring();
+  }
+  // Goes on where a ring of what was before `first`, and of `first`, has come to, once what was before is multiplied.
+  DEVICE Ring(const First& first, const Second& second, const RingPlace& place)
+      : RingPlace(place), first(first), second(second) {
+    on_second = false;
+    if (item >= First::ITEMS) to_second();
   }
   // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
   DEVICE void fill() {
@@ -94,10 +104,13 @@ struct Ring {
     if (on_second) {
       copy(second);
     } else if (copy(first)) {
-      on_second = true;
-      item = threadIdx.x / 32 * BLOCKS + blockIdx.x;
+      to_second();
     }
     cp_async_commit();
+  }
+  DEVICE void to_second() {
+    on_second = true;
+    item = threadIdx.x / 32 * BLOCKS + blockIdx.x;
   }
   template <int ON_THEIR_WAY>
   DEVICE const uint4* next() {

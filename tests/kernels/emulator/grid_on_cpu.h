@@ -16,7 +16,7 @@ inline u32 cycles() { return (u32)nanoseconds(); }
 
 inline void tell(u32* p, u32 x) {
   emulator::check_global(p, 4, "tell");
-  if (*p) emulator::fail("tell: a word that was told already, or did not begin as zero");
+  if (*p >> 16 >= x >> 16) emulator::fail("tell: a word that was told with this mark already, or did not begin as zero");
   *p = x;
 }
 inline void tell(u32* p, uint2 x) {
@@ -31,6 +31,17 @@ void look(const u32* p, Words& x) {
   if ((u64)p % sizeof(Words)) emulator::fail("look: unaligned address");
   emulator::check_global(p, sizeof(Words), "look");
   std::memcpy(&x, p, sizeof(Words));
+}
+inline void add_relaxed(u64* p, u64 x) {
+  if ((u64)p % 8) emulator::fail("add_relaxed: unaligned address");
+  emulator::check_global(p, 8, "add_relaxed");
+  *p += x;
+  if (!(*p & 255)) emulator::fail("add_relaxed: more blocks than a sum counts");
+}
+inline u64 look(const u64* p) {
+  if ((u64)p % 8) emulator::fail("look: unaligned address");
+  emulator::check_global(p, 8, "look");
+  return *(const volatile u64*)p;
 }
 inline void look_again(u32 polls, u64&) {
   if (polls > 1000000) emulator::fail("look: what a block never tells");
