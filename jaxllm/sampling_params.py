@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -16,6 +17,8 @@ from typing import Any
 from jaxllm.structured import StructuredOutputs, StructuredOutputsError
 
 MAX_LOGPROBS = 20
+MAX_SEQUENCES = 16_384
+"""Completions of one prompt."""
 _SEED_LIMIT = 1 << 64
 
 # Fields of TensorRT-LLM that jaxllm knows and does not have: field -> what to do instead.
@@ -68,7 +71,8 @@ class SamplingParams:
 
     Attributes:
       max_tokens: most tokens to generate; None = until the end of the context (TensorRT-LLM: 32).
-      n: completions to return. best_of: completions to generate, the best `n` by cumulative logprob are returned.
+      n: completions to return, at most MAX_SEQUENCES. best_of: completions to generate, the best `n` by cumulative
+        logprob are returned.
       temperature: >= 0; None = 1 when another sampling field is set.
       top_k: keep the k likeliest tokens; None or 0 = all.
       top_p: in (0, 1], keep the smallest set of likeliest tokens with at least this probability.
@@ -152,8 +156,8 @@ class SamplingParams:
     def validate(self) -> None:
         """Check every field; call it again after changing one. Raises SamplingParamsError."""
         _integer("max_tokens", self.max_tokens, 1, optional="leave it None to generate to the end of the context")
-        _integer("n", self.n, 1, none_allowed=False)
-        _integer("best_of", self.best_of, 1)
+        _integer("n", self.n, 1, MAX_SEQUENCES, none_allowed=False)
+        _integer("best_of", self.best_of, 1, MAX_SEQUENCES)
         if self.best_of is not None and self.best_of < self.n:
             raise SamplingParamsError(f"best_of={self.best_of} is less than n={self.n}: raise best_of or lower n")
         _number("temperature", self.temperature, lambda x: x >= 0, "a finite number >= 0 (0 = greedy)")
@@ -305,9 +309,13 @@ def _integer(
 def _number(name: str, value: Any, ok: Callable[[float], bool], rule: str) -> None:
     if value is None:
         return
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not ok(float(value)):
+    if not _is_finite(value) or not ok(float(value)):
         raise SamplingParamsError(f"{name}={value!r} must be {rule}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether this is a number that a float can be: 10**400 is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 def _strings(name: str, value: Any) -> None:
@@ -338,6 +346,5 @@ def _bias(value: Any) -> None:
     for token, bias in value.items():
         if not _is_integer(token) or token < 0:
             raise SamplingParamsError(f"logit_bias holds the key {token!r}: keys must be token ids >= 0")
-        is_number = isinstance(bias, Real) and not isinstance(bias, bool)
-        if not is_number or not (math.isfinite(bias) or bias == -math.inf):
+        if not _is_finite(bias) and bias != -math.inf:
             raise SamplingParamsError(f"logit_bias[{token}]={bias!r} must be a finite number, or -inf to ban the token")

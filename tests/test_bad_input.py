@@ -107,7 +107,7 @@ BAD_PARAMS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"top_p": 0.0}, (r"top_p=0\.0", "1")),
     ({"top_p": 1.5}, (r"top_p=1\.5", "1")),
     ({"top_p": float("nan")}, ("top_p=nan",)),
-    ({"n": 0}, ("n=0", ">= 1")),
+    ({"n": 0}, ("n=0", r"1\.\.16384")),
     ({"max_new_tokens": 5}, ("'max_new_tokens'", "did you mean 'max_tokens'")),
     ({"temprature": 1}, ("'temprature'", "did you mean 'temperature'")),
     ({"use_beam_search": True}, ("beam search is not supported", "instead")),
@@ -131,6 +131,41 @@ def test_bad_sampling_params(llm: LLM, values: dict[str, Any], parts: tuple[str,
         bad, good = llm.generate(["hello"] * 2, [params, SamplingParams(max_tokens=3)], use_tqdm=False)
         check_message(str(bad.error), *parts)
         assert good.error is None and good.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"cache_salt": 5}, ("cache_salt 5", "valid Unicode", "leave it out")),
+        ({"cache_salt": "a\ud800"}, (r"cache_salt 'a\\ud800'", "valid Unicode")),
+        ({"priority": 10**400}, ("priority 1000", "finite")),
+        ({"priority": "high"}, ("priority = 'high'", "number")),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_arguments_beside_the_prompt(llm: LLM, arguments: dict[str, Any], parts: tuple[str, ...]) -> None:
+    """They are refused where they are given: the engine's thread, which names pages by the salt, goes on."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    for call in (llm.generate, llm.generate_async):
+        with pytest.raises(ValueError) as caught:
+            call("a prompt of more than a page", params, **arguments)
+        check_message(str(caught.value), *parts)
+    assert llm.generate("hello", params, use_tqdm=False, cache_salt="pepper").outputs[0].length == 8
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e300, 1e-300])
+def test_penalties_beyond_float32_are_as_strong_as_they_can_be(llm: LLM, value: float) -> None:
+    """An infinite penalty on what was not said would be no number, and every token the first of the vocabulary."""
+    common = {"max_tokens": 12, "ignore_eos": True}
+    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+        if name == "repetition_penalty":
+            value = abs(value)
+        bounded = min(max(value, -1e30), 1e30) if name != "repetition_penalty" else min(max(value, 1e-30), 1e30)
+        many = [SamplingParams(**common, **{name: penalty}) for penalty in (value, bounded)]
+        extreme, strong = (o.outputs[0].token_ids for o in llm.generate(["hello"] * 2, many, use_tqdm=False))
+        assert extreme == strong and set(extreme) != {0}
+    biased = SamplingParams(**common, temperature=1.0, seed=1, logit_bias={7: 1e300, 9: 1e300})
+    assert set(llm.generate("hello", biased, use_tqdm=False).outputs[0].token_ids) == {7, 9}
 
 
 def test_what_needs_the_tokenizer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ and steps. Nothing here knows about devices, so all of it can be tested in milli
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -194,7 +194,8 @@ class Request:
     stream        False: updates are wanted for the first token and at the end only
     on_update     called with an `Update` in the engine's thread; it must not block
 
-    Raises ValueError for an empty prompt, a bad token, n < 1 or a priority that is not a finite number.
+    Raises ValueError for an empty prompt, a bad token, n < 1, a priority that is not a finite number, or a salt that is
+    no text.
     """
 
     def __init__(
@@ -214,8 +215,11 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if min(prompt_token_ids) < 0:
             raise ValueError(f"prompt token {min(prompt_token_ids)} is negative: token ids start at 0")
-        if not math.isfinite(priority):
+        if not abs(priority) <= sys.float_info.max:
             raise ValueError(f"priority {priority} is not a finite number: give one between 0 and 1")
+        # The engine's thread names pages by it: there it would be too late to find out.
+        if cache_salt is not None and not _is_unicode(cache_salt):
+            raise ValueError(f"cache_salt {cache_salt!r} is not a str of valid Unicode: give one, or leave it out")
         count = params.n if num_sequences is None else num_sequences
         if count < 1:
             raise ValueError(f"n is {count}, but a request needs at least one sequence")
@@ -239,3 +243,8 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {len(self.prompt_token_ids)} tokens, {len(self.sequences)} sequences)"
+
+
+def _is_unicode(text: object) -> bool:
+    """Whether this is a str without lone surrogates."""
+    return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)

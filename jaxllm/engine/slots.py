@@ -18,8 +18,9 @@ from jaxllm.sampling_params import SamplingParams, SamplingParamsError, sequence
 MAX_BIASED_TOKENS = 1024
 """Tokens whose logits one request may change in a step (logit_bias, bad words, end tokens held back by min_tokens)."""
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
-"""Beyond these a temperature or its inverse is not a float32 number; the token is the same as at the bound."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Beyond these a temperature, a penalty or its inverse is not a float32 number; the token is the same as at the bound,
+where it would be none with infinities: an infinite penalty on a token that was not said is not a number."""
 
 
 class Variant(Enum):
@@ -109,16 +110,17 @@ class SlotTable:
         slot, v = seq.slot, self._values
         seed = params.seed if params.seed is not None else self._seed + 0x9E3779B9 * (seq.request.request_id + 1)
         temperature = params.device_temperature
-        v["temperature"][slot] = min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) if temperature else 0.0
+        repetition = 1.0 if params.repetition_penalty is None else params.repetition_penalty
+        v["temperature"][slot] = min(max(temperature, SMALLEST), LARGEST) if temperature else 0.0
         v["top_k"][slot] = min(params.top_k or 0, np.iinfo(np.int32).max)
         v["top_p"][slot] = 1.0 if params.top_p is None else params.top_p
         v["min_p"][slot] = params.min_p or 0.0
         v["seed"][slot] = sequence_seed(seed % 2**64, seq.index)
-        v["repetition"][slot] = 1.0 if params.repetition_penalty is None else params.repetition_penalty
-        v["presence"][slot] = params.presence_penalty or 0.0
-        v["frequency"][slot] = params.frequency_penalty or 0.0
+        v["repetition"][slot] = min(max(repetition, SMALLEST), LARGEST)
+        v["presence"][slot] = _bounded(params.presence_penalty or 0.0)
+        v["frequency"][slot] = _bounded(params.frequency_penalty or 0.0)
 
-        bias = [(int(token), float(value)) for token, value in (params.logit_bias or {}).items()]
+        bias = [(int(token), _bounded(value)) for token, value in (params.logit_bias or {}).items()]
         bias += [(sequence[0], -np.inf) for sequence in bad if len(sequence) == 1]
         long_bad = [sequence for sequence in bad if len(sequence) > 1]
         min_tokens = params.min_tokens or 0
@@ -146,3 +148,8 @@ class SlotTable:
     def rows(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters of each row, by its slot."""
         return {name: values[slots] for name, values in self._values.items()}
+
+
+def _bounded(value: float) -> float:
+    """A penalty or a bias as a float32 number; what bans a token stays infinite."""
+    return float(value) if value == -np.inf else float(min(max(value, -LARGEST), LARGEST))
