@@ -315,7 +315,8 @@ def _number(name: str, value: Any, ok: Callable[[float], bool], rule: str) -> No
 
 def _is_finite(value: Any) -> bool:
     """Whether this is a number that a float can be: 10**400 is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+    largest: Any = sys.float_info.max  # numbers.Real does not say what it compares with
+    return isinstance(value, Real) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def _strings(name: str, value: Any) -> None:
