@@ -67,8 +67,8 @@ SWEEP: dict[str, Variant] = {"2 stages": wgmma(128, 2)}
 SWEPT = ("1 x 8000", "8 x 2048")
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     # what is replaced in the sources, to see what a part costs; the results are wrong
-    "without copies": (("load_block<128>(smem + place, kv, pages, part, *tile, thread);", ""),),
-    "with copies of zeros": (("further + i <= left ? 16 : 0", "0"),),
+    "without copies": (("barrier_expect(full, KV_BYTES);", "barrier_arrive(full);\n  return;"),),
+    "with copies of zeros": (("base + i <= tile.last_key ? page : -1", "-1"),),
     "without exponentials": (("p = fast_exp2(p * EXPONENT - zero);", "p = p * EXPONENT - zero;"),),
 }
 COUNTS = (

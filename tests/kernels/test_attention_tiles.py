@@ -17,9 +17,9 @@ def test_schedule_tells_what_each_tile_sees(shape: tuple[int, int, int]) -> None
     first = (last - rng.integers(-3, 200, (R, Q))).astype(np.int32)
     last[0], first[0] = np.arange(Q), 0
     last[1] = -1
-    lines = np.asarray(jax.jit(lambda *a: tiles.schedule(*a, group=group, width=9))(last, first))
+    lines = np.asarray(jax.jit(lambda *a: tiles.schedule(*a, group=group, width=9, pages=77))(last, first))
     per_row = -(-Q * group // tiles.ROWS)
-    assert lines[0, :3].tolist() == [R * per_row, 9, Q]
+    assert lines[0, :4].tolist() == [R * per_row, 9, Q, 77]
     assert len(lines) == 1 + R * per_row == 1 + tiles.num_tiles(R, Q, group)
     wanted, work = {}, {}
     for r in range(R):
@@ -41,5 +41,5 @@ def test_schedule_tells_what_each_tile_sees(shape: tuple[int, int, int]) -> None
 def test_many_tiles_are_turned_round() -> None:
     rows = tiles.SORTED + 5
     last = np.broadcast_to(np.arange(rows, dtype=np.int32)[:, None], (rows, 2))
-    lines = np.asarray(tiles.schedule(last, np.zeros_like(last), group=1, width=1))
+    lines = np.asarray(tiles.schedule(last, np.zeros_like(last), group=1, width=1, pages=1))
     assert lines[1:, 0].tolist() == list(range(rows))[::-1]

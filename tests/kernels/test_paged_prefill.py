@@ -28,17 +28,21 @@ def emulate(variant: Variant, arguments, *, scale, softcap=None, seed=0, macros=
     (R, Q, N, H), K = q.shape, kv.shape[2]
     fp8 = kv.dtype == jnp.float8_e4m3fn
     defined = prefill_cuda.macros_of(variant, q.shape, kv.shape, fp8=fp8, scale=scale, softcap=softcap)
-    lines = tiles.schedule(last, first, group=N // K, width=pages.shape[1])
+    lines = tiles.schedule(last, first, group=N // K, width=pages.shape[1], pages=len(kv))
     items = K * tiles.num_tiles(R, Q, N // K)
+    grid = min(items, BLOCKS) if variant.persistent else items
+    results = [(q.shape, q.dtype), ((R, Q, N), np.dtype(np.float32))]
+    if variant.persistent:
+        results.append(((grid, prefill_cuda.MAP_WORDS), np.dtype(np.int32)))
     return Kernels(rtc.SOURCES / f"{variant.kernel}.cu", {**defined, **(macros or {})}).run(
         variant.kernel,
         [q, kv, pages, last, first, np.asarray(lines)],
-        [(q.shape, q.dtype), ((R, Q, N), np.dtype(np.float32))],
-        grid=(min(items, BLOCKS) if variant.persistent else items,),
+        results,
+        grid=(grid,),
         threads=variant.threads,
         shared=variant.shared(H, fp8),
         seed=seed,
-    )
+    )[:2]
 
 
 def assert_right(found, arguments, *, scale, softcap=None) -> None:
@@ -122,6 +126,23 @@ def test_pages_in_e4m3(head_dim: int, seed: int) -> None:
     assert_right(found, arguments, scale=scale)
 
 
+@pytest.mark.parametrize("case", ["short_rows_g7", "pages_of_24_softcap"])
+def test_what_pages_were_left_with_is_not_seen(case: str) -> None:
+    """NaNs after the last key of each row, and entries of its pages that point nowhere."""
+    R, Q, K, G, H, O, W, starts = CASES[case][0]
+    q, kv, pages, last, first = prompt(R, Q, K, G, H, O, W, starts)
+    kv = np.asarray(kv).copy()
+    for r in range(R):
+        used, rest = divmod(int(last[r].max()) + 1, O)
+        kv[pages[r, used + bool(rest) :]] = np.nan
+        if rest:
+            kv[pages[r, used], :, :, rest:] = np.nan
+        pages[r, used + bool(rest) :] = 10**6
+    arguments, scale = (q, jnp.asarray(kv), pages, last, first), H**-0.5
+    clean = (q, jnp.nan_to_num(jnp.asarray(kv)), np.where(pages < len(kv), pages, 0), last, first)
+    assert_right(emulate(variant_of("paged_prefill", H), arguments, scale=scale), clean, scale=scale)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_stripes_of_a_context(kernel: str) -> None:
     """What a rank of RING sees: runs of equal counts that jump by a stripe, and merging gives the whole."""
@@ -150,7 +171,9 @@ BROKEN = {
     "output_read_early": ("    wgmma_wait<1>();\n    wgmma_pin(o);", ""),
     "output_of_two_tiles": ("start_output(last == first)", "start_output(false)"),
     "keys_not_waited_for": ("      wait_for(rings.k);\n      wait_for(rings.v);", "      wait_for(rings.v);"),
-    "copies_not_fenced": ("      if (!FP8) fence_products();\n      start_scores", "      start_scores"),
+    "copies_not_fenced": ("    wait_for(rings.k);\n    fence_products();", "    wait_for(rings.k);"),
+    "boxes_of_another_page": ("base % PAGE + i;", "base % PAGE;"),
+    "bytes_not_expected": ("if (lane == 0) barrier_expect(full, KV_BYTES);", "if (lane == 0) barrier_arrive(full);"),
     "e4m3_not_fenced": ("    fence_products();\n    barrier_arrive(full);", "    barrier_arrive(full);"),
     "e4m3_not_waited_for": ("    cp_async_wait<LATER>();\n", ""),
     "not_rescaled": ("if (softmax.rescaled) rescale(o, softmax.keep);", ""),

@@ -1,14 +1,16 @@
 // Prefill attention over paged keys and values with wgmma: FlashAttention-3 (arXiv 2407.08608).
 //
 // One block stays on each multiprocessor and takes tile after tile. Its first warpgroup copies queries, keys and values
-// into shared memory (cp.async, because a page is no box that the copy engine could swizzle without a tensor map); two
-// others have 64 rows each. Blocks of keys come from the last visible one to the first. The scores of a block are
+// into shared memory; two others have 64 rows each. Keys and values in bfloat16 are brought by the tensor memory
+// accelerator, by a map of the pool that each block makes: instructions of threads that copy would keep those of the
+// products waiting. Blocks of keys come from the last visible one to the first. The scores of a block are
 // computed together with the output of the block before, so that the exponentials of the one overlap with the products
 // of the other. The two warpgroups fall out of step by themselves: taking turns in starting products won nothing.
 //
 // Macros: those of prefill.cuh with BLOCK_M = 128; STAGES (buffers for keys, and as many for values), FP8 (pages are e4m3)
 #include "hopper.cuh"
 #include "prefill.cuh"
+#include "tensor_map.cuh"
 
 constexpr int GROUPS = 2;  // warpgroups that multiply
 constexpr int THREADS = (1 + GROUPS) * 128;
@@ -19,6 +21,9 @@ constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, PACKED_AT = V_AT 
 constexpr int PACKED_BYTES = FP8 ? KV_BYTES / 2 : 0, BARRIERS_AT = PACKED_AT + 2 * PACKED_BYTES;
 constexpr int Q_ATOMS = BLOCK_M * PANEL_ROW, KV_ATOMS = BLOCK_N * PANEL_ROW;  // bytes of a panel
 constexpr int PER_PANEL = PANEL / 16;        // products along a row of a panel
+
+constexpr int divisor(int a, int b) { return b ? divisor(b, a % b) : a; }
+constexpr int BOX = divisor(PAGE, BLOCK_N);  // keys of a copy: of one page, in one block
 
 // A ring of buffers, or the one of the queries, each with two barriers.
 struct Ring {
@@ -46,12 +51,48 @@ struct Rings {
       : q{barriers, 1, 0, 0}, k{barriers + 16, STAGES, 0, 0}, v{barriers + 16 + STAGES * 16, STAGES, 0, 0} {}
 };
 
+// The pool as boxes of keys; see `copy_box`.
+DEVICE Array4 boxes_of(const u16* kv, int pages) {
+  return {kv,
+          {HEAD_DIM, PAGE, 2 * KV_HEADS, (u32)pages},
+          {HEAD_DIM * 2, PAGE * HEAD_DIM * 2, PAGE_ELEMENTS * 2},
+          {PANEL, BOX, 1, 1}};
+}
+
+// One block of keys (part 0) or values (part 1). Boxes that begin after the last key that the tile sees are zeros. All
+// lanes of a warp call it.
+DEVICE void load_boxes(u32 to, const u8* map, const Pages& pages, int part, const Tile& tile, u32 full, int lane) {
+  const int base = pages.block * BLOCK_N;
+  if (lane == 0) barrier_expect(full, KV_BYTES);
+#pragma unroll
+  for (int i = 0; i < BLOCK_N; i += BOX) {
+    const int key = base % PAGE + i;
+    const int page = __shfl_sync(0xffffffffu, pages.id, key / PAGE);
+    if (lane) continue;
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+      copy_box(to + i * PANEL_ROW + panel * KV_ATOMS, map, panel * PANEL, key % PAGE, part * KV_HEADS + tile.head,
+               base + i <= tile.last_key ? page : -1, full);
+  }
+}
+
+// Makes zeros of the values after the last key that a tile sees which came with it: its probabilities are zeros, and a
+// product of those must not become NaN, whatever a page was left with. All threads that multiply call it.
+DEVICE void clear_values(u8* values, const Tile& tile, int thread) {
+  const int first = tile.last_key % BLOCK_N + 1, count = (BOX - first % BOX) * CHUNKS;
+  for (int i = thread; i < count; i += GROUPS * 128)
+    *reinterpret_cast<uint4*>(values + chunk_offset(first + i / CHUNKS, 0, i % CHUNKS, BLOCK_N)) = make_uint4(0, 0, 0, 0);
+  fence_products();
+  named_sync(1, GROUPS * 128);
+}
+
 // The warpgroup that copies. Copies of bf16 tell that they have landed themselves, so that as many are under way as there
 // are buffers; those of e4m3 have to be converted, one while the next is under way.
 struct Copier {
   u8* memory;
   u32 smem;
   const u16* kv;
+  const u8* map;
   const Tile* tile;
   int thread;
   u32 full, freed, phase;  // of the copy that is to be converted: what to tell, and what to wait for before
@@ -75,9 +116,11 @@ struct Copier {
   DEVICE void block(Ring& ring, u32 buffers, const Pages& pages, int part) {
     const u32 place = buffers + ring.slot * KV_BYTES;
     if (!FP8) {
-      begin(ring);
-      load_block<128>(smem + place, kv, pages, part, *tile, thread);
-      return end(ring);
+      if (thread < 32) {
+        begin(ring);
+        load_boxes(smem + place, map, pages, part, *tile, ring.full(), thread);
+      }
+      return ring.advance();
     }
     const u32 packed = smem + PACKED_AT + copies % 2 * PACKED_BYTES;
     load_packed<128>(packed, reinterpret_cast<const u8*>(kv), pages, part, *tile, thread);
@@ -90,9 +133,9 @@ struct Copier {
 };
 
 DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, const u16* __restrict__ kv,
-                 const int* __restrict__ page_table, const int* __restrict__ schedule, u16* __restrict__ out,
-                 float* __restrict__ lse, int thread) {
-  Copier copier{memory, smem, kv, nullptr, thread, 0, 0, 0, 0, 0};
+                 const u8* map, const int* __restrict__ page_table, const int* __restrict__ schedule,
+                 u16* __restrict__ out, float* __restrict__ lse, int thread) {
+  Copier copier{memory, smem, kv, map, nullptr, thread, 0, 0, 0, 0, 0};
   const int items = num_items(schedule), lane = thread % 32;
   Tile next(schedule, item_of(0));
   Pages pages(page_table, next);
@@ -130,7 +173,7 @@ DEVICE void copy(u8* memory, u32 smem, Rings rings, const u16* __restrict__ q, c
   copier.convert<0>();
 }
 
-DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const int* __restrict__ firsts,
+DEVICE void multiply(u8* memory, u32 smem, Rings rings, const int* __restrict__ lasts, const int* __restrict__ firsts,
                      const int* __restrict__ schedule, u16* __restrict__ out, float* __restrict__ lse, int group,
                      int thread) {
   const int lane = thread % 32, row = group * 64 + thread / 32 * 16 + lane / 4;
@@ -210,10 +253,13 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
     softmax.step(s, tile.masked(last), last * BLOCK_N, rows, lane);
     pack();
     more = find_next();
+    if (!FP8 && (tile.last_key + 1) % BOX) {
+      wait_for(rings.v);
+      clear_values(memory + V_AT + rings.v.slot * KV_BYTES, tile, group * 128 + thread);
+    }
     for (int block = last - 1; block >= first; block--) {
       wait_for(rings.k);
       wait_for(rings.v);
-      if (!FP8) fence_products();
       start_scores();
       start_output(block == last - 1);
       wgmma_wait<1>();
@@ -230,7 +276,6 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
       pack();
     }
     wait_for(rings.v);
-    if (!FP8) fence_products();
     start_output(last == first);
     if (more) wait_for_tile();
     start_scores();  // of the next tile, while this one is stored; after the last one, of nothing
@@ -246,26 +291,28 @@ DEVICE void multiply(u32 smem, Rings rings, const int* __restrict__ lasts, const
 extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_prefill(
     const u16* __restrict__ q, const u16* __restrict__ kv, const int* __restrict__ page_table,
     const int* __restrict__ lasts, const int* __restrict__ firsts, const int* __restrict__ schedule,
-    u16* __restrict__ out, float* __restrict__ lse) {
+    u16* __restrict__ out, float* __restrict__ lse, u8* __restrict__ maps) {
   DYNAMIC_SHARED(memory);
   // What all threads of a warp know to be the same is computed in uniform registers: next to nothing then stands between
   // a wait and the first product after it.
   const u32 smem = __shfl_sync(0xffffffffu, shared_address(memory), 0);
   const int thread = threadIdx.x % 128, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const Rings rings(smem + BARRIERS_AT);
+  u8* const map = maps + blockIdx.x * 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 1 + 2 * STAGES; i++) {
-      barrier_init(smem + BARRIERS_AT + i * 16, 128);              // full: all threads that copy
-      barrier_init(smem + BARRIERS_AT + i * 16 + 8, GROUPS * 4);   // freed: the warps that multiply
+      barrier_init(smem + BARRIERS_AT + i * 16, i == 0 || FP8 ? 128 : 1);  // full: the threads that copy
+      barrier_init(smem + BARRIERS_AT + i * 16 + 8, GROUPS * 4);           // freed: the warps that multiply
     }
     barrier_init_fence();
   }
+  if (!FP8 && threadIdx.x < 32) make_map(smem, map, boxes_of(kv, schedule[3]), threadIdx.x);
   __syncthreads();
   if (group == 0) {
     registers_fewer<56>();
-    copy(memory, smem, rings, q, kv, page_table, schedule, out, lse, thread);
+    copy(memory, smem, rings, q, kv, map, page_table, schedule, out, lse, thread);
   } else {
     registers_more<224>();
-    multiply(smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);
+    multiply(memory, smem, rings, lasts, firsts, schedule, out, lse, group - 1, thread);
   }
 }

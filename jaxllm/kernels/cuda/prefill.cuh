@@ -36,9 +36,9 @@ DEVICE u32 chunk_offset(int r, int further, int c, int rows) {
   return r * PANEL_ROW + ((c % (PANEL / 8) ^ permuted) << 4) + (c / (PANEL / 8) * rows + further) * PANEL_ROW;
 }
 
-// The schedule is lines of eight numbers. The first one: tiles, pages of a row, query tokens of a row. Then one for each
-// tile: its prompt row, its first row there, the first and last key that any of its rows sees (none: last < 0), and the
-// first and last key that all of its rows see which see any.
+// The schedule is lines of eight numbers. The first one: tiles, pages of a row, query tokens of a row, pages of the pool.
+// Then one for each tile: its prompt row, its first row there, the first and last key that any of its rows sees (none:
+// last < 0), and the first and last key that all of its rows see which see any.
 DEVICE int num_items(const int* __restrict__ schedule) { return schedule[0] * KV_HEADS; }
 
 // A tile of one KV head.

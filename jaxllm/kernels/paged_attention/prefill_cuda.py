@@ -20,6 +20,8 @@ from jaxllm.kernels.paged_attention import reference, tiles
 from jaxllm.kernels.paged_attention.types import Implementation
 
 MAX_GROUP = 16
+MAP_WORDS = 32
+"""Of the tensor map that a block of threads makes of the pool."""
 FP8 = jnp.float8_e4m3fn
 
 
@@ -163,14 +165,18 @@ def run(
     K = kv_PYKOH.shape[2]
     positions_RQ = positions_RQ.astype(jnp.int32)
     first_RQ = jnp.zeros_like(positions_RQ) if first_RQ is None else first_RQ.astype(jnp.int32)
-    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1])
+    lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1], pages=kv_PYKOH.shape[0])
     items = K * tiles.num_tiles(R, Q, N // K)
-    out_RQNH, lse_RQN = call.launch(
+    grid = min(items, call.SMS) if variant.persistent else items
+    results = [jax.ShapeDtypeStruct((R, Q, N, H), q_RQNH.dtype), jax.ShapeDtypeStruct((R, Q, N), jnp.float32)]
+    if variant.persistent:  # and a map of the pool for each block of threads
+        results.append(jax.ShapeDtypeStruct((grid, MAP_WORDS), jnp.int32))
+    out_RQNH, lse_RQN, *_ = call.launch(
         variant.kernel,
         ptx,
         (q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ, lines),
-        (jax.ShapeDtypeStruct((R, Q, N, H), q_RQNH.dtype), jax.ShapeDtypeStruct((R, Q, N), jnp.float32)),
-        grid=(min(items, call.SMS) if variant.persistent else items,),
+        results,
+        grid=(grid,),
         threads=variant.threads,
         shared=variant.shared(H, kv_PYKOH.dtype == FP8),
     )

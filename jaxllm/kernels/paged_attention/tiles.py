@@ -25,17 +25,18 @@ def num_tiles(rows: int, queries: int, group: int) -> int:
     return rows * -(-queries * group // ROWS)
 
 
-def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width: int) -> jax.Array:
+def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width: int, pages: int) -> jax.Array:
     """The tiles of all rows, those with the most visible keys first: int32 [1 + tiles, LINE].
 
-    The first line is the number of tiles, `width` and Q. The others are: the tile's row, the first of its query rows,
-    the first and last key that any of its query rows sees (last -1: none), and the first and last key that all of
-    those see that see any; then zeros.
+    The first line is the number of tiles, `width`, Q and `pages`. The others are: the tile's row, the first of its
+    query rows, the first and last key that any of its query rows sees (last -1: none), and the first and last key that
+    all of those see that see any; then zeros.
 
     Args:
       positions_RQ, first_RQ: the last and first key that each query token sees; it sees none where last < first.
       group: query heads of a KV head: query row i of a row belongs to its token i // group.
       width: pages of a row.
+      pages: of the pool.
     """
     R, Q = positions_RQ.shape
     per_row = num_tiles(1, Q, group)
@@ -54,7 +55,7 @@ def schedule(positions_RQ: jax.Array, first_RQ: jax.Array, *, group: int, width:
     zero = jnp.zeros_like(at)
     lines = jnp.stack([at // per_row, at % per_row * ROWS, first, last, full_from, full_to, zero, zero], axis=1)
     work = jnp.where(last < 0, 0, last // KEYS - first // KEYS + 1)
-    header = jnp.zeros((1, LINE), jnp.int32).at[0, :3].set(jnp.asarray([R * per_row, width, Q], jnp.int32))
+    header = jnp.zeros((1, LINE), jnp.int32).at[0, :4].set(jnp.asarray([R * per_row, width, Q, pages], jnp.int32))
     return jnp.concatenate([header, lines[_longest_first(work)]])
 
 
