@@ -27,7 +27,8 @@ class KvCacheConfig(Strict):
     Attributes:
         enable_block_reuse: keep full pages of finished requests and share them by prefix (hash chain, LRU).
         free_gpu_memory_fraction: share of the device memory that is free after loading the weights, 0 < f <= 1.
-        max_tokens: explicit size in tokens; with both limits given the smaller one wins.
+        max_tokens: explicit size in tokens; with both limits given the smaller one wins. On a CPU the cache takes at
+            most half of the machine's memory.
         tokens_per_block: page size in tokens, a power of two.
         dtype: element type of the cache; "fp8" = e4m3, half of bfloat16's memory; "auto" = what the checkpoint says,
             else the dtype of the activations.
@@ -207,8 +208,9 @@ class EngineConfig(Strict):
     attention_dp_config: AttentionDpConfig = Field(default_factory=AttentionDpConfig)
     moe_config: MoeConfig = Field(default_factory=MoeConfig)
 
-    max_batch_size: int | None = Field(default=None, ge=1)
-    max_num_tokens: int | None = Field(default=None, ge=1)
+    # What nobody needs and no compiler comes to an end with.
+    max_batch_size: int | None = Field(default=None, ge=1, le=2**16)
+    max_num_tokens: int | None = Field(default=None, ge=1, le=2**20)
     max_seq_len: int | None = Field(default=None, ge=2)
     enable_chunked_prefill: bool = True
     disable_overlap_scheduler: bool = False

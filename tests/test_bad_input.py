@@ -351,6 +351,8 @@ def test_more_ranks_than_heads() -> None:
     [
         ({"max_seq_len": 100_000}, ("max_seq_len = 100000", "context of 256", "lower it")),
         ({"max_batch_size": 64, "max_num_tokens": 32}, ("max_num_tokens = 32", "max_batch_size = 64", "raise|lower")),
+        ({"max_batch_size": 10**8}, ("max_batch_size = 100000000", "less than or equal to 65536")),
+        ({"max_num_tokens": 10**9}, ("max_num_tokens = 1000000000", "less than or equal to 1048576")),
         ({"max_batch_size": 0}, ("max_batch_size = 0", "greater than or equal to 1")),
         ({"max_batchsize": 4}, ("'max_batchsize'", "did you mean 'max_batch_size'")),
         ({"dtype": "float8"}, ("dtype = 'float8'", "float32")),

@@ -20,6 +20,9 @@ from jaxllm.settings import ConfigError
 MEMORY_FRACTION = 0.9
 """Share of a GPU that XLA reserves; the rest is for CUDA, NCCL and what else runs there. JAX's own default is 0.75."""
 
+HOST_SHARE = 0.5
+"""Share of the host's memory that pages may take on a CPU; the rest is for weights, activations and what else runs."""
+
 MAX_ELEMENTS = 2**31 - 1
 """XLA addresses the elements of an array with 32 bits."""
 
@@ -123,12 +126,13 @@ class Room:
     """What a pipeline stage has for pages on each device.
 
     free: bytes, None where the platform does not tell. page_bytes: of a page in all layers of the stage.
-    page_elements: of a page in its largest array.
+    page_elements: of a page in its largest array. most: bytes of all pages, where `free` is None and somebody knows.
     """
 
     free: int | None
     page_bytes: int
     page_elements: int
+    most: int | None = None
 
 
 def longest_sequence(config: EngineConfig, context: int) -> int:
@@ -156,14 +160,17 @@ def pool_size(
     for room in rooms:
         if room.free is not None:
             limits.append(int(room.free * kv.free_gpu_memory_fraction) // room.page_bytes)
-        elif guess is not None:
+            continue
+        if room.most is not None:
+            limits.append(room.most // room.page_bytes)
+        if guess is not None:
             limits += [guess, -(-sizes.max_batch_size * longest // span)]
     if kv.max_tokens is not None:
         limits.append(kv.max_tokens // span)
     pages = min(limits)
     if pages < 1:
         room = max(rooms, key=lambda room: room.page_bytes)
-        free = 0 if room.free is None else room.free
+        free = (room.most or 0) if room.free is None else room.free
         raise ConfigError(
             f"no room for the KV cache: a page of {span} tokens takes {room.page_bytes:,} bytes a device, and "
             f"{max(0, free):,} are free after the weights; use more devices or a smaller model"

@@ -22,12 +22,13 @@ from jaxllm.cache import cache_dir
 from jaxllm.config import EngineConfig
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
+from jaxllm.engine.devices import host_memory
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
-from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
+from jaxllm.engine.sizes import DEFAULTS, HOST_SHARE, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.cuda.checks import begin_checks
@@ -117,16 +118,20 @@ def start(config: EngineConfig) -> Started:
         jax.block_until_ready(weights)
     with phase("kv_cache"):
         kv_dtype = kv_cache_dtype(config, dtype, cfg.quantization is not None and cfg.quantization.cache)
+        stripe, host = mapping.stripe(page_size), int(HOST_SHARE * host_memory()) // len(mesh.local_devices)
         rooms = [
-            _page_room(
-                functions, mapping.stripe(page_size), kv_dtype, None if before is None else before - _bytes(held)
-            )
+            _page_room(functions, stripe, kv_dtype, None if before is None else before - _bytes(held), host)
             for functions, before, held in zip(stages, free, weights, strict=True)
         ]
         span = mapping.page_span(page_size)
         num_pages, max_seq_len = pool_size(config, sizes, defaults, rooms, context=cfg.max_position, span=span)
         if config.max_seq_len is None and max_seq_len < cfg.max_position:
             logger.warning("max_seq_len lowered from %d to %d by the KV cache", cfg.max_position, max_seq_len)
+        asked = config.kv_cache_config.max_tokens or 0
+        if (num_pages - 1) * span < asked // span * span:
+            logger.warning(
+                "kv_cache_config.max_tokens lowered from %d to %d: no more fit", asked, (num_pages - 1) * span
+            )
         lanes = layout.size("requests")
         slots = SlotTable(
             lanes * sizes.max_batch_size,
@@ -264,9 +269,9 @@ def _fill_tables(functions: StepFunctions, params: dict[str, jax.Array]) -> None
         params[f"layers.{number - functions.layers.start}.mlp.slots"] = jax.device_put(table, everywhere)
 
 
-def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype, free: int | None) -> Room:
+def _page_room(functions: StepFunctions, stripe: int, kv_dtype: np.dtype, free: int | None, most: int) -> Room:
     elements = math.prod(functions.kv_shape(stripe)) // functions.layout.size("kv_heads")
-    return Room(free, functions.num_layers * elements * kv_dtype.itemsize, elements)
+    return Room(free, functions.num_layers * elements * kv_dtype.itemsize, elements, most)
 
 
 def _bytes(arrays: dict[str, jax.Array]) -> int:

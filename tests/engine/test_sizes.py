@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.devices import host_memory
 from jaxllm.engine.sizes import DEFAULTS, Room, Sizes, longest_sequence, pool_size
 from jaxllm.mapping import Mapping
 from jaxllm.settings import ConfigError
@@ -35,6 +36,17 @@ def test_where_the_platform_does_not_tell():
     assert pool([room], context=100) == (14, 100)  # four sequences
     assert pool([room], context=100, kv_cache_config={"max_tokens": 64}) == (3, 65)
     assert pool([room], context=100_000, max_batch_size=64)[0] == 100_000 // 32 + 1  # one sequence
+
+
+def test_what_a_cpu_has_at_most():
+    room = Room(None, 1000, 10, most=20_000)
+    assert pool([room], context=100_000) == (21, 641)
+    assert pool([room], kv_cache_config={"max_tokens": 64}) == (3, 65)
+    assert pool([room], kv_cache_config={"max_tokens": 10**14}) == (21, 641)
+    assert pool([room, Room(None, 2000, 10, most=20_000)], context=100_000) == (11, 321)
+    with pytest.raises(ConfigError, match="a page of 32 tokens takes 30,000 bytes a device, and 20,000 are free"):
+        pool([Room(None, 30_000, 10, most=20_000)])
+    assert 2**28 < host_memory() < 2**50
 
 
 def test_the_context_spread_over_devices():
