@@ -70,6 +70,10 @@ class Attention(nnx.Module):
         """Whether it takes e4m3 in place of such activations."""
         return self.qkv.multiplies_e4m3(x_TD, spread)
 
+    def takes_scaled(self, x_TD: jax.ShapeDtypeStruct, spread: Axes) -> bool:
+        """Whether it had better get such activations as `ScaledTokens`."""
+        return self.layout.cp_type is None and self.qkv.takes_scaled(x_TD, tokens=spread)
+
     def __call__(
         self,
         x_TD: Activations,

@@ -13,7 +13,7 @@ from jaxllm.kernels.linear.product import Activations, Product, QuantizedTokens
 from jaxllm.kernels.linear.wide_cuda import rows_for
 from jaxllm.kernels.rows import api as rows
 from jaxllm.layers.quantize import Declared, param
-from jaxllm.layers.stream import Stream, Unadded
+from jaxllm.layers.stream import Stream, Unadded, Unmultiplied
 from jaxllm.parallel.collectives import Axes, gather_rows, ranks, sum_later, sum_partial
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ class ColumnLinear(nnx.Module):
         """Whether the product takes e4m3 in place of such activations."""
         return ranks(tokens) == 1 and api.multiplies_e4m3(x_TD, self.weight[...])
 
+    def takes_scaled(self, x_TD: jax.ShapeDtypeStruct, activation: str | None = None, tokens: Axes = ()) -> bool:
+        """Whether the product of such activations had better get them as `ScaledTokens`."""
+        if ranks(tokens) > 1 or self.bias is not None:
+            return False
+        return api.scales(x_TD, self.weight[...], activation)
+
     def blocks(self, x_TD: jax.ShapeDtypeStruct, activation: str, tokens: Axes = ()) -> int:
         """Rows of the `BlockedTokens` that `gated` had better get such activations as; 0: as they are."""
         if ranks(tokens) > 1 or self.bias is not None or not api.takes_blocks(x_TD, self.weight[...], activation):
@@ -124,9 +130,15 @@ class RowLinear(nnx.Module):
             made = api.product(x_TD, weight)
         return made.finish() if made.token_scale is None else made
 
+    def scales(self, x_TD: jax.Array) -> bool:
+        """Whether the product also makes what the norm after it needs."""
+        return self.bias is None and api.scales(x_TD, self.weight[...], None)
+
     def _add(self, x_TD: Activations, bias_D: jax.Array | None, residual_TD: jax.Array) -> Stream:
         """The residual plus the product: by the product's kernel, or that of the norm that comes next, or XLA."""
         weight = self.weight[...]
+        if isinstance(x_TD, jax.Array) and isinstance(weight, jax.Array) and self.scales(x_TD):
+            return Unmultiplied(x_TD, weight, residual_TD)
         try:
             return api.fused(x_TD, weight, bias_F=bias_D, residual=residual_TD)
         except NotImplementedError:

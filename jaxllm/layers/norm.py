@@ -23,11 +23,13 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, (self.weight[...], self.eps))
 
     def settle(
-        self, x: Stream, *, quantised: bool = False, blocked: int = 0
+        self, x: Stream, *, quantised: bool = False, blocked: int = 0, scaled: bool = False
     ) -> tuple[jax.Array, Activations, RMSNorm | None]:
         """x, summed; what to go on with; and the norm of that, which is this one unless it was made with the sum.
 
-        quantised: what to go on with may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not).
+        quantised: what to go on with may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not). scaled:
+        it may be `ScaledTokens`.
         """
-        x_TD, normed_TD = settle(x, (self.weight[...], self.eps), quantised=quantised, blocked=blocked)
+        norm = (self.weight[...], self.eps)
+        x_TD, normed_TD = settle(x, norm, quantised=quantised, blocked=blocked, scaled=scaled)
         return (x_TD, x_TD, self) if normed_TD is None else (x_TD, normed_TD, None)

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 
+from jaxllm.kernels.linear import api as linear
 from jaxllm.kernels.linear.product import Activations, Product
 from jaxllm.kernels.linear.reference import Norm
 from jaxllm.kernels.rows import api as rows
@@ -23,7 +24,17 @@ class Unadded:
     residual_TD: jax.Array
 
 
-Stream = jax.Array | Unsummed | Unadded
+@partial(jax.tree_util.register_dataclass, data_fields=["y_TF", "weight_DF", "residual_TD"], meta_fields=[])
+@dataclass(frozen=True)
+class Unmultiplied:
+    """The residual plus y @ weight.T, which `settle` makes together with what the next norm needs."""
+
+    y_TF: jax.Array
+    weight_DF: jax.Array
+    residual_TD: jax.Array
+
+
+Stream = jax.Array | Unsummed | Unadded | Unmultiplied
 """x_TD, or what it will be the sum of: over ranks, or of a product and the residual."""
 
 
@@ -34,12 +45,17 @@ def like(x: Stream) -> jax.ShapeDtypeStruct:
 
 
 def settle(
-    x: Stream, norm: Norm | None = None, *, quantised: bool = False, blocked: int = 0
+    x: Stream, norm: Norm | None = None, *, quantised: bool = False, blocked: int = 0, scaled: bool = False
 ) -> tuple[jax.Array, Activations | None]:
     """The stream x_TD, summed, and what a norm (weight and epsilon) makes of it where that is to be had with the sum.
 
-    quantised: the second may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not).
+    quantised: the second may be e4m3. blocked: it may be `BlockedTokens` of so many rows (0: not). scaled: it may be
+    `ScaledTokens`.
     """
+    if isinstance(x, Unmultiplied):
+        if norm is not None and scaled:
+            return linear.add_scaled(x.y_TF, x.weight_DF, x.residual_TD, norm)
+        return linear.linear(x.y_TF, x.weight_DF, residual=x.residual_TD), None
     if not isinstance(x, Unadded):
         return collectives.settle(x, norm, quantised=quantised)
     if norm is not None:

@@ -164,7 +164,9 @@ class Block(nnx.Module):
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
             spread = self.layout.spread(batch.tokens, like(x).shape[1])
-            x_TD, y_TD, norm = self.input_norm.settle(x, quantised=self.attention.multiplies_e4m3(like(x), spread))
+            quantised = self.attention.multiplies_e4m3(like(x), spread)
+            scaled = isinstance(self.attention, Attention) and self.attention.takes_scaled(like(x), spread)
+            x_TD, y_TD, norm = self.input_norm.settle(x, quantised=quantised, scaled=scaled)
             residual = x_TD if post_attention is None else None
             if isinstance(self.attention, Attention) and isinstance(self.mlp, MoE):
                 found_TD, kv = self.attention.heads_of(y_TD, norm, rope, kv, batch, spread)
@@ -185,7 +187,8 @@ class Block(nnx.Module):
             else:
                 quantised = self.mlp.gate_up.multiplies_e4m3(like(x), tokens)
                 blocked = self.mlp.gate_up.blocks(like(x), self.mlp.activation, tokens)
-                x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised, blocked=blocked)
+                scaled = self.mlp.gate_up.takes_scaled(like(x), self.mlp.activation, tokens)
+                x_TD, y_TD, norm = self.mlp_norm.settle(x, quantised=quantised, blocked=blocked, scaled=scaled)
             residual = x_TD if post_mlp is None else None
             if isinstance(self.mlp, MoE):
                 # Padding of prompts may be most of a step; its rows, all alike, would go to the same few experts.

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from kernel_rows._measure import Row, rate, time_call
+from kernel_rows._measure import Row, difference, rate, time_call
 from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, layer_products, values, weights
 
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
-from jaxllm.kernels.linear.product import Product
+from jaxllm.kernels.linear.product import Product, ScaledTokens
 from jaxllm.kernels.paged_attention import decode_cuda
 from jaxllm.kernels.rope_write import cuda as rope_cuda
 
@@ -71,7 +71,7 @@ def right(shapes: dict[str, tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
         )
         distances = []
         for T in TOKENS:
-            found = kernels[name, T](x[:T], weight, None if residual is None else residual[:T]).astype(F32)
+            found = kernels[name, T](x[:T], weight, None if residual is None else residual[:T])[0].astype(F32)
             distances.append(jnp.linalg.norm(found - wanted[:T]) / jnp.linalg.norm(wanted[:T]))
         return distances
 
@@ -98,7 +98,7 @@ def seconds(name: str, T: int, split: Split | None) -> float:
     def program(x: jax.Array, all_weights: list[jax.Array], residual: jax.Array | None) -> jax.Array:
         out = jnp.zeros((T, 1), BF16)
         for weight in all_weights:
-            out = run(feed(x, out), weight, residual)
+            (out,) = run(feed(x, out), weight, residual)
         return out
 
     made = weights(name)
@@ -138,7 +138,7 @@ def cached(T: int) -> dict[str, Any]:
         def program(x: jax.Array, weight: jax.Array, run: Any = run) -> jax.Array:
             out = jnp.zeros((T, 1), BF16)
             for _ in range(8):
-                out = run(feed(x, out), weight)
+                (out,) = run(feed(x, out), weight)
             return out
 
         took = time_call(jax.jit(program), x, weight, calls=8, seconds=0.02) - feeding(T)
@@ -164,7 +164,7 @@ def own(
     run = narrow_cuda.implementation(
         x, weight, activation=activation, residual=residual is not None, ahead=ahead, fetched=fetched, split=split
     )
-    return run(x, weight, residual, ahead)
+    return run(x, weight, residual, ahead)[0]
 
 
 def xla(x: jax.Array, weight: jax.Array, *, ahead: jax.Array, **options: Any) -> jax.Array:
@@ -188,6 +188,32 @@ def layer(T: int) -> dict[str, Any]:
     if T in (8, 64):
         found["stagger_us"] = timed(partial(own, stagger=True)) * 1e6
     return found | {f"{name}_us": seconds(name, T, None) * 1e6 for name in names}
+
+
+def with_norms(norm: reference.Norm, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
+    """`layer_products` whose products make the norms."""
+    nothing: dict[str, Any] = {"norm": None, "residual_TF": None}
+    y: jax.Array | ScaledTokens = reference.rms_norm(x, norm)
+    for qkv, o, gate_up, down in given:
+        heads = narrow_cuda.linear(y, qkv, activation=None, **nothing)[:, :4096]
+        x, y = narrow_cuda.add_scaled(heads, o, x, norm)
+        x, y = narrow_cuda.add_scaled(narrow_cuda.linear(y, gate_up, activation="silu", **nothing), down, x, norm)
+    return x
+
+
+def norms(T: int) -> dict[str, Any]:
+    """A layer's products, with norms by XLA between them (plain) and with those that the products make, in turns; and
+    how far apart the results are after several layers.
+    """
+    given = [[weights(name)[i] for name in ("qkv", "o", "gate_up", "down")] for i in range(LAYERS)]
+    norm, x = (1 + values(3, 4096, dtype=F32) / 4, EPS), values(0, T, 4096)
+    runs = {"us": jax.jit(partial(with_norms, norm)), "plain_us": jax.jit(partial(layer_products, own, norm))}
+    error = difference(*(run(x, given) for run in runs.values()))
+    found: dict[str, Any] = {"difference": error, "wrong": not error < 0.02}
+    for again in ("", "again_"):
+        for name, run in runs.items():
+            found[again + name] = time_call(run, x, given, calls=LAYERS, seconds=0.02) * 1e6
+    return found
 
 
 def around_attention(T: int, tokens: int) -> dict[str, Any]:
@@ -235,6 +261,8 @@ def around_attention(T: int, tokens: int) -> dict[str, Any]:
 def rows() -> Iterator[Row]:
     yield Row("right 8b", partial(right, {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}))
     yield Row("right 70b tp4", partial(right, LLAMA_70B_TP4))
+    for T in (8, 32, 16, 2, 64):
+        yield Row(f"norms T={T}", partial(norms, T))
     for T in (64, 8, 32, 16, 1, 128):
         yield Row(f"layer T={T}", partial(layer, T))
     for T in (8, 64):

@@ -66,6 +66,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
+    checks |= {narrow_cuda.NORMS: narrow_cuda.check_norms} if narrow_cuda.makes_norms() else {}
     checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}

@@ -18,6 +18,10 @@
 //   GATED      0: no; 1: silu; 2: gelu with tanh; the result is act(gate) * up of the halves of the rows
 //   RESIDUAL   1: is added to the result
 //   OUT_FLOAT  1: float32 results; 0: bf16
+//   PARTS EPS  an RMSNorm before the product, of tokens that were multiplied with its weight already: what is left is one
+//              factor for each token, of the sum of its squares, which comes in PARTS parts [PARTS, COLUMNS]; 0: none
+//   SCALED     1: what the norm after the product needs is a result too: the (rounded) result times its weight, and sums
+//              of squares for each token, [blocks, COLUMNS], of what each block has; only without a gate, for bf16
 //   AHEAD AHEAD_ROWS AHEAD_ROW AHEAD_PARTS   bytes, 0 or more, that the second-level cache is let fetch of each part of a
 //              row of `ahead`, the weight that is read next: of so many rows, of so many bytes, in so many parts
 #include "cluster.cuh"
@@ -32,14 +36,18 @@ constexpr int DEPTH = PANELS * 64, STEPS = INPUTS / DEPTH;
 constexpr int WEIGHT_PANEL = ROWS * 128, X_PANEL = COLUMNS * 128, X_AT = PANELS * WEIGHT_PANEL;
 constexpr int STAGE = X_AT + PANELS * X_PANEL;
 constexpr int BUFFERS = CLUSTER == 1 ? 0 : TILES > CLUSTERS ? 2 : 1, BUFFER = ROWS * COLUMNS * 4;
-constexpr int SUMS_AT = STAGES * STAGE, BARRIERS_AT = SUMS_AT + BUFFERS * BUFFER;
+constexpr int SUMS_AT = STAGES * STAGE, FACTORS_AT = SUMS_AT + BUFFERS * BUFFER;
+// The tokens' factors, and what 128 threads add up for them; sums of squares of each 16 rows that a block finishes.
+constexpr int ADDED_AT = FACTORS_AT + (PARTS ? COLUMNS * 4 : 0), SQUARES_AT = ADDED_AT + (PARTS ? 128 * 16 : 0);
+constexpr int BARRIERS_AT = SQUARES_AT + (SCALED ? ROWS / 16 / CLUSTER * COLUMNS * 4 : 0);
 // A unit of the result is 16 rows by 8 tokens, 4 numbers of each lane. Block `rank` adds up those of row groups rank,
 // rank + CLUSTER and so on.
 constexpr int ACROSS = COLUMNS / 8, UNITS = ROWS / 16 / CLUSTER * ACROSS, PER_WARP = (UNITS + WARPS - 1) / WARPS;
-constexpr bool EARLY = RESIDUAL && PER_WARP <= 4;  // the residual is fetched while the weight comes
+constexpr bool EARLY = (RESIDUAL || SCALED) && PER_WARP <= 4;  // what is around is fetched while the weight comes
 static_assert(ROWS % 64 == 0 && ROWS / 16 % CLUSTER == 0 && TOKENS <= COLUMNS && COLUMNS % 8 == 0, "tiles");
 static_assert(INPUTS % DEPTH == 0 && STEPS >= CLUSTER && OUT_FEATURES % 8 == 0 && STAGES > 1, "sizes");
 static_assert(BARRIERS_AT + STAGES * 16 + 16 <= SHARED, "shared memory");
+static_assert(!SCALED || (!GATED && !OUT_FLOAT), "what a norm comes after");
 
 #if OUT_FLOAT
 typedef float2 Two;
@@ -138,33 +146,82 @@ struct Target {
   DEVICE size_t at(int half) const { return ((size_t)token * OUT_FEATURES + feature + half * 8) / 2; }
 };
 
+// What is added to a unit, and multiplied with afterwards, two numbers of each half.
+struct Around {
+  u32 added[2];
+  float2 by[2];
+
+  DEVICE void fetch(const Target& target, const u32* __restrict__ residual, const float* __restrict__ norm) {
+#pragma unroll
+    for (int half = 0; half < (GATED ? 1 : 2); half++) {
+      if (RESIDUAL) added[half] = target.inside(half) ? __ldg(residual + target.at(half)) : 0;
+      if (SCALED && target.inside(half)) by[half] = __ldg((const float2*)(norm + target.feature + half * 8));
+    }
+  }
+};
+
 // Writes a unit, of which a lane has row lane / 4 of two tokens, and the row 8 further; each gives its neighbour one
-// token's. `added` are two of the residual, of each half.
-DEVICE void finish(const float (&v)[4], const Target& target, const u32 (&added)[2], Two* __restrict__ out, int lane) {
+// token's. Returns the squares of what the lane wrote.
+DEVICE float finish(
+    const float (&v)[4], const Target& target, const Around& around, Two* __restrict__ out, u32* __restrict__ scaled,
+    int lane
+) {
   const bool odd = lane / 4 % 2;
+  float squares = 0.f;
 #pragma unroll
   for (int half = 0; half < (GATED ? 1 : 2); half++) {
     float low = v[half * 2], high = v[half * 2 + 1];
     if (GATED) low = activation(low) * v[2], high = activation(high) * v[3];
     const float other = __shfl_xor_sync(~0u, odd ? low : high, 4);
     float a = odd ? other : low, b = odd ? high : other;
-    if (RESIDUAL) a += bf16_to_float((u16)added[half]), b += bf16_to_float((u16)(added[half] >> 16));
+    if (RESIDUAL) {
+      const u32 two = around.added[half];
+      a += bf16_to_float((u16)two), b += bf16_to_float((u16)(two >> 16));
+    }
     if (!target.inside(half)) continue;
 #if OUT_FLOAT
     out[target.at(half)] = make_float2(a, b);
 #else
-    out[target.at(half)] = pack_bf16(a, b);
+    const u32 two = pack_bf16(a, b);
+    out[target.at(half)] = two;
+    if (SCALED) {
+      a = bf16_to_float((u16)two), b = bf16_to_float((u16)(two >> 16));
+      squares += a * a + b * b;
+      scaled[target.at(half)] = pack_bf16(a * around.by[half].x, b * around.by[half].y);
+    }
 #endif
   }
+  return squares;
 }
-DEVICE void fetch(u32 (&added)[2], const Target& target, const u32* __restrict__ residual) {
+
+// The tokens' factors, in shared memory, from their sums of squares; by the first 128 threads that multiply, of which
+// each has four tokens of every TURN-th part.
+DEVICE void make_factors(u8* shared, const float4* __restrict__ squares, int thread) {
+  constexpr int FOURS = COLUMNS / 4, TURN = 128 / FOURS;
+  float* const factors = (float*)(shared + FACTORS_AT);
+  float4* const added = (float4*)(shared + ADDED_AT);
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int half = 0; half < (GATED ? 1 : 2); half++)
-    added[half] = target.inside(half) ? __ldg(residual + target.at(half)) : 0;
+  for (int i = 0; i < (PARTS + TURN - 1) / TURN; i++) {
+    const int part = i * TURN + thread / FOURS;
+    if (PARTS % TURN && part >= PARTS) break;
+    const float4 four = __ldg(squares + part * FOURS + thread % FOURS);
+    sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
+  }
+  added[thread] = sum;
+  named_sync(2, 128);
+  if (thread < COLUMNS) {
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < TURN; i++) total += ((const float*)added)[i * COLUMNS + thread];
+    factors[thread] = rsqrtf(total / INPUTS + (float)EPS);
+  }
 }
 
 DEVICE void multiply(
-    u8* shared, u32 smem, const u32* __restrict__ residual, Two* __restrict__ out, int cluster, int rank, int thread
+    u8* shared, u32 smem, const u32* __restrict__ residual, const float4* __restrict__ squares,
+    const float* __restrict__ norm, Two* __restrict__ out, u32* __restrict__ scaled, float* __restrict__ sums_of_squares,
+    int cluster, int rank, int thread
 ) {
   const int lane = thread % 32, warp = thread / 32, group = thread / 128;
   Place place{smem + BARRIERS_AT, 0, 0};
@@ -172,13 +229,17 @@ DEVICE void multiply(
   auto rows_of = [&](int k) { return CLUSTER == 1 ? warp : (warp + k * WARPS) / ACROSS * CLUSTER + rank; };
   auto columns_of = [&](int k) { return CLUSTER == 1 ? k : (warp + k * WARPS) % ACROSS; };
   auto is_unit = [&](int k) { return CLUSTER == 1 || UNITS % WARPS == 0 || warp + k * WARPS < UNITS; };
+  if (PARTS && thread < 128) make_factors(shared, squares, thread);
+  if (PARTS) named_sync(1, GROUPS * 128);
+  const float* const factors = (const float*)(shared + FACTORS_AT);
+  float* const sums_of_rows = (float*)(shared + SQUARES_AT);
   float d[COLUMNS / 2];
   for (int tile = cluster, turn = 0; tile < TILES; tile += CLUSTERS, turn++) {
-    u32 added[PER_WARP][2] = {};
+    Around around[PER_WARP] = {};
     if (EARLY)
 #pragma unroll
       for (int k = 0; k < PER_WARP; k++)
-        if (is_unit(k)) fetch(added[k], Target(tile, rows_of(k), columns_of(k), lane), residual);
+        if (is_unit(k)) around[k].fetch(Target(tile, rows_of(k), columns_of(k), lane), residual, norm);
     u32 before = 0;
     const int first = first_step(rank);
 #pragma unroll 1
@@ -237,17 +298,38 @@ DEVICE void multiply(
         }
         v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;
       }
-      const Target target(tile, rows_of(k), columns_of(k), lane);
-      if (RESIDUAL && !EARLY) fetch(added[k], target, residual);
-      finish(v, target, added[k], out, lane);
+      const int rows = rows_of(k), columns = columns_of(k);
+      if (PARTS) {
+        const float2 factor = *(const float2*)(factors + columns * 8 + lane % 4 * 2);
+        v[0] *= factor.x, v[1] *= factor.y, v[2] *= factor.x, v[3] *= factor.y;
+      }
+      const Target target(tile, rows, columns, lane);
+      if ((RESIDUAL || SCALED) && !EARLY) around[k].fetch(target, residual, norm);
+      float of_rows = finish(v, target, around[k], out, scaled, lane);
+      if (SCALED) {
+        of_rows += __shfl_xor_sync(~0u, of_rows, 8);
+        of_rows += __shfl_xor_sync(~0u, of_rows, 16);
+        // The lane that has the token has it in every tile.
+        float* const sum = sums_of_rows + rows / CLUSTER * COLUMNS + columns * 8 + lane % 4 * 2 + lane / 4 % 2;
+        if (lane < 8) *sum = turn == 0 ? of_rows : *sum + of_rows;
+      }
     }
+  }
+  if (!SCALED) return;
+  named_sync(1, GROUPS * 128);
+  if (thread < COLUMNS) {
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < ROWS / 16 / CLUSTER; i++) total += sums_of_rows[i * COLUMNS + thread];
+    sums_of_squares[blockIdx.x * COLUMNS + thread] = total;
   }
 }
 
-// residual and ahead are read where the macros say that there are any.
+// What the macros say there is not is neither read nor written.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) narrow_gemm(
     const u16* __restrict__ x, const u16* __restrict__ weight, const u32* __restrict__ residual,
-    const u8* __restrict__ ahead, Two* __restrict__ out) {
+    const u8* __restrict__ ahead, const float4* __restrict__ squares, const float* __restrict__ norm,
+    Two* __restrict__ out, u32* __restrict__ scaled, float* __restrict__ sums_of_squares) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
@@ -265,6 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) nar
     copy(smem, x, weight, ahead, cluster, rank, threadIdx.x);
     if (CLUSTER > 1) cluster_wait();
   } else {
-    multiply(shared, smem, residual, out, cluster, rank, threadIdx.x - 128);
+    multiply(
+        shared, smem, residual, squares, norm, out, scaled, sums_of_squares, cluster, rank, threadIdx.x - 128);
   }
 }

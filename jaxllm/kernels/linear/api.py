@@ -18,7 +18,7 @@ from jaxllm.kernels.linear import (
 )
 from jaxllm.kernels.linear.blocks import ROWS
 from jaxllm.kernels.linear.parts import partial_sums
-from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens
+from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens, ScaledTokens
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
 from jaxllm.kernels.rows import api as rows
@@ -109,6 +109,10 @@ def fused(
         if isinstance(weight_FD, QuantizedWeight) or norm is not None or activation is None or residual is not None:
             raise NotImplementedError("only gated products have activations in blocks")
         return wide_cuda.gated(x_TD, weight_FD, activation)
+    if isinstance(x_TD, ScaledTokens):
+        if isinstance(weight_FD, QuantizedWeight):
+            raise NotImplementedError("no kernel norms what it multiplies with quantised weights")
+        return narrow_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
         return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
@@ -130,7 +134,7 @@ def product(
     parts: int = 1,
 ) -> Product:
     """The product of x, normed, that its consumer finishes; of as many parts of the inputs, see `parts_of`."""
-    if isinstance(x_TD, BlockedTokens):
+    if isinstance(x_TD, BlockedTokens | ScaledTokens):
         x_TD = x_TD.plain()
     if not isinstance(x_TD, QuantizedTokens):
         eight = multiplies_e4m3(x_TD, weight_FD)
@@ -160,6 +164,18 @@ def multiplies_e4m3(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight) -
     if fp8_cuda.is_chosen(x_TD, weight_FD):
         return not fp8_cuda.is_wide(x_TD.size // x_TD.shape[-1], x_TD.shape[-1])
     return quantized.multiplies_e4m3(x_TD, weight_FD)
+
+
+def scales(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight, activation: str | None) -> bool:
+    """Whether the product without a bias is of those that make the norms between them: it takes `ScaledTokens`, and
+    without an activation adds to a residual by `add_scaled`.
+    """
+    if isinstance(weight_FD, QuantizedWeight) or packed.is_packed(weight_FD):
+        return False
+    return narrow_cuda.scales(x_TD, weight_FD, gated=activation is not None)
+
+
+add_scaled = narrow_cuda.add_scaled
 
 
 def takes_blocks(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight, activation: str) -> bool:

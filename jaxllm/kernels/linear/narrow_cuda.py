@@ -1,5 +1,6 @@
 """Products of up to 128 tokens with a large matrix of bfloat16 on a Hopper GPU, by `cuda/narrow_gemm.cu`: on wgmma, the
-weight as the left operand; with act(gate) * up of the halves of the result, and the addition of a residual.
+weight as the left operand; with act(gate) * up of the halves of the result, the addition of a residual, and the norms
+around it, see `ScaledTokens`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax import lax
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import reference
 from jaxllm.kernels.linear.cuda import ACTIVATIONS, CLUSTERS
+from jaxllm.kernels.linear.product import ScaledTokens
 from jaxllm.kernels.linear.reference import Norm
 
 KERNEL = "narrow_gemm"
@@ -42,8 +44,16 @@ def is_used() -> bool:
     return any(MEGABYTES.values()) or call.asked_for(KERNEL)
 
 
-Operands = tuple[jax.Array, jax.Array, jax.Array | None]
-"""x, weight and the residual."""
+NORMS = "narrow_norm"
+"""The name by which the norms between such products are asked for, or turned off."""
+SCALED: tuple[tuple[int, int], ...] = ()
+"""Tokens, from and to, of which the products make the norms between them: one that adds to the residual what the norm
+needs of the sum, and those that follow the rest, so that there is no kernel for it."""
+ASKED_SCALED = ((2, 32),)
+"""As above, where they are asked for by name."""
+
+Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+"""x, weight, the residual and the sums of squares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +74,11 @@ class Split:
         tiles = self.tiles(features)
         return -(-tiles // -(-tiles // CLUSTERS[self.cluster]))
 
-    def stages(self, columns: int, features: int) -> int:
-        """As many as fit in shared memory."""
+    def stages(self, columns: int, features: int, *, factors: bool = False, scaled: bool = False) -> int:
+        """As many as fit in shared memory. factors, scaled: whether there is a norm before the product, after it."""
         buffers = 0 if self.cluster == 1 else 1 + (self.tiles(features) > self.clusters(features))
-        room = call.MAX_SHARED - 1024 - buffers * self.rows * columns * 4
+        norms = factors * (columns * 4 + 2048) + scaled * (self.rows // 16 // self.cluster * columns * 4)
+        room = call.MAX_SHARED - 1024 - buffers * self.rows * columns * 4 - norms
         return max(0, room // (self.panels * (self.rows + columns) * 128))
 
     def nanoseconds(self, columns: int, features: int, inputs: int) -> float:
@@ -114,13 +125,18 @@ def implementation(
     ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
     fetched: int = AHEAD,
     split: Split | None = None,
-) -> Callable[..., jax.Array]:
-    """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead), in a program for an H100 or H200.
+    parts: int = 0,
+    eps: float = 0.0,
+    scaled: bool = False,
+) -> Callable[..., list[jax.Array]]:
+    """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead, squares_PC, norm_F) that returns a
+    list of one, or with `scaled` of three, in a program for an H100 or H200.
 
     It computes what `api.linear` does, [T, F] (half of F with an activation). Operands are bfloat16; a residual that
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
     not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches about
-    `fetched` bytes that the product, by this kernel too, begins with.
+    `fetched` bytes that the product, by this kernel too, begins with. parts: of the sums of squares of x where that is
+    `ScaledTokens.values`, with the norm's eps. scaled: also the values and sums of squares for a norm of the result.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -133,24 +149,38 @@ def implementation(
         raise NotImplementedError(f"{T} tokens of {D} inputs")
     split = splitting(T, F, D) if split is None else split
     columns = columns_for(T)
+    if scaled and (activation is not None or out_dtype != jnp.bfloat16):
+        raise NotImplementedError("a norm after an activation, or of float32")
+    norms = {"factors": parts > 0, "scaled": scaled}
     shared = call.MAX_SHARED
     macros = {
         "TOKENS": T, "COLUMNS": columns, "FEATURES": F, "INPUTS": D,
-        "ROWS": split.rows, "PANELS": split.panels, "STAGES": split.stages(columns, F),
+        "ROWS": split.rows, "PANELS": split.panels, "STAGES": split.stages(columns, F, **norms),
         "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F), "FETCH": split.fetch, "STAGGER": int(split.stagger),
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
-        "SHARED": shared, **ahead_of(T, ahead, fetched),
+        "SHARED": shared, "PARTS": parts, "EPS": repr(float(eps)), "SCALED": int(scaled),
+        **ahead_of(T, ahead, fetched),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
-    result = jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype)
     grid, threads = split.clusters(F) * split.cluster, 128 + 2 * split.rows
+    # What the kernel neither reads nor writes must still be a pointer.
+    results = [
+        jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype),
+        jax.ShapeDtypeStruct((T, F) if scaled else (8,), jnp.bfloat16),
+        jax.ShapeDtypeStruct((grid, columns) if scaled else (4,), jnp.float32),
+    ]
 
     def run(
-        x: jax.Array, weight: jax.Array, residual_TF: jax.Array | None = None, following: jax.Array | None = None
-    ) -> jax.Array:
-        # What the kernel does not read must still be a pointer.
-        arguments = [x, weight, x if residual_TF is None else residual_TF, x if following is None else following]
-        return call.launch(KERNEL, ptx, arguments, [result], grid=(grid,), threads=threads, shared=shared)[0]
+        x: jax.Array,
+        weight: jax.Array,
+        residual_TF: jax.Array | None = None,
+        following: jax.Array | None = None,
+        squares_PC: jax.Array | None = None,
+        norm_F: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        others = [x if other is None else other for other in (residual_TF, following, squares_PC, norm_F)]
+        made = call.launch(KERNEL, ptx, [x, weight, *others], results, grid=(grid,), threads=threads, shared=shared)
+        return made if scaled else made[:1]
 
     return run
 
@@ -165,7 +195,10 @@ def ahead_of(tokens: int, ahead: jax.Array | jax.ShapeDtypeStruct | None, fetche
     return {"AHEAD": piece, "AHEAD_ROWS": F, "AHEAD_ROW": row, "AHEAD_PARTS": parts}
 
 
-def choose(x: jax.Array, weight_FD: jax.Array, *, gated: bool) -> None:
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+def choose(x: Shaped, weight_FD: Shaped, *, gated: bool) -> None:
     """Raises NotImplementedError where the kernel cannot be used here, or was not found to be faster than others."""
     call.require(KERNEL)
     if x.dtype != jnp.bfloat16 or weight_FD.dtype != jnp.bfloat16:
@@ -181,33 +214,87 @@ def matmul(x: jax.Array, weight_FD: jax.Array) -> jax.Array:
     choose(x, weight_FD, gated=False)
     x_TD = x.reshape(-1, x.shape[-1])
     run = implementation(x_TD, weight_FD, out_dtype=jnp.float32)
-    out_TF = lax.platform_dependent(x_TD, weight_FD, cuda=lambda x, weight: run(x, weight), default=reference.matmul)
+    out_TF = lax.platform_dependent(x_TD, weight_FD, cuda=lambda x, weight: run(x, weight)[0], default=reference.matmul)
     return out_TF.reshape(*x.shape[:-1], -1)
 
 
 def linear(
-    x_TD: jax.Array,
+    x_TD: jax.Array | ScaledTokens,
     weight_FD: jax.Array,
     *,
     norm: Norm | None,
     activation: str | None,
     residual_TF: jax.Array | None,
 ) -> jax.Array:
-    """See `api.linear`; the norm is XLA's. Raises NotImplementedError where it must be composed of others."""
-    choose(x_TD, weight_FD, gated=activation is not None)
+    """See `api.linear`; a norm is XLA's. Raises NotImplementedError where it must be composed of others."""
+    values: jax.Array
+    squares: jax.Array | None
+    if isinstance(x_TD, ScaledTokens):
+        values, squares, eps = x_TD.values, x_TD.squares, x_TD.eps
+    else:
+        values, squares, eps = x_TD, None, 0.0
+    choose(values, weight_FD, gated=activation is not None)
     if residual_TF is not None and residual_TF.dtype != x_TD.dtype:
         raise NotImplementedError("a residual of another dtype")
-    run = implementation(x_TD, weight_FD, activation=activation, residual=residual_TF is not None)
+    if squares is not None and (norm is not None or squares.shape[1] != columns_for(values.shape[0])):
+        raise NotImplementedError("another norm, or other sums of squares")
+    parts = 0 if squares is None else squares.shape[0]
+    run = implementation(
+        values, weight_FD, activation=activation, residual=residual_TF is not None, parts=parts, eps=eps
+    )
 
     def kernel(operands: Operands) -> jax.Array:
-        return run(*operands)
+        x, weight, residual, squares = operands
+        return run(x, weight, residual, None, squares)[0]
 
     def composed(operands: Operands) -> jax.Array:
-        x, weight, residual = operands
+        x, weight, residual, squares = operands
+        x = x if squares is None else ScaledTokens(x, squares, eps).plain()
         return reference.linear(x, weight, activation=activation, residual=residual)
 
-    x_TD = x_TD if norm is None else reference.rms_norm(x_TD, norm)
-    return lax.platform_dependent((x_TD, weight_FD, residual_TF), cuda=kernel, default=composed)
+    values = values if norm is None else reference.rms_norm(values, norm)
+    return lax.platform_dependent((values, weight_FD, residual_TF, squares), cuda=kernel, default=composed)
+
+
+def makes_norms() -> bool:
+    """Whether any product may make the norms around it."""
+    return bool(SCALED) or call.asked_for(NORMS)
+
+
+def scales(x: Shaped, weight_FD: Shaped, *, gated: bool) -> bool:
+    """Whether products with such activations are of those that make the norms between them."""
+    ranges = ASKED_SCALED if call.asked_for(NORMS) else SCALED
+    if not any(least <= x.shape[0] <= most for least, most in ranges):
+        return False
+    try:
+        call.require(NORMS)
+        choose(x, weight_FD, gated=gated)
+        implementation(x, weight_FD)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def add_scaled(
+    x_TD: jax.Array, weight_FD: jax.Array, residual_TF: jax.Array, norm: Norm
+) -> tuple[jax.Array, ScaledTokens]:
+    """The residual plus the product, and what a norm makes of that sum; where `scales` says so."""
+    norm_F, eps = norm
+    split, columns = splitting(*x_TD.shape[:1], *weight_FD.shape), columns_for(x_TD.shape[0])
+    run = implementation(x_TD, weight_FD, residual=True, scaled=True)
+    parts = split.clusters(weight_FD.shape[0]) * split.cluster, columns
+
+    def kernel(x: jax.Array, weight: jax.Array, residual: jax.Array, norm: jax.Array) -> tuple[jax.Array, ScaledTokens]:
+        out, values, squares = run(x, weight, residual, None, None, norm)
+        return out, ScaledTokens(values, squares, eps)
+
+    def composed(
+        x: jax.Array, weight: jax.Array, residual: jax.Array, norm: jax.Array
+    ) -> tuple[jax.Array, ScaledTokens]:
+        out = reference.linear(x, weight, residual=residual)
+        return out, ScaledTokens.of(out, norm, eps, parts)
+
+    return lax.platform_dependent(x_TD, weight_FD, residual_TF, norm_F, cuda=kernel, default=composed)
 
 
 def check() -> None:
@@ -222,8 +309,32 @@ def check() -> None:
             jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in ((T, D), (F, D), (T, width))
         )
         run = implementation(x, weight, activation=activation, residual=True, split=split)
-        out = jax.jit(run)(x, weight, residual)
+        out = jax.jit(run)(x, weight, residual)[0]
         wanted = reference.linear(x, weight, activation=activation, residual=residual)
         error = float(jnp.abs(out.astype(jnp.float32) - wanted.astype(jnp.float32)).max())
         if not error < 0.03 * float(jnp.abs(wanted).max()):
             raise ArithmeticError(f"{KERNEL} is wrong by {error:.1e} at T={T} F={F} D={D}")
+
+
+def check_norms() -> None:
+    """Raises ArithmeticError if two products with a norm between them are wrong on a small input; on a GPU."""
+    rng = np.random.default_rng(0)
+    for T, D, F, split in ((5, 512, 1024, Split(64, 2, 2)), (27, 768, 512, Split(128, 1, 1))):
+        x, first, second, residual = (
+            jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in ((T, D), (F, D), (2 * F, F), (T, F))
+        )
+        norm_F = jnp.asarray(rng.uniform(0.5, 1.5, F), jnp.float32)
+        add = implementation(x, first, residual=True, scaled=True, split=split)
+        parts = split.clusters(F) * split.cluster
+        product = implementation(residual, second, activation="silu", parts=parts, eps=1e-5)
+
+        @jax.jit
+        def both(x: jax.Array, residual: jax.Array, norm_F: jax.Array) -> jax.Array:
+            _, values, squares = add(x, first, residual, None, None, norm_F)  # noqa: B023
+            return product(values, second, None, None, squares)[0]  # noqa: B023
+
+        total = reference.linear(x, first, residual=residual)
+        wanted = reference.linear(total, second, norm=(norm_F, 1e-5), activation="silu")
+        error = float(jnp.abs(both(x, residual, norm_F).astype(jnp.float32) - wanted.astype(jnp.float32)).max())
+        if not error < 0.03 * float(jnp.abs(wanted).max()):
+            raise ArithmeticError(f"{NORMS} is wrong by {error:.1e} at T={T} F={F} D={D}")

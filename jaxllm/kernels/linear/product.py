@@ -89,9 +89,45 @@ class BlockedTokens:
         return jnp.take_along_axis(pieces, _swizzle(rows), axis=2).reshape(rows, -1)[: self.tokens]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "squares"], meta_fields=["eps"])
+@dataclass(frozen=True, slots=True)
+class ScaledTokens:
+    """Activations of which an RMSNorm has been made but for one factor for each token, left to who multiplies them.
+
+    values: [T, D], times the norm's weight. squares: float32 [P, C] with C >= T, whose sums over P are those of the
+    squares of the activations, before that; those beyond T hold anything. eps: of the norm.
+    """
+
+    values: jax.Array
+    squares: jax.Array
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+    @classmethod
+    def of(cls, x_TD: jax.Array, weight_D: jax.Array, eps: float, parts: tuple[int, int] = (1, 0)) -> ScaledTokens:
+        """From activations; parts: P and C, or 0 for T."""
+        T = x_TD.shape[0]
+        wide = x_TD.astype(jnp.float32)
+        squares = jnp.zeros((parts[0], parts[1] or T), jnp.float32).at[0, :T].set((wide * wide).sum(axis=1))
+        return cls((wide * weight_D).astype(x_TD.dtype), squares, eps)
+
+    def plain(self) -> jax.Array:
+        """What the norm makes of the activations, [T, D]."""
+        T, D = self.shape
+        factor = jax.lax.rsqrt(self.squares.sum(axis=0)[:T] / D + self.eps)
+        return (self.values.astype(jnp.float32) * factor[:, None]).astype(self.dtype)
+
+
 def _swizzle(rows: int) -> jax.Array:
     """Of which piece each is, its own inverse: [rows, 1, 8, 1]."""
     return (jnp.arange(8) ^ jnp.arange(rows)[:, None] % 8)[:, None, :, None]
 
 
-Activations = jax.Array | QuantizedTokens | BlockedTokens
+Activations = jax.Array | QuantizedTokens | BlockedTokens | ScaledTokens
