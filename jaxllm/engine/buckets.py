@@ -11,7 +11,8 @@ class Bucket:
     """Room for `decodes` decoding requests and `tiles` tiles of prompt tokens.
 
     chunks: prompts that may end in the step, each of which a token is sampled for (None: one a tile). Plans give all
-    buckets with tiles the same number, because the sampler is compiled for each number of rows.
+    buckets with tiles and decodes the same number, because the sampler is compiled for each number of rows; those of
+    prompts alone have as many rows as the smallest of these.
     """
 
     decodes: int
@@ -58,8 +59,9 @@ def plan(
     (a CPU), two more lie between from 32 on.
 
     Prompts get one for each power of two of the tile count, beside few decodes and beside as many as there can be: a
-    tile of padding costs what a hundred rows of padding do. With `fine` they also get them alone, and beside the powers
-    of eight of the batch size those of four of the tile count.
+    tile of padding costs what a hundred rows of padding do. As many as there can be also get one alone: the rows of a
+    few decodes would cost them a row of tiles of each product. With `fine` they also get all of them alone, and beside
+    the powers of eight of the batch size those of four of the tile count.
     """
     most = -(-max_batch_size // micro_batches)  # decodes of a step
     sizes = sorted({n for n in batch_sizes if n <= most} | {most}) if batch_sizes else None
@@ -73,6 +75,7 @@ def plan(
     mixed_sizes = sizes or [n for n in powers_of_two(most, 3) if n >= min(8, most)]
     if not fine:
         few = next(n for n in mixed_sizes if n >= min(8, most))
+        buckets.add(Bucket(0, max(alone), few + chunks))
         return sorted(buckets | {Bucket(d, n, chunks) for d in (few, most) for n in alone})
     # Prompts alone sample from as many rows as the smallest mixed bucket does.
     buckets |= {Bucket(0, n, mixed_sizes[0] + chunks) for n in alone}

@@ -222,7 +222,10 @@ class StepFunctions:
                 rows_RD = gather_rows(hidden_TD, spread)
             rows_RD = gather_rows(rows_RD, requests)
             slots_R = gather_rows(slots_R, requests)
-            logits_RV = model.logits(rows_RD)
+            R = len(rows_RD)
+            if shape.bucket.tiles and R == 1:  # without Triton, XLA widens the whole matrix to float32 for one row
+                rows_RD = jnp.concatenate([rows_RD, jnp.zeros_like(rows_RD)])
+            logits_RV = model.logits(rows_RD)[:R]
             with jax.named_scope("greedy"), exchanging(exchange):
                 token_R = greedy(logits_RV, layout.axes("vocab"))
             hidden = hidden_TD if shape.bucket.tiles else None

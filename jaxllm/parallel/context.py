@@ -146,12 +146,20 @@ class Kernel:
     ) -> Partial:
         """Attention of the tokens of a step, decodes and tiles: out_TNH, lse_TN."""
         D = batch.decodes
-        parts = []
-        for tokens in (slice(0, D), slice(D, None)):
-            if batch.pages_RW[tokens].shape[0]:
-                first = None if first_T is None else first_T[tokens]
-                parts.append(self.rows(q_TNH[tokens], kv, batch.pages_RW[tokens], last_T[tokens], first))
-        return parts[0] if len(parts) == 1 else join(*parts)
+
+        def rows(tokens: slice) -> Partial:
+            first = None if first_T is None else first_T[tokens]
+            return self.rows(q_TNH[tokens], kv, batch.pages_RW[tokens], last_T[tokens], first)
+
+        if not D or not batch.tiles:
+            return rows(slice(None))
+        decodes, prompts = rows(slice(0, D)), slice(D, None)
+        try:
+            last, first = (None if x is None else x[prompts].reshape(batch.tiles, -1) for x in (last_T, first_T))
+            whole = self.attend(q_TNH, kv, batch.pages_RW[prompts], last, first_RQ=first)
+        except NotImplementedError:
+            return join(decodes, rows(prompts))
+        return whole[0].at[:D].set(decodes[0]), whole[1].at[:D].set(decodes[1])
 
 
 def join(a: Partial, b: Partial) -> Partial:

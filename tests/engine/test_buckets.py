@@ -68,12 +68,13 @@ def test_the_sampler_needs_few_sizes() -> None:
 def test_padding_on_a_gpu() -> None:
     """Prompt tiles are padded to less than twice as many beside any number of decodes, by few programs."""
     buckets = plan(256, 64)
-    assert len(buckets) <= 13 + 2 * 7
+    assert len(buckets) <= 13 + 2 * 7 + 1
     picker = Picker(buckets, 128)
     for decodes in (0, 1, 60, 256):
         assert all(picker.pick(decodes, tiles).tiles < 2 * tiles for tiles in range(1, 65))
-    # one size of prompt chunks and six of batches
-    assert len(plan(256, 64, batch_sizes=[1, 8, 32, 64, 128, 256], tile_counts=[64])) == 8
+    assert picker.pick(0, 64) == Bucket(0, 64, 8 + 64), "nothing but prompts: not a row more than they have"
+    # one size of prompt chunks, alone, beside few decodes and beside all, and six of batches
+    assert len(plan(256, 64, batch_sizes=[1, 8, 32, 64, 128, 256], tile_counts=[64])) == 9
 
 
 def test_nothing_fits() -> None:

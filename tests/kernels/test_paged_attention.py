@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels.paged_attention import cpu, reference
+from jaxllm.kernels.paged_attention import cpu, prefill_cuda, reference
+from jaxllm.kernels.paged_attention.api import paged_attention
+from jaxllm.mapping import Mapping
+from jaxllm.parallel.context import AttentionBatch, Kernel
+from jaxllm.parallel.layout import Layout
 
 pytestmark = pytest.mark.quick
 
@@ -172,3 +176,29 @@ def test_reference_over_fp8_pages() -> None:
     wanted, _ = exact(q, np.asarray(kv, np.float32), pages, positions, scale=0.3)
     real = positions >= 0
     np.testing.assert_allclose(np.asarray(found)[real], wanted[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_step_in_one_array(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts beside decodes give the same where a kernel takes them as they lie as where they are cut out."""
+    D, tiles, tile, O = 2, 3, 4, 4
+    _, kv, pages, _ = inputs(D + tiles, 1, 2, 2, 8, O, 24)
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((D + tiles * tile, 4, 8), np.float32))
+    positions = np.concatenate([[7, -1], 3 + np.arange(tile), 9 + np.arange(tile), np.full(tile, -1)]).astype(np.int32)
+    kernel = Kernel(partial(paged_attention, scale=0.3), window, Layout(Mapping(), np.dtype(np.float32)))
+    batch = AttentionBatch(D, tile, jnp.asarray(positions), jnp.asarray(pages))
+    step = kernel.step(q, jnp.asarray(kv), batch, *kernel.visible(batch.positions_T, kernel.stripes(kv)))
+    taken = []
+
+    def choose(rows, kv, pages, *, before=None, **how):
+        taken.append(before)
+        return lambda q, *others: (q, q[..., 0])  # for another platform than this
+
+    monkeypatch.setattr(prefill_cuda, "choose", choose)
+    found = kernel.step(q, jnp.asarray(kv), batch, *kernel.visible(batch.positions_T, kernel.stripes(kv)))
+    assert D in taken
+    seen = positions >= 0
+    for a, b in zip(found, step, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(np.asarray(a)[seen], np.asarray(b)[seen], rtol=1e-5, atol=1e-5)

@@ -23,18 +23,19 @@ def variant_of(kernel: str, head_dim: int) -> Variant:
     return variant
 
 
-def emulate(variant: Variant, arguments, *, scale, softcap=None, seed=0, macros=None):
+def emulate(variant: Variant, arguments, *, scale, softcap=None, seed=0, before=0):
     q, kv, pages, last, first = map(np.asarray, arguments)
-    (R, Q, N, H), K = q.shape, kv.shape[2]
+    (R, Q), (*tokens, N, H), K = last.shape, q.shape, kv.shape[2]
     fp8 = kv.dtype == jnp.float8_e4m3fn
-    defined = prefill_cuda.macros_of(variant, q.shape, kv.shape, fp8=fp8, scale=scale, softcap=softcap)
+    how = {"scale": scale, "softcap": softcap, "before": before}
+    defined = prefill_cuda.macros_of(variant, q.shape, kv.shape, fp8=fp8, **how)
     lines = tiles.schedule(last, first, group=N // K, width=pages.shape[1], pages=len(kv))
     items = K * tiles.num_tiles(R, Q, N // K)
     grid = min(items, BLOCKS) if variant.persistent else items
-    results = [(q.shape, q.dtype), ((R, Q, N), np.dtype(np.float32))]
+    results = [(q.shape, q.dtype), ((*tokens, N), np.dtype(np.float32))]
     if variant.persistent:
         results.append(((grid, prefill_cuda.MAP_WORDS), np.dtype(np.int32)))
-    return Kernels(rtc.SOURCES / f"{variant.kernel}.cu", {**defined, **(macros or {})}).run(
+    return Kernels(rtc.SOURCES / f"{variant.kernel}.cu", defined).run(
         variant.kernel,
         [q, kv, pages, last, first, np.asarray(lines)],
         results,
@@ -124,6 +125,19 @@ def test_pages_in_e4m3(head_dim: int, seed: int) -> None:
     arguments, scale = (q, kv.astype(jnp.float8_e4m3fn), *others), head_dim**-0.5
     found = emulate(VARIANTS[head_dim][0], arguments, scale=scale, seed=seed)
     assert_right(found, arguments, scale=scale)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_come_after_other_tokens(kernel: str) -> None:
+    """Queries and results of the tokens before, which are another kernel's, are neither read nor written."""
+    sizes, before = CASES["short_rows_g7"][0], 3
+    q, *others = prompt(*sizes)
+    R, Q, N, H = q.shape
+    whole = np.concatenate([np.full((before, N, H), np.nan, q.dtype), np.asarray(q).reshape(R * Q, N, H)])
+    scale = H**-0.5
+    out, lse = emulate(variant_of(kernel, H), (whole, *others), scale=scale, before=before)
+    assert np.isnan(out[:before].astype(np.float32)).all() and np.isnan(lse[:before]).all(), "as they were"
+    assert_right((out[before:].reshape(q.shape), lse[before:].reshape(R, Q, N)), (q, *others), scale=scale)
 
 
 @pytest.mark.parametrize("case", ["short_rows_g7", "pages_of_24_softcap"])

@@ -4,7 +4,8 @@
 // times the GROUP query heads of the KV head, token by token, so that all heads that read a key share its load and a
 // tile spans few tokens, hence few partly visible blocks.
 //
-// Macros: HEAD_DIM GROUP KV_HEADS PAGE SCALE_LOG2 SOFTCAP (0: none) BLOCK_M BLOCK_N
+// Macros: HEAD_DIM GROUP KV_HEADS PAGE SCALE_LOG2 SOFTCAP (0: none) BLOCK_M BLOCK_N; BEFORE (tokens that queries and
+// results have before those of the first row)
 #pragma once
 #include "ptx.cuh"
 
@@ -57,10 +58,11 @@ struct Tile {
   DEVICE bool masked(int block) const {
     return block * BLOCK_N < full_from || block * BLOCK_N + BLOCK_N - 1 > full_to;
   }
-  // Index of the tile's row r into arrays [R, Q, N]; -1 past the end.
+  // Index of the tile's row r into arrays [BEFORE + R * Q, N]; -1 past the end.
   DEVICE long long query(int r) const {
     const int at = start + r;
-    return at < queries * GROUP ? ((long long)row * queries + at / GROUP) * HEADS + head * GROUP + at % GROUP : -1;
+    if (at >= queries * GROUP) return -1;
+    return (BEFORE + (long long)row * queries + at / GROUP) * HEADS + head * GROUP + at % GROUP;
   }
   // Index of its token into arrays [R, Q]; past the end, of the last one.
   DEVICE int token(int r) const { return row * queries + min(start + r, queries * GROUP - 1) / GROUP; }

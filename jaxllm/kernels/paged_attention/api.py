@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.kernels.paged_attention import cpu, decode_cuda, latent_cuda, prefill_cuda, reference
@@ -49,6 +50,10 @@ def paged_attention(
       softcap: scores become softcap * tanh(scores / softcap); None for none.
       values: where Y is 1, how many of a key's numbers are its value: the first ones; None for all.
 
+    In place of q_RQNH there may be q_TNH: its last R * Q tokens are those of the rows, and results are of all T, where
+    those of the tokens before are undefined. Nothing is copied then; raises NotImplementedError where no kernel can do
+    that.
+
     Returns:
       out_RQNH in q's dtype, with H = `values` where given, and lse_RQN float32: the log of the sum of exponentiated
       scores, so that results over different parts of the context can be merged.
@@ -56,6 +61,8 @@ def paged_attention(
     first_RQ = reference.first_visible(positions_RQ, window, first_RQ)
     branches: dict[str, Implementation] = {}
     how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if q_RQNH.ndim == 3:
+        return _after(q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ, how)
     latent = kv_PYKOH.shape[1] == 1
     if latent:
         how["values"] = kv_PYKOH.shape[-1] if values is None else values
@@ -72,3 +79,27 @@ def paged_attention(
     # The program may be lowered for a GPU in a process whose default backend is a CPU (ahead-of-time compilation): what
     # it is lowered for decides.
     return lax.platform_dependent(*arguments, **branches, default=default) if branches else default(*arguments)
+
+
+def _after(
+    q_TNH: jax.Array,
+    kv_PYKOH: jax.Array,
+    pages_RW: jax.Array,
+    positions_RQ: jax.Array,
+    first_RQ: jax.Array | None,
+    how: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """`paged_attention` of the last tokens of q_TNH."""
+    if kv_PYKOH.shape[1] == 1:
+        raise NotImplementedError("keys that are the values too")
+    (R, Q), before = positions_RQ.shape, len(q_TNH) - positions_RQ.size
+    rows = jax.ShapeDtypeStruct((R, Q, *q_TNH.shape[1:]), q_TNH.dtype)
+    kernel = prefill_cuda.choose(rows, kv_PYKOH, pages_RW, before=before, **how)
+
+    def plain(q_TNH: jax.Array, *others: Any) -> tuple[jax.Array, jax.Array]:
+        found = reference.attend(q_TNH[before:].reshape(rows.shape), *others, **how)
+        out, lse = (x.reshape(R * Q, *x.shape[2:]) for x in found)
+        return jnp.pad(out, ((before, 0), (0, 0), (0, 0))), jnp.pad(lse, ((before, 0), (0, 0)))
+
+    arguments = (q_TNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ)
+    return lax.platform_dependent(*arguments, cuda=kernel, default=plain)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +79,15 @@ VARIANTS: Mapping[int, tuple[Variant, Variant]] = {
 
 
 def choose(
-    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, scale: float, softcap: float | None
+    q_RQNH: jax.Array | jax.ShapeDtypeStruct,
+    kv_PYKOH: jax.Array,
+    pages_RW: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    before: int = 0,
 ) -> Implementation:
-    """See `api.PLATFORMS`. Raises NotImplementedError where another implementation must do it."""
+    """See `api.PLATFORMS`; before: see `run`. Raises NotImplementedError where another implementation must do it."""
     if q_RQNH.shape[1] == 1:
         raise NotImplementedError("one query token is decoding")
     if q_RQNH.shape[-1] not in VARIANTS:
@@ -89,8 +96,8 @@ def choose(
     for variant in VARIANTS[q_RQNH.shape[-1]]:
         try:
             call.require(variant.kernel)
-            ptx = compile_variant(variant, q_RQNH, kv_PYKOH, pages_RW, scale=scale, softcap=softcap)
-            return partial(run, variant=variant, ptx=ptx)
+            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "before": before}
+            return partial(run, variant=variant, ptx=compile_variant(variant, q_RQNH, kv_PYKOH, pages_RW, **how))
         except NotImplementedError as reason:
             reasons.append(str(reason))
     raise NotImplementedError("; ".join(reasons))
@@ -104,6 +111,7 @@ def macros_of(
     fp8: bool,
     scale: float,
     softcap: float | None,
+    before: int = 0,
 ) -> dict[str, object]:
     """The macros that the variant is compiled with; the numbers of rows, tokens and pages are no part of them."""
     cap = softcap or 0.0
@@ -118,18 +126,20 @@ def macros_of(
         "BLOCK_N": variant.block,
         "STAGES": variant.stages_of(q_shape[-1], fp8),
         "FP8": int(fp8),
+        "BEFORE": before,
         **dict(variant.macros),
     }
 
 
 def compile_variant(
     variant: Variant,
-    q_RQNH: jax.Array,
+    q_RQNH: jax.Array | jax.ShapeDtypeStruct,
     kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     *,
     scale: float,
     softcap: float | None,
+    before: int = 0,
 ) -> str:
     """PTX for these shapes. Raises NotImplementedError for what the kernels cannot do."""
     if q_RQNH.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, FP8):
@@ -146,12 +156,13 @@ def compile_variant(
     if scale <= 0:
         raise NotImplementedError("a scale that is not positive")
     fp8 = kv_PYKOH.dtype == FP8
-    macros = macros_of(variant, q_RQNH.shape, kv_PYKOH.shape, fp8=fp8, scale=scale, softcap=softcap)
+    how: dict[str, Any] = {"scale": scale, "softcap": softcap, "before": before}
+    macros = macros_of(variant, q_RQNH.shape, kv_PYKOH.shape, fp8=fp8, **how)
     return call.compile_or_refuse(variant.kernel, variant.kernel, macros)
 
 
 def run(
-    q_RQNH: jax.Array,
+    q: jax.Array,
     kv_PYKOH: jax.Array,
     pages_RW: jax.Array,
     positions_RQ: jax.Array,
@@ -160,27 +171,30 @@ def run(
     variant: Variant,
     ptx: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel of `ptx` on these arrays; see `api.paged_attention`."""
-    R, Q, N, H = q_RQNH.shape
+    """The kernel of `ptx` on these arrays; see `api.paged_attention`.
+
+    q: q_RQNH; or, where `ptx` is for tokens before those of the rows, q_TNH, and results are of T tokens as well.
+    """
+    (R, Q), (*tokens, N, H) = positions_RQ.shape, q.shape
     K = kv_PYKOH.shape[2]
     positions_RQ = positions_RQ.astype(jnp.int32)
     first_RQ = jnp.zeros_like(positions_RQ) if first_RQ is None else first_RQ.astype(jnp.int32)
     lines = tiles.schedule(positions_RQ, first_RQ, group=N // K, width=pages_RW.shape[1], pages=kv_PYKOH.shape[0])
     items = K * tiles.num_tiles(R, Q, N // K)
     grid = min(items, call.SMS) if variant.persistent else items
-    results = [jax.ShapeDtypeStruct((R, Q, N, H), q_RQNH.dtype), jax.ShapeDtypeStruct((R, Q, N), jnp.float32)]
+    results = [jax.ShapeDtypeStruct((*tokens, N, H), q.dtype), jax.ShapeDtypeStruct((*tokens, N), jnp.float32)]
     if variant.persistent:  # and a map of the pool for each block of threads
         results.append(jax.ShapeDtypeStruct((grid, MAP_WORDS), jnp.int32))
-    out_RQNH, lse_RQN, *_ = call.launch(
+    out, lse, *_ = call.launch(
         variant.kernel,
         ptx,
-        (q_RQNH, kv_PYKOH, pages_RW, positions_RQ, first_RQ, lines),
+        (q, kv_PYKOH, pages_RW, positions_RQ, first_RQ, lines),
         results,
         grid=(grid,),
         threads=variant.threads,
         shared=variant.shared(H, kv_PYKOH.dtype == FP8),
     )
-    return out_RQNH, lse_RQN
+    return out, lse
 
 
 TOLERANCE = 3e-2
