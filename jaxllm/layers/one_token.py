@@ -1,18 +1,24 @@
-"""A decode step of one token in few launches: a layer with experts, or its second half, by one kernel.
+"""A decode step of one token in few launches: all layers with a gated feed-forward, a layer with experts, or the second
+half of one, by one kernel.
 
 Every function raises NotImplementedError where the layer's parts must do the work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import jax
 from jax import lax
 
+from jaxllm.kernels.dense_layer import cuda as dense_cuda
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.moe_token import cuda, layer_cuda
 from jaxllm.kernels.router.cuda import Choice
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.linear import RowLinear
+from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.moe import MoE
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.stream import settle
@@ -25,6 +31,15 @@ def plain_weight(weight: Weight) -> jax.Array:
     if isinstance(weight, QuantizedWeight):
         raise NotImplementedError("a quantised weight")
     return weight
+
+
+def place_of(a: Attention, kv: KVPages, batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
+    """The page of a step's one token and its slot there, where attention is of a kind that kernels of layers have."""
+    if batch.tokens != 1 or batch.decodes != 1:
+        raise NotImplementedError("not one decoding request")
+    if a.layout.cp_type is not None or a.window is not None or a.softcap is not None or a.sinks is not None:
+        raise NotImplementedError("context parallelism, a window, a soft cap or sinks")
+    return places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], Stripes(kv.shape[3], 1, 0))
 
 
 def choice_of(mlp: MoE, out: RowLinear, norm: RMSNorm) -> Choice:
@@ -79,18 +94,13 @@ def layer(
 
     norms: of attention and of the experts. upcoming: what the next layer makes queries, keys and values with.
     """
-    if batch.tokens != 1 or batch.decodes != 1:
-        raise NotImplementedError("not one decoding request")
     a = attention
-    if a.layout.cp_type is not None or a.qkv.bias is not None:
-        raise NotImplementedError("context parallelism or biases")
-    if a.window is not None or a.softcap is not None or a.sinks is not None:
-        raise NotImplementedError("a window, a soft cap or sinks")
+    if a.qkv.bias is not None:
+        raise NotImplementedError("biases")
+    page_T, slot_T = place_of(a, kv, batch)
     choice, router = choice_of(mlp, a.out, norms[1]), mlp.router
     if any(norm is not None and norm.eps != choice.eps for norm in (norms[0], a.q_norm, a.k_norm)):
         raise NotImplementedError("norms with different epsilons")
-    stripes = Stripes(kv.shape[3], 1, 0)
-    page_T, slot_T = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
     operands = layer_cuda.Operands(
         x_TD,
         norms[0].weight[...],
@@ -119,3 +129,64 @@ def layer(
         return mlp(y_TD, norms[1], (), y_TD)[0], kv
 
     return lax.platform_dependent(operands, cuda=kernel, default=parts)
+
+
+class Dense(NamedTuple):
+    """A layer with a gated feed-forward."""
+
+    norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+    def operands(self, kv: KVPages) -> dense_cuda.Layer:
+        """What the kernel reads, where it has all that the layer has."""
+        a, mlp = self.attention, self.mlp
+        if any(bias is not None for bias in (a.out.bias, mlp.gate_up.bias, mlp.down.bias)):
+            raise NotImplementedError("biases of other products than that of queries, keys and values")
+        if ranks((*a.out.axes, *mlp.down.axes, *a.layout.axes("requests"))) > 1:
+            raise NotImplementedError("several ranks")
+        return dense_cuda.Layer(
+            plain_weight(a.qkv.weight[...]),
+            plain_weight(a.out.weight[...]),
+            plain_weight(mlp.gate_up.weight[...]),
+            plain_weight(mlp.down.weight[...]),
+            None if a.qkv.bias is None else a.qkv.bias[...],
+            self.norm.weight[...],
+            self.mlp_norm.weight[...],
+            None if a.q_norm is None else a.q_norm.weight[...],
+            None if a.k_norm is None else a.k_norm.weight[...],
+            kv,
+        )
+
+    def settings(self) -> set[tuple[str, float, float]]:
+        """Activation, scale on q.k and epsilon of each norm."""
+        norms = (self.norm, self.mlp_norm, self.attention.q_norm, self.attention.k_norm)
+        return {(self.mlp.activation, self.attention.scale, norm.eps) for norm in norms if norm is not None}
+
+
+def dense_layers(
+    x_TD: jax.Array,
+    layers: Sequence[Dense],
+    rope: tuple[jax.Array, jax.Array],
+    pools: Sequence[KVPages],
+    batch: AttentionBatch,
+    parts: Callable[[jax.Array, list[KVPages]], tuple[jax.Array, list[KVPages]]],
+) -> tuple[jax.Array, list[KVPages]]:
+    """Layers one after the other on the residual stream, and the written pages. parts: what does the same elsewhere."""
+    place = [place_of(layer.attention, kv, batch) for layer, kv in zip(layers, pools, strict=True)]
+    settings = set().union(*(layer.settings() for layer in layers))
+    if len(settings) != 1:
+        raise NotImplementedError("layers with different settings")
+    ((activation, scale, eps),) = settings
+    each = tuple(layer.operands(kv) for layer, kv in zip(layers, pools, strict=True))
+    operands = dense_cuda.Operands(x_TD, *rope, *place[0], batch.pages_RW, batch.positions_T, each)
+    kernel = dense_cuda.choose(operands, activation=activation, scale=scale, eps=eps)
+
+    def otherwise(operands: dense_cuda.Operands) -> tuple[jax.Array, tuple[KVPages, ...]]:
+        x_TD, pools = parts(operands.x, [layer.kv_PYKOH for layer in operands.layers])
+        return x_TD, tuple(pools)
+
+    with jax.named_scope("layers"):
+        x_TD, written = lax.platform_dependent(operands, cuda=kernel, default=otherwise)
+    return x_TD, list(written)

@@ -217,6 +217,14 @@ class Block(nnx.Module):
         with jax.named_scope("layer"):
             return one_token.layer(x, norms, self.attention, self.mlp, rope, kv, batch, upcoming)
 
+    def dense(self) -> one_token.Dense:
+        """The layer, for a kernel of several. Raises NotImplementedError where it has what none of these has."""
+        if not isinstance(self.mlp, GatedMLP) or not isinstance(self.attention, Attention):
+            raise NotImplementedError("experts or latents")
+        if self.post_attention_norm is not None or self.post_mlp_norm is not None:
+            raise NotImplementedError("norms of the halves' results")
+        return one_token.Dense(self.input_norm, self.attention, self.mlp_norm, self.mlp)
+
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
         """Which rows of the residual stream are tokens; those of this rank where they are split over `spread`."""
         valid_T = batch.positions_T >= 0
@@ -257,11 +265,44 @@ class Decoder(nnx.Module):
         x is tokens_T in the first stage and x_TD of the stage before in the others; the last stage's are normed. The
         rows of x_TD are split as `Layout.stream` says.
         """
-        cfg = self.cfg
         stream: Stream = self._embed(x) if self.first else x
+        pools, counted = kv[: len(self.windows)], kv[len(self.windows) :]
+        loads: list[jax.Array] = []
+        try:
+            stream, written = self._in_one_launch(stream, pools, batch)
+        except NotImplementedError:
+            stream, written, loads = self._one_by_one(stream, pools, batch)
+        if counted:
+            written.append(counted[0] + jnp.stack(loads)[None])
+        if self.norm is None:
+            return settle(stream)[0], written
+        with jax.named_scope("final_norm"):
+            x_TD, normed_TD, norm = self.norm.settle(stream)
+            if norm is not None:
+                normed_TD = norm(x_TD)
+            assert isinstance(normed_TD, jax.Array)
+            return normed_TD, written
+
+    def _in_one_launch(self, x: Stream, pools: list[KVPages], batch: AttentionBatch) -> tuple[jax.Array, list[KVPages]]:
+        """The layers by one kernel. Raises NotImplementedError where there is none."""
+        if batch.tokens != 1 or not isinstance(x, jax.Array):
+            raise NotImplementedError("more tokens than one, or a sum that is still to be made")
+
+        def parts(x: jax.Array, pools: list[KVPages]) -> tuple[jax.Array, list[KVPages]]:
+            stream, written, _ = self._one_by_one(x, pools, batch)
+            return settle(stream)[0], written
+
+        layers = [layer.dense() for layer in self.layers]
+        rope = cos_sin(self.cfg.rope, self.cfg.rope_dim, batch.positions_T)
+        return one_token.dense_layers(x, layers, rope, pools, batch, parts)
+
+    def _one_by_one(
+        self, stream: Stream, pools: list[KVPages], batch: AttentionBatch
+    ) -> tuple[Stream, list[KVPages], list[jax.Array]]:
+        """The layers, their pages, and the tokens of each expert where they are counted."""
+        cfg = self.cfg
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
         written, loads = [], []
-        pools, counted = kv[: len(self.windows)], kv[len(self.windows) :]
         for i, (layer, pages, window) in enumerate(zip(self.layers, pools, self.windows, strict=True)):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
@@ -273,16 +314,7 @@ class Decoder(nnx.Module):
             )
             written.append(pages)
             loads += [] if load_E is None else [load_E]
-        if counted:
-            written.append(counted[0] + jnp.stack(loads)[None])
-        if self.norm is None:
-            return settle(stream)[0], written
-        with jax.named_scope("final_norm"):
-            x_TD, normed_TD, norm = self.norm.settle(stream)
-            if norm is not None:
-                normed_TD = norm(x_TD)
-            assert isinstance(normed_TD, jax.Array)
-            return normed_TD, written
+        return stream, written, loads
 
     def _upcoming(self, i: int) -> Weight | None:
         """What layer i begins with, if there is one with experts."""

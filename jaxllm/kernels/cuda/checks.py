@@ -8,6 +8,7 @@ from functools import partial
 
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.cuda.verdicts import Verdicts
+from jaxllm.kernels.dense_layer import cuda as dense_layer
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
@@ -68,6 +69,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
     checks |= {narrow_cuda.NORMS: narrow_cuda.check_norms} if narrow_cuda.makes_norms() else {}
     checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
+    checks |= {dense_layer.KERNEL: dense_layer.check} if dense_layer.is_used() else {}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}

@@ -42,6 +42,7 @@ DEVICE void tell(u32* p, u32 x) { asm volatile("st.relaxed.gpu.global.u32 [%0], 
 DEVICE void tell(u32* p, uint2 x) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
 }
+DEVICE void tell(u16* p, u16 x) { asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(x) : "memory"); }
 DEVICE void look(const u32* p, uint2& x) {
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
 }

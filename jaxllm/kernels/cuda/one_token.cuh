@@ -6,6 +6,7 @@
 #define GRID_BARRIER
 #include "grid.cuh"
 #include "row_pairs.cuh"
+#include "stream.cuh"
 #include "timeline.cuh"
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -58,6 +59,16 @@ DEVICE uint4 normed(uint4 x, const NormWeight& weight, int i, float by) {
                     scaled(x.w, by * b.z, by * b.w));
 }
 
+// By all threads: what the norm makes of the residual stream, of which each has a part, to shared memory, where nobody reads
+// any more when all are here.
+DEVICE void normed_to(uint4* inputs, float* squares, const uint4 (&x)[NormWeight::EACH], const NormWeight& weight) {
+  const float by = norm_factor(squares, x);
+#pragma unroll
+  for (int i = 0; i < NormWeight::EACH; ++i)
+    if (threadIdx.x + i * THREADS < WIDTH / 8) inputs[threadIdx.x + i * THREADS] = normed(x[i], weight, i, by);
+  __syncthreads();
+}
+
 // A thread's part of the residual stream.
 struct StreamPart {
   uint4 x[NormWeight::EACH];
@@ -70,13 +81,7 @@ struct StreamPart {
     }
   }
   // By all threads: what the norm makes of it, to shared memory.
-  DEVICE void norm(uint4* inputs, float* squares, const NormWeight& weight) const {
-    const float by = norm_factor(squares, x);
-#pragma unroll
-    for (int i = 0; i < NormWeight::EACH; ++i)
-      if (threadIdx.x + i * THREADS < WIDTH / 8) inputs[threadIdx.x + i * THREADS] = normed(x[i], weight, i, by);
-    __syncthreads();
-  }
+  DEVICE void norm(uint4* inputs, float* squares, const NormWeight& weight) const { normed_to(inputs, squares, x, weight); }
 };
 
 // By all threads: COUNT bf16 that others tell, a multiple of 8, to shared memory, where nobody reads any more before.
@@ -95,4 +100,29 @@ DEVICE void fetch_told(uint4* inputs, const u32* words) {
         ((uint2*)inputs)[at + i * THREADS] = make_uint2(two_of(x[i].x, x[i].y), two_of(x[i].z, x[i].w));
   }
   __syncthreads();
+}
+
+// Numbers told without a mark of their own, two in a word: inverted, for what a conversion to bf16 gives is never 0xffff,
+// and a word, or half of one, that is still zero is not told.
+DEVICE u32 zero_halves(u32 x) { return x - 0x10001u & ~x & 0x80008000u; }
+DEVICE bool pairs_are_told(uint4 x) {
+  return !(zero_halves(x.x) | zero_halves(x.y) | zero_halves(x.z) | zero_halves(x.w));
+}
+DEVICE uint4 inverted(uint4 x) { return make_uint4(~x.x, ~x.y, ~x.z, ~x.w); }
+// Waits for N times 8 such numbers; the last of them, which are told last, before it looks at the others. place(i): where.
+template <int N, class Place>
+DEVICE void collect_pairs(uint4 (&x)[N], Place place) {
+  u64 began = 0;
+  for (u32 polls = 1; look(place(N - 1), x[N - 1]), !pairs_are_told(x[N - 1]); ++polls) look_again(polls, began);
+  for (u32 polls = 1;; ++polls) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N - 1; ++i) look(place(i), x[i]);
+#pragma unroll
+    for (int i = 0; i < N - 1; ++i) all = all && pairs_are_told(x[i]);
+    if (all) break;
+    look_again(polls, began);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = inverted(x[i]);
 }

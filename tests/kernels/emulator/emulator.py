@@ -115,7 +115,7 @@ def _build(source: Path, macros: tuple[tuple[str, str], ...]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         wrapped = Path(folder) / "kernel.cc"
-        wrapped.write_text(f'#include "{source}"\n' + "\n".join(_entries(source.read_text())))
+        wrapped.write_text(f'#include "{source}"\n' + "\n".join(_entries(source.read_text(), macros)))
         built = Path(folder) / path.name
         includes = [f"-I{HERE}", f"-I{rtc.SOURCES}"]
         defines = [f"-D{name}={value}" for name, value in macros] + [f'-DKERNEL="{wrapped}"']
@@ -126,9 +126,11 @@ def _build(source: Path, macros: tuple[tuple[str, str], ...]) -> Path:
     return path
 
 
-def _entries(source: str) -> list[str]:
-    """For each kernel a function that takes its pointers as an array."""
+def _entries(source: str, macros: tuple[tuple[str, str], ...]) -> list[str]:
+    """For each kernel a function that takes its pointers as an array. Lists of parameters may be macros."""
     out = []
+    for name, value in macros:
+        source = source.replace(name, value) if name.endswith("_PARAMETERS") else source
     for found in re.finditer(r'extern "C" __global__ void\s+(?:[A-Z_a-z]+\([^)]*\)+\s+)*(\w+)\(([^)]*)\)', source):
         count = found[2].count(",") + 1
         cast = ", ".join(f"(void*)p[{i}]" for i in range(count))

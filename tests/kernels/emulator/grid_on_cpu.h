@@ -26,6 +26,11 @@ inline void tell(u32* p, uint2 x) {
   emulator::let_others_run();
   tell(p, x.x);
 }
+inline void tell(u16* p, u16 x) {
+  emulator::check_global(p, 2, "tell");
+  if (*p) emulator::fail("tell: a number that was told already, or did not begin as zero");
+  *p = x;
+}
 template <class Words>
 void look(const u32* p, Words& x) {
   if ((u64)p % sizeof(Words)) emulator::fail("look: unaligned address");

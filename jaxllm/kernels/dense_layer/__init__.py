@@ -1,0 +1,1 @@
+"""Whole layers with a gated feed-forward for one token in one launch."""

@@ -1,0 +1,352 @@
+"""Layers with grouped-query attention and a gated feed-forward for one token, by `cuda/dense_layer.cu`, in one launch.
+
+Its blocks wait for one another, so each must have a multiprocessor: the kernel is used where the GPU has as many as it
+has blocks, and no two of its launches run side by side, for each one's token comes from the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels.cuda import call
+from jaxllm.kernels.grouped_matmul.cuda import ACTIVATIONS
+from jaxllm.kernels.linear.product import Product
+from jaxllm.kernels.linear.reference import gated, rms_norm
+from jaxllm.kernels.paged_attention import reference as attention
+from jaxllm.kernels.rope_write import reference as rope
+
+KERNEL = "dense_layer"
+MEASURED = False
+"""Whether it is used; if not, only with `JAXLLM_CUDA=+dense_layer`."""
+WARPS = 8
+PIECE = 256
+"""Inputs that a warp multiplies at once."""
+SLOT = 4096
+"""Bytes of a stage of a warp's ring."""
+MOST_SLOTS = 6
+DEPTH = 3
+"""Stages of a warp on their way while it multiplies: more delay what others read."""
+LOOKAHEAD = 4
+"""Stages that the second-level cache fetches for a warp that waits and whose ring is full."""
+HEAD_DIM = 128
+MOST_GROUP = 8
+"""Query heads of a KV head: half of the rows of a product."""
+UNIT = 16
+"""Tokens that a warp attends to at once."""
+MOST_LAYERS = 40
+"""Of a launch: a kernel's parameters have 4 KB."""
+ALONE = 4
+"""Units for each warp of a block up to which a KV head's context is not shared: to merge takes as long as two."""
+
+PHASES = (
+    "norm", "qkv", "wait for queries", "attention", "merge", "wait for heads", "output", "wait for stream and norm",
+    "gate and up", "wait for hidden", "down",
+)  # fmt: skip
+"""Of a layer, in their order; a timeline has the clock before the first and after each, of a launch's last layer."""
+MARKS = 20
+"""Of a warp's timeline: see `cuda/timeline.cuh`."""
+
+
+class Layer(NamedTuple):
+    """What a layer has; norms and biases may be None where there are none.
+
+    qkv [(N + 2 * K) * H, D], output [D, N * H], gate_up [2 * F, D], down [D, F], all bfloat16; bias bfloat16
+    [(N + 2 * K) * H]; norm and mlp_norm float32 [D]; q_norm and k_norm float32 [H]; kv_PYKOH the pool, which is
+    written in place.
+    """
+
+    qkv: jax.Array
+    output: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
+    bias: jax.Array | None
+    norm: jax.Array
+    mlp_norm: jax.Array
+    q_norm: jax.Array | None
+    k_norm: jax.Array | None
+    kv_PYKOH: jax.Array
+
+
+class Operands(NamedTuple):
+    """What the kernel reads.
+
+    x [1, D] is the residual stream; cos and sin float32 [1, 1, H / 2]; page and slot int32 [1], of the token; pages_RW
+    int32 [1, W]; position int32 [1], -1 for no token; layers one after the other, all alike.
+    """
+
+    x: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    page: jax.Array
+    slot: jax.Array
+    pages_RW: jax.Array
+    position: jax.Array
+    layers: tuple[Layer, ...]
+
+
+Kernel = Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...]]]
+"""The residual stream after the layers, [1, D], and their pools."""
+
+
+def is_used() -> bool:
+    """Whether it is to be used where it can be."""
+    return MEASURED or call.asked_for(KERNEL)
+
+
+def require() -> None:
+    """As `call.require`, for this kernel."""
+    call.require(KERNEL)
+    if not is_used():
+        raise NotImplementedError("not measured")
+    if jax.default_backend() == "gpu":
+        processors = getattr(jax.local_devices()[0], "core_count", call.SMS)
+        if processors < call.SMS:
+            raise NotImplementedError(f"{processors} multiprocessors, and each block wants one of {call.SMS}")
+
+
+def choose(operands: Operands, *, activation: str, scale: float, eps: float) -> Kernel:
+    """The kernel, compiled. Raises NotImplementedError where others must do the work."""
+    require()
+    return implementation(operands, activation=activation, scale=scale, eps=eps)
+
+
+def implementation(operands: Operands, *, activation: str, scale: float, eps: float, **how: Any) -> Kernel:
+    """The kernel for arrays of these shapes, in a program for an H100 or H200 with `call.SMS` multiprocessors.
+
+    scale: on q.k; eps: of all norms; how: see `launcher`.
+    Raises NotImplementedError where there is none.
+    """
+    count = len(operands.layers)
+    each = -(-count // -(-count // MOST_LAYERS))
+    starts = range(0, count, each)
+    runs = {
+        size: launcher(
+            operands._replace(layers=operands.layers[:size]), activation=activation, scale=scale, eps=eps, **how
+        )
+        for size in {min(each, count - start) for start in starts}
+    }
+
+    def run(operands: Operands) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        x = operands.x
+        pools: list[jax.Array] = []
+        for start in starts:
+            layers = operands.layers[start : start + each]
+            x, written, _ = runs[len(layers)](operands._replace(x=x, layers=layers))
+            pools += written
+        return x, tuple(pools)
+
+    return run
+
+
+def launcher(
+    operands: Operands,
+    *,
+    activation: str,
+    scale: float,
+    eps: float,
+    slots: int | None = None,
+    depth: int = DEPTH,
+    lookahead: int = LOOKAHEAD,
+    alone: int = ALONE,
+    timeline: bool = False,
+) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
+    """As `implementation`; the third result is for `phases`, where a timeline is wanted.
+
+    slots: of a warp's ring; None for as many as fit. depth, lookahead, alone: see DEPTH, LOOKAHEAD, ALONE.
+    """
+    layers, layer = operands.layers, operands.layers[0]
+    (T, D), (_, _, K, O, H), (_, F) = operands.x.shape, layer.kv_PYKOH.shape, layer.down.shape
+    N, rows = layer.output.shape[1] // H, layer.qkv.shape[0]
+    group = N // K
+    signatures = [[None if a is None else (a.dtype, a.shape) for a in other[:-1]] for other in layers]
+    if any(signature != signatures[0] for signature in signatures):
+        raise NotImplementedError("layers that are not alike")
+    used = (operands.x, *layer[:4], *(layer.kv_PYKOH for layer in layers))
+    if any(a.dtype != jnp.bfloat16 for a in used) or ACTIVATIONS.get(activation, 0) == 0:
+        raise NotImplementedError(f"{activation} of other dtypes than bfloat16")
+    if T != 1 or any(size % PIECE for size in (D, F, N * H)) or rows != (N + 2 * K) * H:
+        raise NotImplementedError(f"{T} tokens, widths of {D}, {F} and {N * H}, {rows} rows")
+    if operands.cos.shape != (1, 1, H // 2):
+        raise NotImplementedError(f"rotation of {2 * operands.cos.shape[-1]} of {H} numbers")
+    if H != HEAD_DIM or N % K or group > MOST_GROUP or O % UNIT or K > call.SMS:
+        raise NotImplementedError(f"{N} query and {K} KV heads of {H}, pages of {O} tokens")
+    if (layer.q_norm is None) != (layer.k_norm is None):
+        raise NotImplementedError("a norm of only queries or keys")
+    if layer.bias is not None and layer.bias.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"a bias of {layer.bias.dtype}")
+    pointers = len(Layer._fields) * len(layers)
+    # As dense_layer.cuh has them.
+    wide, own = H + 8, -(-D // 2 // (WARPS * call.SMS))
+    rest = max(2 * max(N * H, D, F), WARPS * group * wide * 4) + group * wide * 2 + WARPS * group * 8 + 4 * H
+    rest += WARPS * 4 + WARPS * own * 4 + 8 + 8 * pointers
+    slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
+    if slots < 3:
+        raise NotImplementedError(f"inputs of {max(N * H, D, F)} numbers")
+    macros = {
+        "LAYERS": len(layers), "WIDTH": D, "FFN": F, "HEADS": N, "KV": K, "HEAD_DIM": H, "O": O,
+        "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
+        "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
+        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
+        "TIMELINE": int(timeline),
+        "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
+        "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
+        "POOL_PARAMETERS": ", ".join("u16*" for _ in layers),
+    }  # fmt: skip
+    ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
+    # What blocks tell one another, and the words of their barriers.
+    told = len(layers) * (-(-call.SMS // 4) * 4 + rows + N * H + D // 2 + F // 2 + D // 2)
+    results = [
+        jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((call.SMS, group, H), jnp.float32),
+        jax.ShapeDtypeStruct((call.SMS, group, 2), jnp.float32),
+        jax.ShapeDtypeStruct((told,), jnp.int32),
+        jax.ShapeDtypeStruct((call.SMS, WARPS, MARKS) if timeline else (1,), jnp.uint32),
+        *(jax.ShapeDtypeStruct(layer.kv_PYKOH.shape, jnp.bfloat16) for layer in layers),
+    ]
+    shared = WARPS * slots * SLOT + rest
+    before, each, of_pool = len(Operands._fields) - 1, len(Layer._fields), Layer._fields.index("kv_PYKOH")
+    aliases = {before + i * each + of_pool: 5 + i for i in range(len(layers))} | {before + pointers: 3}
+
+    def run(operands: Operands) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+        # What the kernel does not read must still be a pointer.
+        of_layers = [operands.x if array is None else array for layer in operands.layers for array in layer]
+        arguments = [*operands[:-1], *of_layers, jnp.zeros(told, jnp.int32)]
+        out, _, _, _, times, *pools = call.launch(
+            KERNEL, ptx, arguments, results, grid=(call.SMS,), threads=WARPS * 32, shared=shared, aliases=aliases
+        )
+        return out, tuple(pools), times
+
+    return run
+
+
+def phases(times: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Of each phase the shortest, the median and the longest time of a warp; how late blocks begin; all of a layer.
+
+    times: uint32 [L, blocks, warps, MARKS], the third results of launches. In us, by the clocks of multiprocessors,
+    which are compared with the GPU's for that.
+    """
+    marks = times.reshape(len(times), -1, MARKS)
+    cycles = (marks[:, :, 1 : len(PHASES) + 1] - marks[:, :, : len(PHASES)]).astype(np.float64)
+    nanoseconds = (marks[:, :, -1] - marks[:, :, -2]).astype(np.float64)
+    each = 1e-3 * nanoseconds.mean() / cycles.sum(2).mean()
+    found = {
+        name: (float(us.min()), float(np.median(us)), float(us.max()))
+        for name, us in zip(PHASES, np.moveaxis(each * cycles, 2, 0), strict=True)
+    }
+    first = marks[:, :, -2].min(1)
+    late = 1e-3 * (marks[:, :, -2] - first[:, None])
+    whole = 1e-3 * (marks[:, :, -1] - first[:, None]).max(1)
+    found["begins late"] = (float(late.min()), float(np.median(late)), float(late.max()))
+    found["all"] = (float(whole.min()), float(np.median(whole)), float(whole.max()))
+    return found
+
+
+def plain(operands: Operands, *, activation: str, scale: float, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The same step by step, in float32; what blocks tell one another is rounded as the kernel does."""
+
+    def wide(array: jax.Array) -> jax.Array:
+        return array.astype(jnp.float32)
+
+    x, pools, dtype = operands.x, [], operands.x.dtype
+    for layer in operands.layers:
+        made = wide(rms_norm(x, (layer.norm, eps))) @ wide(layer.qkv).T
+        made = made if layer.bias is None else made + wide(layer.bias)
+        where = operands.cos, operands.sin, layer.kv_PYKOH, operands.page, operands.slot
+        q_TNH, kv = rope.rope_write(Product.of(made.astype(dtype)), *where, layer.q_norm, layer.k_norm, eps=eps)
+        found, _ = attention.attend(
+            wide(q_TNH)[None], wide(kv), operands.pages_RW, operands.position[None], scale=scale
+        )
+        attended = wide(found.reshape(1, -1).astype(dtype))
+        x = (wide(x) + attended @ wide(layer.output).T).astype(dtype)
+        gate, up = jnp.split(wide(rms_norm(x, (layer.mlp_norm, eps))) @ wide(layer.gate_up).T, 2, axis=1)
+        hidden = wide(gated(gate, up, activation).astype(dtype))
+        x = (wide(x) + hidden @ wide(layer.down).T).astype(dtype)
+        pools.append(kv)
+    return x, tuple(pools)
+
+
+def random_operands(
+    D: int,
+    heads: tuple[int, int],
+    F: int,
+    tokens: int,
+    *,
+    layers: int = 1,
+    page: int = 32,
+    norms: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+) -> Operands:
+    """Operands of a size that keeps what is added near what is there.
+
+    tokens: in the context, this one too. heads: of queries, and of keys and values.
+    """
+    (N, K), H = heads, HEAD_DIM
+    W, rows = max(1, -(-tokens // page)), (N + 2 * K) * HEAD_DIM
+    pages = np.random.default_rng(seed).permutation(W + 2)[:W].astype(np.int32) + 1
+
+    @jax.jit
+    def make_layer(key: jax.Array) -> Layer:
+        keys = iter(jax.random.split(key, 10))
+
+        def bf16(*shape: int, scale: float = 1.0) -> jax.Array:
+            return jax.random.normal(next(keys), shape, jnp.bfloat16) * scale
+
+        def norm(size: int) -> jax.Array:
+            return jax.random.uniform(next(keys), (size,), jnp.float32, 0.5, 1.5)
+
+        return Layer(
+            bf16(rows, D, scale=D**-0.5),
+            bf16(D, N * H, scale=(N * H) ** -0.5),
+            bf16(2 * F, D, scale=D**-0.5),
+            bf16(D, F, scale=2 * F**-0.5),
+            bf16(rows) if bias else None,
+            norm(D),
+            norm(D),
+            norm(H) if norms else None,
+            norm(H) if norms else None,
+            bf16(W + 3, 2, K, page, H),
+        )
+
+    first, *keys = jax.random.split(jax.random.key(seed), layers + 1)
+    last = max(tokens - 1, 0)
+    angle = jax.random.uniform(first, (1, 1, H // 2), jnp.float32, 0.0, 6.0)
+    return Operands(
+        jax.random.normal(first, (1, D), jnp.bfloat16),
+        jnp.cos(angle),
+        jnp.sin(angle),
+        jnp.asarray([pages[last // page] if tokens else 0], jnp.int32),
+        jnp.asarray([last % page], jnp.int32),
+        jnp.asarray(pages[None]),
+        jnp.asarray([tokens - 1], jnp.int32),
+        tuple(map(make_layer, keys)),
+    )
+
+
+def difference(
+    operands: Operands, found: tuple[jax.Array, tuple[jax.Array, ...]], *, scale: float, eps: float
+) -> float:
+    """Between a result and `plain`: of the stream, as a share of what the layers add, or of a pool."""
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.jit(lambda operands: plain(operands, activation="silu", scale=scale, eps=eps))(operands)
+    a, b, start = (np.asarray(array, np.float32) for array in (found[0], wanted[0], operands.x))
+    errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b - start))]
+    for pair in zip(found[1], wanted[1], strict=True):
+        a, b = (np.asarray(array, np.float32) for array in pair)
+        errors.append(float(np.abs(a - b).max() / np.abs(b).max()))
+    return max(errors) if all(error == error for error in errors) else float("nan")
+
+
+def check() -> None:
+    """Raises ArithmeticError if the kernel is wrong on a small input; to be run on a GPU."""
+    how = {"scale": HEAD_DIM**-0.5, "eps": 1e-6}
+    for tokens, norms in ((70, False), (1500, True)):
+        operands = random_operands(512, (16, 2), 768, tokens, layers=2, norms=norms, bias=norms)
+        error = difference(operands, jax.jit(implementation(operands, activation="silu", **how))(operands), **how)
+        if not error < 0.02:
+            raise ArithmeticError(f"wrong by {error:.1e} with {tokens} tokens")
