@@ -12,13 +12,14 @@ from kernel_rows._measure import Row, rate, time_call
 
 from jaxllm.kernels.dense_layer import cuda
 
-SHAPES: dict[str, tuple[int, tuple[int, int], int]] = {
-    # D, heads of queries and of keys and values, F
-    "llama-3.1-8b": (4096, (32, 8), 14336),
-    "llama-3.2-3b": (3072, (24, 8), 8192),
-    "qwen3-8b": (4096, (32, 8), 12288),
+SHAPES: dict[str, tuple[int, tuple[int, int], int, int]] = {
+    # D, heads of queries and of keys and values, F, H
+    "llama-3.1-8b": (4096, (32, 8), 14336, 128),
+    "llama-3.2-1b": (2048, (32, 8), 8192, 64),
+    "llama-3.2-3b": (3072, (24, 8), 8192, 128),
+    "qwen3-8b": (4096, (32, 8), 12288, 128),
 }
-HOW = {"activation": "silu", "scale": cuda.HEAD_DIM**-0.5, "eps": 1e-5}
+HOW = {"activation": "silu", "scale": 128**-0.5, "eps": 1e-5}
 CALLS = 4
 """Layers of a program, each with weights of its own."""
 
@@ -27,13 +28,13 @@ def right() -> dict[str, Any]:
     """A token through layers by one kernel, against float32; the same each time it runs."""
     found: dict[str, Any] = {}
     worst, cases = 0.0, 0
-    for shape, layers, more, contexts in (
-        ((4096, (32, 8), 14336), 1, False, (1, 129, 3000)),
-        ((2048, (16, 2), 3072), 3, True, (513,)),
-        ((1280, (16, 8), 1792), 2, False, (64,)),
+    for shape, H, layers, more, contexts in (
+        ((4096, (32, 8), 14336), 128, 1, False, (1, 129, 3000)),
+        ((2048, (16, 2), 3072), 128, 3, True, (513,)),
+        ((1280, (20, 4), 1792), 64, 2, False, (64, 900)),
     ):
         for tokens in contexts:
-            operands = cuda.random_operands(*shape, tokens, layers=layers, norms=more, bias=more, seed=tokens)
+            operands = cuda.random_operands(*shape, tokens, layers=layers, H=H, norms=more, bias=more, seed=tokens)
             kernel = jax.jit(cuda.implementation(operands, **HOW))
             results = [jax.tree.map(np.asarray, kernel(operands)) for _ in range(5)]
             first, *others = map(jax.tree.leaves, results)
@@ -56,8 +57,8 @@ def right() -> dict[str, Any]:
 
 
 def operands_of(shape: str, tokens: int) -> cuda.Operands:
-    D, heads, F = SHAPES[shape]
-    return cuda.random_operands(D, heads, F, tokens, layers=CALLS)
+    D, heads, F, H = SHAPES[shape]
+    return cuda.random_operands(D, heads, F, tokens, layers=CALLS, H=H)
 
 
 def launches(shape: str, tokens: int, together: int, **options: Any) -> Any:
@@ -89,8 +90,7 @@ def launches(shape: str, tokens: int, together: int, **options: Any) -> Any:
 
 def speed(shape: str, tokens: int, together: int = 1, **options: Any) -> dict[str, Any]:
     """Of a layer at one token, each with weights of its own, `together` in a launch."""
-    D, (N, K), F = SHAPES[shape]
-    H = cuda.HEAD_DIM
+    D, (N, K), F, H = SHAPES[shape]
     seconds = time_call(launches(shape, tokens, together, **options), calls=CALLS)
     return rate(seconds, moved=2 * (D * ((2 * N + 2 * K) * H + 3 * F) + 2 * K * H * tokens))
 

@@ -39,12 +39,17 @@ def emulated(monkeypatch):
 
 
 CASES = [
-    # D, heads, KV heads, F, tokens, page, layers, norms and biases, what is told of the ring
-    (256, 4, 2, 256, 40, 16, 2, True, {"slots": 3, "depth": 2, "alone": 1}),
-    pytest.param((1280, 4, 1, 256, 21, 32, 1, False, {"slots": 5, "depth": 2}), marks=pytest.mark.slow),
-    pytest.param((256, 2, 2, 2304, 0, 16, 1, True, {"slots": 6, "depth": 3, "lookahead": 0}), marks=pytest.mark.slow),
-    pytest.param((512, 8, 1, 1024, 300, 32, 3, False, {"slots": 4, "depth": 1, "alone": 1}), marks=pytest.mark.slow),
-    pytest.param((1024, 8, 2, 1024, 9, 16, 2, False, {"slots": 4}), marks=pytest.mark.slow),
+    # D, heads, KV heads, H, F, tokens, page, layers, norms and biases, what is told of the ring
+    (256, 4, 2, 128, 256, 40, 16, 2, True, {"slots": 3, "depth": 2, "alone": 1}),
+    pytest.param((1280, 4, 1, 128, 256, 21, 32, 1, False, {"slots": 5, "depth": 2}), marks=pytest.mark.slow),
+    pytest.param(
+        (256, 2, 2, 128, 2304, 0, 16, 1, True, {"slots": 6, "depth": 3, "lookahead": 0}), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        (512, 8, 1, 128, 1024, 300, 32, 3, False, {"slots": 4, "depth": 1, "alone": 1}), marks=pytest.mark.slow
+    ),
+    pytest.param((512, 8, 2, 64, 256, 55, 16, 1, True, {"slots": 4, "alone": 1}), marks=pytest.mark.slow),
+    pytest.param((1024, 8, 2, 128, 1024, 9, 16, 2, False, {"slots": 4}), marks=pytest.mark.slow),
 ]
 
 
@@ -52,8 +57,10 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layers_equal_xla(case, seed: int, emulated) -> None:
     """Contexts of one block and of several, widths of no whole stages, a page's last places, and no token."""
-    D, N, K, F, tokens, page, layers, more, ring = case
-    operands = cuda.random_operands(D, (N, K), F, tokens, layers=layers, page=page, norms=more, bias=more, seed=seed)
+    D, N, K, H, F, tokens, page, layers, more, ring = case
+    operands = cuda.random_operands(
+        D, (N, K), F, tokens, layers=layers, H=H, page=page, norms=more, bias=more, seed=seed
+    )
     emulated[0] = seed
     pools = [layer.kv_PYKOH for layer in operands.layers]
     if tokens:  # what is where the last token goes, and what follows it, may be anything

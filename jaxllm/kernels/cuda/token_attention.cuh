@@ -9,12 +9,14 @@
 #include "one_token.cuh"
 
 constexpr float MASKED = -1e30f;
+constexpr int KEY_PARTS = H / 32, VALUE_PARTS = H / 64;  // of 16 bytes for a lane
+static_assert(H == 64 || H == 128, "heads");
 
 // By a warp: a head of the token, as soon as it is told, normed and rotated where it has to be.
 DEVICE void prepare_head(
     const u32* from, u16* to, u16* also, const float* norm, const float* cosine, const float* sine, bool rotates, float eps
 ) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % (H / 4);  // of a head of 64 numbers, two lanes have the same
   u32 two[2];
   float x[2][2];
   float2 weight[2] = {}, c = {}, s = {};
@@ -37,7 +39,7 @@ DEVICE void prepare_head(
     if (NORM_HEADS) {
       float sum = square(two[0]) + square(two[1]);
 #pragma unroll
-      for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+      for (int by = H / 8; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
       const float factor = rsqrtf(sum / H + eps);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -87,7 +89,7 @@ DEVICE void attend(
   // A lane has the page of every 32nd unit of the warp.
   auto page_of = [&](int unit) { return unit < units ? __ldg(pages + unit * UNIT / O) : 0; };
   int batch = page_of(first + lane * step);
-  uint4 k[2][4], v[4][2];
+  uint4 k[2][KEY_PARTS], v[4][VALUE_PARTS];
   const uint4 zero = make_uint4(0, 0, 0, 0);
   auto keys_of = [&](int unit, int turn) {
     return pool + (((size_t)__shfl_sync(~0u, batch, turn % 32) * 2 * KV + head) * O + unit * UNIT % O) * H;
@@ -96,7 +98,7 @@ DEVICE void attend(
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) k[n][i] = __ldcg((const uint4*)(keys + (n * 8 + row) * H + i * 32 + quarter * 8));
+      for (int i = 0; i < KEY_PARTS; ++i) k[n][i] = __ldcg((const uint4*)(keys + (n * 8 + row) * H + i * 32 + quarter * 8));
   };
   auto load_values = [&](const u16* keys, int unit) {
     const u16* const values = keys + (size_t)KV * O * H;
@@ -104,7 +106,7 @@ DEVICE void attend(
     for (int t = 0; t < 4; ++t) {
       const int at = quarter * 2 + t % 2 + t / 2 * 8;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)  // what follows the last token may be anything
+      for (int i = 0; i < VALUE_PARTS; ++i)  // what follows the last token may be anything
         v[t][i] = unit * UNIT + at < tokens ? __ldcg((const uint4*)(values + at * H + i * 64 + row * 8)) : zero;
     }
   };
@@ -129,11 +131,11 @@ DEVICE void attend(
   }
   __syncthreads();
   timeline.mark(3);
-  uint4 query[4];
+  uint4 query[KEY_PARTS];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) query[i] = row < GROUP ? *(const uint4*)(queries + row * WIDE + i * 32 + quarter * 8) : zero;
+  for (int i = 0; i < KEY_PARTS; ++i) query[i] = row < GROUP ? *(const uint4*)(queries + row * WIDE + i * 32 + quarter * 8) : zero;
 
-  float out[2][8][4] = {}, top = MASKED, sum = 0.f;
+  float out[VALUE_PARTS][8][4] = {}, top = MASKED, sum = 0.f;
 #pragma unroll 1
   for (int unit = first, turn = 0; unit < units; unit += step, ++turn) {
     const int token = unit * UNIT, newest = tokens - 1 - token;
@@ -141,17 +143,17 @@ DEVICE void attend(
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < KEY_PARTS; ++i)
           if (n * 8 + row == newest) k[n][i] = *(const uint4*)(new_ones + i * 32 + quarter * 8);
 #pragma unroll
       for (int t = 0; t < 4; ++t)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < VALUE_PARTS; ++i)
           if (quarter * 2 + t % 2 + t / 2 * 8 == newest) v[t][i] = *(const uint4*)(new_ones + H + i * 64 + row * 8);
     }
     float s[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < KEY_PARTS; ++i) {
       const u32 low[4] = {query[i].x, 0, query[i].y, 0}, high[4] = {query[i].z, 0, query[i].w, 0};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -188,7 +190,7 @@ DEVICE void attend(
       }
     const u32 weights[4] = {pack_bf16(s[0][0], s[0][1]), 0, pack_bf16(s[1][0], s[1][1]), 0};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < VALUE_PARTS; ++i) {
       const u32 of[4][4] = {
           {v[0][i].x, v[0][i].y, v[0][i].z, v[0][i].w},
           {v[1][i].x, v[1][i].y, v[1][i].z, v[1][i].w},
@@ -216,7 +218,7 @@ DEVICE void attend(
     const bool last_first = quarter >= 2;  // so that four quarters write to different banks
     float4* const to = (float4*)(results + (warp * GROUP + row) * WIDE) + quarter * 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < VALUE_PARTS; ++i)
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const float4 a = make_float4(out[i][0][n], out[i][1][n], out[i][2][n], out[i][3][n]);
