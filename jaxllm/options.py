@@ -65,8 +65,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options for the settings of the engine that people change most; --config takes all of them."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "-c", "--config", metavar="YAML", help="file with settings of the engine; options below win over it"
-    )
+        "-c", "--config", "--extra-llm-api-options", metavar="YAML",
+        help="file with settings of the engine; options below win over it",
+    )  # fmt: skip
+    group.add_argument("--backend", help=argparse.SUPPRESS)  # TensorRT-LLM's: "pytorch" is what there is
     group.add_argument(
         "--tensor-parallel-size", "--tp-size", "--tp", type=positive, metavar="N",
         help="devices to split the model over (default: 1)",
@@ -109,7 +111,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-tokens", type=positive, metavar="N", help="tokens computed in one step")
     group.add_argument("--max-seq-len", type=positive, metavar="N", help="prompt + output of one sequence, in tokens")
     group.add_argument(
-        "--kv-cache-free-gpu-memory-fraction", type=float, metavar="F",
+        "--kv-cache-free-gpu-memory-fraction", "--free-gpu-memory-fraction", type=float, metavar="F",
         help="share of the free device memory to use for the KV cache (default: 0.9)",
     )  # fmt: skip
     group.add_argument(
@@ -135,7 +137,7 @@ def engine_config(args: argparse.Namespace, base: Mapping[str, Any] | None = Non
     for name in (
         "tensor_parallel_size", "pipeline_parallel_size", "pp_partition", "context_parallel_size",
         "moe_expert_parallel_size", "moe_tensor_parallel_size", "dtype", "quantization", "load_format", "tokenizer",
-        "max_batch_size", "max_num_tokens", "max_seq_len",
+        "max_batch_size", "max_num_tokens", "max_seq_len", "backend",
     ):  # fmt: skip
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)

@@ -18,15 +18,23 @@ class ConfigError(ValueError):
 # Names of TensorRT-LLM's LlmArgs that a script being ported may carry. They are not fields here, but a value that
 # asks for nothing (None, False, "auto", 0) is harmless and everything else deserves better than "unknown name".
 NOT_SUPPORTED_YET = {
+    "allreduce_strategy": "choosing the all-reduce",
+    "attn_backend": "choosing the attention kernels",
+    "backend": "choosing another runtime",
     "batched_logits_processor": "logits processors",
+    "build_config": "building engines (max_batch_size, max_num_tokens and max_seq_len are settings themselves)",
     "cache_transceiver_config": "disaggregated serving",
+    "cuda_graph_config": "choosing CUDA graphs (XLA makes them; batch_buckets names batch sizes)",
     "disk_cache_path": "KV offload",
     "disk_cache_size": "KV offload",
     "fifo_version": "choosing the all-to-all of Helix",
+    "enable_iter_perf_stats": "switching statistics of iterations off and on (they are kept)",
     "enable_lora": "LoRA",
+    "gpus_per_node": "several hosts",
     "guided_decoding_backend": "choosing what makes masks of structured outputs (llguidance does)",
     "host_cache_size": "KV offload",
     "lora_config": "LoRA",
+    "max_beam_width": "beam search",
     "max_attention_window": "overriding the attention windows of a model",
     "max_input_len": "a separate limit on the prompt (max_seq_len bounds prompt + output)",
     "moe_cluster_parallel_size": "splitting each expert over a cluster of devices",
@@ -35,12 +43,21 @@ NOT_SUPPORTED_YET = {
     "revision": "choosing a hub revision (download it and pass the directory)",
     "sparse_attention_config": "sparse attention",
     "speculative_config": "speculative decoding",
+    "torch_compile_config": "torch.compile",
     "tokenizer_revision": "choosing a hub revision (download it and pass the directory)",
     "trust_remote_code": "running code from a checkpoint",
     "use_low_precision_moe_combine": "adding up experts in less than the dtype of the activations",
     "use_nccl_for_alltoall": "choosing the all-to-all of Helix",
 }
 _HARMLESS: tuple[object, ...] = (None, False, 0, "auto")
+# Values beside these that say what is so anyway: TensorRT-LLM's own defaults, above all.
+_SO_ANYWAY: dict[str, object] = {
+    "allreduce_strategy": "AUTO",
+    "attn_backend": "TRTLLM",
+    "backend": "pytorch",
+    "enable_iter_perf_stats": True,
+    "max_beam_width": 1,
+}
 
 
 def unknown_name_message(name: str, valid: Iterable[str], what: str = "setting") -> str:
@@ -88,7 +105,8 @@ class Strict(BaseModel):
                 kept[name] = value
             elif name in NOT_SUPPORTED_YET:
                 # identity for the booleans and 0: 0 == False, and 0.0 is nobody's "off"
-                if not any(value is off or (isinstance(value, str) and value == off) for off in _HARMLESS):
+                harmless = (*_HARMLESS, _SO_ANYWAY.get(name))
+                if not any(value is off or (isinstance(value, str) and value == off) for off in harmless):
                     raise ValueError(
                         f"{name} = {value!r}: {NOT_SUPPORTED_YET[name]} is not supported yet; leave {name!r} out"
                     )

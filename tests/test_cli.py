@@ -75,6 +75,7 @@ def test_chat_template(fake, capsys):
 def test_options_reach_the_engine(fake, tmp_path):
     (tmp_path / "c.yml").write_text("max_batch_size: 4\nkv_cache_config: {tokens_per_block: 16}\n")
     options = ["--config", str(tmp_path / "c.yml"), "--tp_size", "2", "--max_num_tokens", "64", "--no-block-reuse"]
+    options += ["--backend", "pytorch"]  # TensorRT-LLM's runtime stands for what there is
     options += ["--kv_cache_free_gpu_memory_fraction=0.5", "--no-overlap", "--capacity-policy", "GUARANTEED_NO_EVICT"]
     assert run("generate", "m", "abc", "-n", "1", *options) == 0
     config = fake[0].config
@@ -83,6 +84,8 @@ def test_options_reach_the_engine(fake, tmp_path):
     assert (kv.tokens_per_block, kv.free_gpu_memory_fraction, kv.enable_block_reuse) == (16, 0.5, False)
     assert config.disable_overlap_scheduler
     assert config.scheduler_config.capacity_scheduler_policy == "GUARANTEED_NO_EVICT"
+    assert run("generate", "m", "abc", "-n", "1", "--extra_llm_api_options", str(tmp_path / "c.yml")) == 0
+    assert fake[1].config.max_batch_size == 4
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,8 @@ def test_options_reach_the_engine(fake, tmp_path):
         (["generate", "m", "a", "--system", "x"], "add --chat"),
         (["generate", "m", "--file", "/nonexistent"], "cannot read the prompts"),
         (["generate", "m", "a", "--config", "/nonexistent.yml"], "cannot read the config file"),
+        (["generate", "m", "a", "--backend", "tensorrt"], "backend = 'tensorrt': choosing another runtime"),
+        (["serve", "disaggregated", "-c", "disagg-config.yml"], "disaggregated serving is not supported yet"),
         (["generate"], "required"),
         (["genrate", "m"], "genrate"),
         (["bench", "latency", "m", "--input-len", "0"], "--input-len"),
@@ -159,6 +164,11 @@ def test_help_is_fast_and_imports_no_jax():
             [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=60, check=True
         )
         assert "usage:" in done.stdout
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "jaxllm", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.startswith("jaxllm ")
 
 
 def test_bench_latency_and_json(fake, capsys, tmp_path):

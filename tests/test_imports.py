@@ -19,6 +19,7 @@ ROOT = Path(jaxllm.__file__).parent
 # From top to bottom. A module may import from its own group and from any group below, where a group is a line's entry.
 LAYERS: list[list[set[str]]] = [
     [{"__init__"}],  # imports lazily, by name
+    [{"__main__"}],
     [{"cli"}],
     [{"terminal"}],
     [{"bench"}],

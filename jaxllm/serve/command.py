@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from jaxllm.options import MODEL_HELP, Parser, positive
 from jaxllm.serve.options import add_server_options, check_packages, serve_settings
+from jaxllm.settings import ConfigError
 
 EXAMPLES = """\
 Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; /tokenize, /detokenize; /health,
@@ -57,6 +59,8 @@ def _run_batch(args: argparse.Namespace) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    if args.model == "disaggregated" and not os.path.exists(args.model):
+        raise ConfigError("disaggregated serving is not supported yet; jaxllm serve MODEL does both phases")
     engine, settings = serve_settings(args)
     if args.print_config:
         import yaml  # type: ignore[import-untyped]

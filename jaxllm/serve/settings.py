@@ -39,7 +39,7 @@ class ServeConfig(Strict):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    served_model_name: str | None = None
+    served_model_name: str | None = Field(default=None, min_length=1)
     num_serve_frontends: int = Field(default=1, ge=1, le=64)
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "deepseek"] = "auto"
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = "auto"
