@@ -54,7 +54,7 @@ def settle(
     """
     if isinstance(x, Unmultiplied):
         if norm is not None and scaled:
-            return linear.add_scaled(x.y_TF, x.weight_DF, x.residual_TD, norm)
+            return linear.add_scaled(x.y_TF, x.weight_DF, x.residual_TD, norm, blocked)
         return linear.linear(x.y_TF, x.weight_DF, residual=x.residual_TD), None
     if not isinstance(x, Unadded):
         return collectives.settle(x, norm, quantised=quantised)

@@ -14,7 +14,7 @@ from jax import lax
 from kernel_rows._measure import Row, difference, rate, time_call
 from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, layer_products, values, weights
 
-from jaxllm.kernels.linear import narrow_cuda, reference
+from jaxllm.kernels.linear import api, narrow_cuda, reference, wide_cuda
 from jaxllm.kernels.linear.narrow_cuda import Split
 from jaxllm.kernels.linear.product import Product, ScaledTokens
 from jaxllm.kernels.paged_attention import decode_cuda
@@ -191,23 +191,30 @@ def layer(T: int) -> dict[str, Any]:
 
 
 def with_norms(norm: reference.Norm, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
-    """`layer_products` whose products make the norms."""
-    nothing: dict[str, Any] = {"norm": None, "residual_TF": None}
+    """`layer_products` whose products make the norms, with the kernel for gated ones that the engine has."""
     y: jax.Array | ScaledTokens = reference.rms_norm(x, norm)
+    blocked = wide_cuda.rows_for(x.shape[0]) if api.takes_blocks(x, given[0][2], "silu") else 0
     for qkv, o, gate_up, down in given:
-        heads = narrow_cuda.linear(y, qkv, activation=None, **nothing)[:, :4096]
-        x, y = narrow_cuda.add_scaled(heads, o, x, norm)
-        x, y = narrow_cuda.add_scaled(narrow_cuda.linear(y, gate_up, activation="silu", **nothing), down, x, norm)
+        x, y = api.add_scaled(api.fused(y, qkv)[:, :4096], o, x, norm, blocked)
+        x, y = api.add_scaled(api.fused(y, gate_up, activation="silu"), down, x, norm)
+    return x
+
+
+def with_kernels_for_norms(norm: reference.Norm, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
+    """As the engine has it otherwise."""
+    for qkv, o, gate_up, down in given:
+        x = api.fused(api.fused(x, qkv, norm=norm)[:, :4096], o, residual=x)
+        x = api.fused(api.fused(x, gate_up, norm=norm, activation="silu"), down, residual=x)
     return x
 
 
 def norms(T: int) -> dict[str, Any]:
-    """A layer's products, with norms by XLA between them (plain) and with those that the products make, in turns; and
-    how far apart the results are after several layers.
+    """A layer's products, with kernels for the norms between them (plain) and with norms that the products make, in
+    turns; and how far apart the results are after several layers.
     """
     given = [[weights(name)[i] for name in ("qkv", "o", "gate_up", "down")] for i in range(LAYERS)]
     norm, x = (1 + values(3, 4096, dtype=F32) / 4, EPS), values(0, T, 4096)
-    runs = {"us": jax.jit(partial(with_norms, norm)), "plain_us": jax.jit(partial(layer_products, own, norm))}
+    runs = {"us": jax.jit(partial(with_norms, norm)), "plain_us": jax.jit(partial(with_kernels_for_norms, norm))}
     error = difference(*(run(x, given) for run in runs.values()))
     found: dict[str, Any] = {"difference": error, "wrong": not error < 0.02}
     for again in ("", "again_"):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
-from jaxllm.kernels.linear.product import ScaledTokens
+from jaxllm.kernels.linear.product import BlockedTokens, ScaledTokens
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
@@ -42,6 +42,7 @@ class Case:
     out: np.dtype = BF16
     parts: int = 0
     scaled: bool = False
+    blocked: int = 0
 
 
 CASES = [
@@ -53,6 +54,7 @@ MORE = [
     Case(8, 128, 2560, Split(64, 2, 4), clusters=2, residual=True),
     Case(5, 200, 256, Split(64, 1, 1), clusters=2, parts=130),
     Case(30, 200, 384, Split(128, 1, 1), clusters=1, residual=True, scaled=True, parts=64),
+    Case(50, 256, 512, Split(64, 2, 2), clusters=2, residual=True, scaled=True, blocked=64),
     Case(5, 200, 256, Split(64, 1, 1), clusters=2, out=np.dtype(np.float32)),
     Case(13, 384, 768, Split(64, 4, 1, fetch=128, stagger=True), clusters=2, residual=True),
     Case(24, 384, 640, Split(192, 4, 1), clusters=2, residual=True),
@@ -102,6 +104,7 @@ def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.
         parts=case.parts,
         eps=EPS,
         scaled=case.scaled,
+        blocked=case.blocked,
     )
     return kernel(*arguments[:3], arguments[1], *arguments[3:])
 
@@ -129,6 +132,8 @@ def test_equals_float64(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(norm) == 2 * case.scaled
     if case.scaled:
         made, (values, squares) = out.astype(np.float64), norm
+        if case.blocked:
+            values = np.array(BlockedTokens(jnp.asarray(values), case.tokens).plain())
         np.testing.assert_array_equal(values, (out.astype(np.float32) * arguments[4]).astype(BF16))
         np.testing.assert_allclose(squares.sum(axis=0)[: case.tokens], (made * made).sum(axis=1), rtol=1e-5)
 

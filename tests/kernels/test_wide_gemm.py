@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.linear import api, wide_cuda
-from jaxllm.kernels.linear.product import BlockedTokens, Product
+from jaxllm.kernels.linear import api, narrow_cuda, wide_cuda
+from jaxllm.kernels.linear.product import BlockedTokens, Product, ScaledTokens
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
@@ -41,6 +41,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     activation: str = "silu",
     stages: tuple[int, int] | None = None,
+    squares: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `wide_cuda.implementation` launches, on the emulator."""
     ran: list[Kernels] = []
@@ -57,9 +58,10 @@ def run(
     monkeypatch.setattr(call, "launch", launch)
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     if stages is not None:
-        monkeypatch.setattr(wide_cuda, "stages", lambda _: stages)
-    kernel = wide_cuda.implementation(len(x), like, activation)
-    return kernel(blocked(x), weight)
+        monkeypatch.setattr(wide_cuda, "stages", lambda *_: stages)
+    if squares is None:
+        return wide_cuda.implementation(len(x), like, activation)(blocked(x), weight)
+    return wide_cuda.implementation(len(x), like, activation, squares.shape, EPS)(blocked(x), weight, squares)
 
 
 def expected(x: np.ndarray, weight: np.ndarray, activation: str) -> np.ndarray:
@@ -69,6 +71,7 @@ def expected(x: np.ndarray, weight: np.ndarray, activation: str) -> np.ndarray:
 
 
 SLOW = pytest.mark.slow
+EPS = 1e-2
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,17 @@ def test_equals_float64(T, F, D, activation, stages, seed, monkeypatch) -> None:
     x, weight = operands(T, F, D)
     out, wanted = run(x, weight, seed, monkeypatch, activation, stages), expected(x, weight, activation)
     assert out.dtype == BF16 and out.shape == wanted.shape
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("T", "C", "parts"), [(61, 64, 18), pytest.param(120, 128, 5, marks=SLOW)])
+def test_after_a_norm_whose_factors_are_left(T: int, C: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = operands(T, 448, 256)
+    squares = np.random.default_rng(1).uniform(1, 2, (parts, C)).astype(np.float32)
+    squares[:, T:] = np.nan
+    out = run(x, weight, 1, monkeypatch, stages=(2, 3), squares=squares)
+    factors = 1 / np.sqrt(squares.astype(np.float64).sum(axis=0)[:T] / 256 + EPS)
+    wanted = expected(x.astype(np.float64) * factors[:, None], weight, "silu")
     np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
 
 
@@ -143,6 +157,39 @@ def test_a_layer_uses_it_after_its_norm(monkeypatch: pytest.MonkeyPatch) -> None
         assert not api.takes_blocks(jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16), wider, activation)
     monkeypatch.setattr(call, "SMS", 4)
     assert mlp.gate_up.blocks(like(x), "silu") == 0
+
+
+def test_the_products_before_it_make_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens for which `narrow_cuda` makes those; without a GPU the program says the same."""
+    T, D, F = 40, 512, 2 * wide_cuda.COLUMNS
+    rng = np.random.default_rng(0)
+    x, out_DD, norm_D, gate_up = (
+        jnp.asarray(rng.standard_normal(s) / 8, jnp.bfloat16) for s in ((T, D), (D, D), (D,), (F, D))
+    )
+    monkeypatch.setattr("jaxllm.layers.linear.param", nnx.Param)
+    monkeypatch.setattr("jaxllm.layers.norm.param", nnx.Param)
+    norm, out, up = RMSNorm(norm_D.astype(jnp.float32), 1e-5), RowLinear(out_DD, axes=()), ColumnLinear(gate_up)
+
+    def half() -> tuple[bool, jax.Array]:
+        stream = out(x, residual=x)
+        scaled, blocked = up.takes_scaled(like(stream), "silu"), up.blocks(like(stream), "silu")
+        _, y_TD, left = norm.settle(stream, blocked=blocked, scaled=scaled)
+        assert isinstance(y_TD, ScaledTokens) == scaled
+        return scaled, up.gated(y_TD, "silu", left, (), quantised=False)
+
+    before, wanted = half()
+    made = []
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    monkeypatch.setattr(call, "compile_or_refuse", lambda kernel, source, macros: made.append((kernel, macros)) or "")
+    monkeypatch.setattr(call, "SMS", F // wide_cuda.COLUMNS)
+    monkeypatch.setattr(narrow_cuda, "SCALED", ((33, 64),))
+    after, found = half()
+    assert (before, after) == (False, True)
+    assert {kernel: (macros["PARTS"] > 0, macros.get("BLOCKED")) for kernel, macros in made if "PARTS" in macros} == {
+        wide_cuda.KERNEL: (True, None),
+        narrow_cuda.KERNEL: (False, 64),
+    }
+    np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), rtol=0.02, atol=0.02)
 
 
 def test_blocked_tokens_and_back() -> None:

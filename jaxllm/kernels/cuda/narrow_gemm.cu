@@ -22,10 +22,11 @@
 //              factor for each token, of the sum of its squares, which comes in PARTS parts [PARTS, COLUMNS]; 0: none
 //   SCALED     1: what the norm after the product needs is a result too: the (rounded) result times its weight, and sums
 //              of squares for each token, [blocks, COLUMNS], of what each block has; only without a gate, for bf16
+//   BLOCKED    how the first of these lies: 0: as the result; else as `BlockedTokens` of product.py, in so many rows
 //   AHEAD AHEAD_ROWS AHEAD_ROW AHEAD_PARTS   bytes, 0 or more, that the second-level cache is let fetch of each part of a
 //              row of `ahead`, the weight that is read next: of so many rows, of so many bytes, in so many parts
 #include "cluster.cuh"
-#include "hopper.cuh"
+#include "factors.cuh"
 
 constexpr int GROUPS = ROWS / 64, WARPS = GROUPS * 4, THREADS = 128 + ROWS * 2;  // that multiply; all threads
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, OUT_FEATURES = GATED ? FEATURES / 2 : FEATURES;
@@ -48,6 +49,7 @@ static_assert(ROWS % 64 == 0 && ROWS / 16 % CLUSTER == 0 && TOKENS <= COLUMNS &&
 static_assert(INPUTS % DEPTH == 0 && STEPS >= CLUSTER && OUT_FEATURES % 8 == 0 && STAGES > 1, "sizes");
 static_assert(BARRIERS_AT + STAGES * 16 + 16 <= SHARED, "shared memory");
 static_assert(!SCALED || (!GATED && !OUT_FLOAT), "what a norm comes after");
+static_assert(!BLOCKED || (OUT_FEATURES % 64 == 0 && BLOCKED >= TOKENS), "blocks");
 
 #if OUT_FLOAT
 typedef float2 Two;
@@ -144,6 +146,11 @@ struct Target {
   }
   DEVICE bool inside(int half) const { return token < TOKENS && feature + half * 8 < OUT_FEATURES; }
   DEVICE size_t at(int half) const { return ((size_t)token * OUT_FEATURES + feature + half * 8) / 2; }
+  DEVICE size_t scaled_at(int half) const {
+    const int first = feature + half * 8;
+    if (!BLOCKED) return at(half);
+    return (((size_t)(first / 64) * BLOCKED + token) * 64 + (first / 8 % 8 ^ token % 8) * 8 + first % 8) / 2;
+  }
 };
 
 // What is added to a unit, and multiplied with afterwards, two numbers of each half.
@@ -187,35 +194,11 @@ DEVICE float finish(
     if (SCALED) {
       a = bf16_to_float((u16)two), b = bf16_to_float((u16)(two >> 16));
       squares += a * a + b * b;
-      scaled[target.at(half)] = pack_bf16(a * around.by[half].x, b * around.by[half].y);
+      scaled[target.scaled_at(half)] = pack_bf16(a * around.by[half].x, b * around.by[half].y);
     }
 #endif
   }
   return squares;
-}
-
-// The tokens' factors, in shared memory, from their sums of squares; by the first 128 threads that multiply, of which
-// each has four tokens of every TURN-th part.
-DEVICE void make_factors(u8* shared, const float4* __restrict__ squares, int thread) {
-  constexpr int FOURS = COLUMNS / 4, TURN = 128 / FOURS;
-  float* const factors = (float*)(shared + FACTORS_AT);
-  float4* const added = (float4*)(shared + ADDED_AT);
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-  for (int i = 0; i < (PARTS + TURN - 1) / TURN; i++) {
-    const int part = i * TURN + thread / FOURS;
-    if (PARTS % TURN && part >= PARTS) break;
-    const float4 four = __ldg(squares + part * FOURS + thread % FOURS);
-    sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
-  }
-  added[thread] = sum;
-  named_sync(2, 128);
-  if (thread < COLUMNS) {
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < TURN; i++) total += ((const float*)added)[i * COLUMNS + thread];
-    factors[thread] = rsqrtf(total / INPUTS + (float)EPS);
-  }
 }
 
 DEVICE void multiply(
@@ -229,9 +212,10 @@ DEVICE void multiply(
   auto rows_of = [&](int k) { return CLUSTER == 1 ? warp : (warp + k * WARPS) / ACROSS * CLUSTER + rank; };
   auto columns_of = [&](int k) { return CLUSTER == 1 ? k : (warp + k * WARPS) % ACROSS; };
   auto is_unit = [&](int k) { return CLUSTER == 1 || UNITS % WARPS == 0 || warp + k * WARPS < UNITS; };
-  if (PARTS && thread < 128) make_factors(shared, squares, thread);
+  float* const factors = (float*)(shared + FACTORS_AT);
+  if (PARTS && thread < 128)
+    make_factors<COLUMNS, PARTS>(factors, (float4*)(shared + ADDED_AT), squares, INPUTS, (float)EPS, thread, 2);
   if (PARTS) named_sync(1, GROUPS * 128);
-  const float* const factors = (const float*)(shared + FACTORS_AT);
   float* const sums_of_rows = (float*)(shared + SQUARES_AT);
   float d[COLUMNS / 2];
   for (int tile = cluster, turn = 0; tile < TILES; tile += CLUSTERS, turn++) {

@@ -18,13 +18,16 @@
 //   CLUSTER                2
 //   X_STAGES W_STAGES
 //   GATED                  1: silu; 2: gelu with tanh
+//   PARTS FACTORS EPS      an RMSNorm before the product, see factors.cuh: of sums of squares [PARTS, FACTORS], of which
+//                          the first TOKENS count; 0 0: none
 #include "cluster.cuh"
-#include "hopper.cuh"
+#include "factors.cuh"
 
 constexpr int THREADS = GROUPS * 128, WARPS = GROUPS * 4, STEPS = INPUTS / 64, TILE = COLUMNS / 2;
 // Shared memory: the ring of the weight, that of tokens, barriers.
 constexpr int W_STAGE = COLUMNS * 128, X_STAGE = PADDED * 128, X_AT = W_STAGES * W_STAGE;
 constexpr int BARRIERS_AT = X_AT + X_STAGES * X_STAGE, DONE_AT = BARRIERS_AT + (W_STAGES + X_STAGES) * 8;
+constexpr int FACTORS_AT = (DONE_AT + 8 + 15) / 16 * 16, ADDED_AT = FACTORS_AT + FACTORS * 4;
 constexpr int AT_ONCE = THREADS / 8, TURNS = (COLUMNS + AT_ONCE - 1) / AT_ONCE;  // rows of the weight of one turn; turns
 constexpr int HALF = X_STAGE / CLUSTER;
 // What a warp has of 64 tokens' results, 16 rows, on its way out.
@@ -32,7 +35,8 @@ constexpr int PITCH = TILE * 2 + 16, PIECES = TILE / 8;
 static_assert(PADDED == GROUPS * BLOCKS_OF_GROUP * 64 && TOKENS <= PADDED, "tokens");
 static_assert(INPUTS % 64 == 0 && COLUMNS % 16 == 0 && OUT_FEATURES % TILE == 0 && OUT_FEATURES % 8 == 0, "tiles");
 static_assert(AT_ONCE % 16 == 0 && STEPS > W_STAGES && STEPS > X_STAGES && W_STAGES > 1 && X_STAGES > 1, "stages");
-static_assert(W_STAGE % 1024 == 0 && DONE_AT + 8 <= SHARED && WARPS * 16 * PITCH <= BARRIERS_AT, "shared memory");
+static_assert(W_STAGE % 1024 == 0 && WARPS * 16 * PITCH <= BARRIERS_AT, "shared memory");
+static_assert(ADDED_AT + (PARTS ? 128 * 16 : 0) <= SHARED && (!PARTS || TOKENS <= FACTORS), "shared memory");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
@@ -57,7 +61,8 @@ DEVICE void copy_tokens(u32 to, u32 full, const u8* __restrict__ x, int step, in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wide_gemm(
-    const u8* __restrict__ x, const u16* __restrict__ weight, u16* __restrict__ out) {
+    const u8* __restrict__ x, const u16* __restrict__ weight, const float4* __restrict__ squares,
+    u16* __restrict__ out) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, rank = blockIdx.x % CLUSTER;
@@ -78,6 +83,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wid
   if (thread == 0)
     for (int i = 0; i < X_STAGES; i++) copy_tokens(smem + X_AT + i * X_STAGE, x_full + i * 8, x, i, rank);
   __syncwarp();
+  float* const factors = (float*)(shared + FACTORS_AT);
+#if PARTS
+  if (thread < 128)
+    make_factors<FACTORS, PARTS>(factors, (float4*)(shared + ADDED_AT), squares, INPUTS, (float)EPS, thread, 1);
+#endif
 
   float d[BLOCKS_OF_GROUP][COLUMNS / 2];
   const u32 tokens_at = smem + X_AT + warp / 4 * BLOCKS_OF_GROUP * 64 * 128;
@@ -129,16 +139,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) wid
   u8* const mine = shared + warp * 16 * PITCH;
 #pragma unroll
   for (int m = 0; m < BLOCKS_OF_GROUP; m++) {
+    const int token = (warp / 4 * BLOCKS_OF_GROUP + m) * 64 + warp % 4 * 16;
+    float by[2] = {1.f, 1.f};
+    if (PARTS)
+      for (int half = 0; half < 2; half++) by[half] = factors[min(token + (int)row + half * 8, FACTORS - 1)];
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
-      const float* const v = d[m] + i * 8;
+      float* const v = d[m] + i * 8;
 #pragma unroll
-      for (int half = 0; half < 2; half++)
+      for (int half = 0; half < 2; half++) {
+        if (PARTS) v[half * 2] *= by[half], v[half * 2 + 1] *= by[half];
+        if (PARTS) v[half * 2 + 4] *= by[half], v[half * 2 + 5] *= by[half];
         *(u32*)(mine + (row + half * 8) * PITCH + i * 16 + lane % 4 * 4) =
             pack_bf16(activation(v[half * 2]) * v[half * 2 + 4], activation(v[half * 2 + 1]) * v[half * 2 + 5]);
+      }
     }
     __syncwarp();
-    const int token = (warp / 4 * BLOCKS_OF_GROUP + m) * 64 + warp % 4 * 16;
     for (int i = lane; i < 16 * PIECES; i += 32) {
       const int of = token + i / PIECES;
       if (of < TOKENS)

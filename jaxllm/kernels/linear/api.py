@@ -112,6 +112,10 @@ def fused(
     if isinstance(x_TD, ScaledTokens):
         if isinstance(weight_FD, QuantizedWeight):
             raise NotImplementedError("no kernel norms what it multiplies with quantised weights")
+        if isinstance(x_TD.values, BlockedTokens):
+            if activation is None or residual is not None:
+                raise NotImplementedError("only gated products have activations in blocks")
+            return wide_cuda.gated(x_TD, weight_FD, activation)
         return narrow_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
@@ -172,6 +176,8 @@ def scales(x_TD: jax.Array | jax.ShapeDtypeStruct, weight_FD: Weight, activation
     """
     if isinstance(weight_FD, QuantizedWeight) or packed.is_packed(weight_FD):
         return False
+    if activation is not None and takes_blocks(x_TD, weight_FD, activation):
+        return narrow_cuda.norms_of(x_TD.shape[0])
     return narrow_cuda.scales(x_TD, weight_FD, gated=activation is not None)
 
 

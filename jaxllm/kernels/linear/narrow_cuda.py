@@ -18,7 +18,7 @@ from jax import lax
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import reference
 from jaxllm.kernels.linear.cuda import ACTIVATIONS, CLUSTERS
-from jaxllm.kernels.linear.product import ScaledTokens
+from jaxllm.kernels.linear.product import BlockedTokens, ScaledTokens
 from jaxllm.kernels.linear.reference import Norm
 
 KERNEL = "narrow_gemm"
@@ -49,7 +49,7 @@ NORMS = "narrow_norm"
 SCALED: tuple[tuple[int, int], ...] = ()
 """Tokens, from and to, of which the products make the norms between them: one that adds to the residual what the norm
 needs of the sum, and those that follow the rest, so that there is no kernel for it."""
-ASKED_SCALED = ((2, 32),)
+ASKED_SCALED = ((2, 64),)
 """As above, where they are asked for by name."""
 
 Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -78,7 +78,7 @@ class Split:
         """As many as fit in shared memory. factors, scaled: whether there is a norm before the product, after it."""
         buffers = 0 if self.cluster == 1 else 1 + (self.tiles(features) > self.clusters(features))
         norms = factors * (columns * 4 + 2048) + scaled * (self.rows // 16 // self.cluster * columns * 4)
-        room = call.MAX_SHARED - 1024 - buffers * self.rows * columns * 4 - norms
+        room = call.MAX_SHARED - 512 - buffers * self.rows * columns * 4 - norms
         return max(0, room // (self.panels * (self.rows + columns) * 128))
 
     def nanoseconds(self, columns: int, features: int, inputs: int) -> float:
@@ -128,6 +128,7 @@ def implementation(
     parts: int = 0,
     eps: float = 0.0,
     scaled: bool = False,
+    blocked: int = 0,
 ) -> Callable[..., list[jax.Array]]:
     """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead, squares_PC, norm_F) that returns a
     list of one, or with `scaled` of three, in a program for an H100 or H200.
@@ -136,7 +137,8 @@ def implementation(
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
     not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches about
     `fetched` bytes that the product, by this kernel too, begins with. parts: of the sums of squares of x where that is
-    `ScaledTokens.values`, with the norm's eps. scaled: also the values and sums of squares for a norm of the result.
+    `ScaledTokens.values`, with the norm's eps. scaled: also the values and sums of squares for a norm of the result;
+    blocked: these values are blocked, in so many rows.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -149,8 +151,8 @@ def implementation(
         raise NotImplementedError(f"{T} tokens of {D} inputs")
     split = splitting(T, F, D) if split is None else split
     columns = columns_for(T)
-    if scaled and (activation is not None or out_dtype != jnp.bfloat16):
-        raise NotImplementedError("a norm after an activation, or of float32")
+    if scaled and (activation is not None or out_dtype != jnp.bfloat16 or (blocked and F % 64)):
+        raise NotImplementedError("a norm after an activation, or of float32, or of incomplete blocks")
     norms = {"factors": parts > 0, "scaled": scaled}
     shared = call.MAX_SHARED
     macros = {
@@ -159,6 +161,7 @@ def implementation(
         "CLUSTER": split.cluster, "CLUSTERS": split.clusters(F), "FETCH": split.fetch, "STAGGER": int(split.stagger),
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
         "SHARED": shared, "PARTS": parts, "EPS": repr(float(eps)), "SCALED": int(scaled),
+        "BLOCKED": blocked,
         **ahead_of(T, ahead, fetched),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
@@ -166,7 +169,7 @@ def implementation(
     # What the kernel neither reads nor writes must still be a pointer.
     results = [
         jax.ShapeDtypeStruct((T, F // 2 if activation else F), out_dtype),
-        jax.ShapeDtypeStruct((T, F) if scaled else (8,), jnp.bfloat16),
+        jax.ShapeDtypeStruct(((F // 64, blocked, 64) if blocked else (T, F)) if scaled else (8,), jnp.bfloat16),
         jax.ShapeDtypeStruct((grid, columns) if scaled else (4,), jnp.float32),
     ]
 
@@ -230,6 +233,8 @@ def linear(
     values: jax.Array
     squares: jax.Array | None
     if isinstance(x_TD, ScaledTokens):
+        if isinstance(x_TD.values, BlockedTokens):
+            raise NotImplementedError("blocked values")
         values, squares, eps = x_TD.values, x_TD.squares, x_TD.eps
     else:
         values, squares, eps = x_TD, None, 0.0
@@ -261,13 +266,17 @@ def makes_norms() -> bool:
     return bool(SCALED) or call.asked_for(NORMS)
 
 
+def norms_of(tokens: int) -> bool:
+    """Whether products of so many tokens make the norms between them, where they can."""
+    ranges = ASKED_SCALED if call.asked_for(NORMS) else SCALED
+    return any(least <= tokens <= most for least, most in ranges) and call.usable(NORMS)
+
+
 def scales(x: Shaped, weight_FD: Shaped, *, gated: bool) -> bool:
     """Whether products with such activations are of those that make the norms between them."""
-    ranges = ASKED_SCALED if call.asked_for(NORMS) else SCALED
-    if not any(least <= x.shape[0] <= most for least, most in ranges):
+    if not norms_of(x.shape[0]):
         return False
     try:
-        call.require(NORMS)
         choose(x, weight_FD, gated=gated)
         implementation(x, weight_FD)
     except NotImplementedError:
@@ -276,23 +285,26 @@ def scales(x: Shaped, weight_FD: Shaped, *, gated: bool) -> bool:
 
 
 def add_scaled(
-    x_TD: jax.Array, weight_FD: jax.Array, residual_TF: jax.Array, norm: Norm
+    x_TD: jax.Array, weight_FD: jax.Array, residual_TF: jax.Array, norm: Norm, blocked: int = 0
 ) -> tuple[jax.Array, ScaledTokens]:
-    """The residual plus the product, and what a norm makes of that sum; where `scales` says so."""
+    """The residual plus the product, and what a norm makes of that sum; where `scales` says so.
+
+    blocked: the second has values in blocks of so many rows; 0: it has not.
+    """
     norm_F, eps = norm
     split, columns = splitting(*x_TD.shape[:1], *weight_FD.shape), columns_for(x_TD.shape[0])
-    run = implementation(x_TD, weight_FD, residual=True, scaled=True)
+    run = implementation(x_TD, weight_FD, residual=True, scaled=True, blocked=blocked)
     parts = split.clusters(weight_FD.shape[0]) * split.cluster, columns
 
     def kernel(x: jax.Array, weight: jax.Array, residual: jax.Array, norm: jax.Array) -> tuple[jax.Array, ScaledTokens]:
         out, values, squares = run(x, weight, residual, None, None, norm)
-        return out, ScaledTokens(values, squares, eps)
+        return out, ScaledTokens(BlockedTokens(values, x.shape[0]) if blocked else values, squares, eps)
 
     def composed(
         x: jax.Array, weight: jax.Array, residual: jax.Array, norm: jax.Array
     ) -> tuple[jax.Array, ScaledTokens]:
         out = reference.linear(x, weight, residual=residual)
-        return out, ScaledTokens.of(out, norm, eps, parts)
+        return out, ScaledTokens.of(out, norm, eps, parts, blocked)
 
     return lax.platform_dependent(x_TD, weight_FD, residual_TF, norm_F, cuda=kernel, default=composed)
 

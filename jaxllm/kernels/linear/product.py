@@ -94,11 +94,11 @@ class BlockedTokens:
 class ScaledTokens:
     """Activations of which an RMSNorm has been made but for one factor for each token, left to who multiplies them.
 
-    values: [T, D], times the norm's weight. squares: float32 [P, C] with C >= T, whose sums over P are those of the
-    squares of the activations, before that; those beyond T hold anything. eps: of the norm.
+    values: [T, D], times the norm's weight; they may be blocked. squares: float32 [P, C] with C >= T, whose sums over P
+    are those of the squares of the activations, before that; those beyond T hold anything. eps: of the norm.
     """
 
-    values: jax.Array
+    values: jax.Array | BlockedTokens
     squares: jax.Array
     eps: float
 
@@ -111,18 +111,22 @@ class ScaledTokens:
         return self.values.dtype
 
     @classmethod
-    def of(cls, x_TD: jax.Array, weight_D: jax.Array, eps: float, parts: tuple[int, int] = (1, 0)) -> ScaledTokens:
-        """From activations; parts: P and C, or 0 for T."""
+    def of(
+        cls, x_TD: jax.Array, weight_D: jax.Array, eps: float, parts: tuple[int, int], blocked: int = 0
+    ) -> ScaledTokens:
+        """From activations. parts: P and C. blocked: rows of the values' blocks; 0: they are not blocked."""
         T = x_TD.shape[0]
         wide = x_TD.astype(jnp.float32)
-        squares = jnp.zeros((parts[0], parts[1] or T), jnp.float32).at[0, :T].set((wide * wide).sum(axis=1))
-        return cls((wide * weight_D).astype(x_TD.dtype), squares, eps)
+        squares = jnp.zeros(parts, jnp.float32).at[0, :T].set((wide * wide).sum(axis=1))
+        values = (wide * weight_D).astype(x_TD.dtype)
+        return cls(BlockedTokens.of(values, blocked) if blocked else values, squares, eps)
 
     def plain(self) -> jax.Array:
         """What the norm makes of the activations, [T, D]."""
         T, D = self.shape
         factor = jax.lax.rsqrt(self.squares.sum(axis=0)[:T] / D + self.eps)
-        return (self.values.astype(jnp.float32) * factor[:, None]).astype(self.dtype)
+        values = self.values.plain() if isinstance(self.values, BlockedTokens) else self.values
+        return (values.astype(jnp.float32) * factor[:, None]).astype(self.dtype)
 
 
 def _swizzle(rows: int) -> jax.Array:
