@@ -69,5 +69,14 @@ DEVICE void copy_box(u32 to, const void* map, int a, int b, int c, int d, u32 ba
       "l"(map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier)
       : "memory");
 }
+// The same to every block of the cluster (cluster.cuh) whose bit of `blocks` is set: `to` and `barrier` are places in the
+// shared memory of each. All of them must have started.
+DEVICE void copy_box_to_blocks(u32 to, const void* map, int a, int b, int c, int d, u32 barrier, u32 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier), "h"((u16)blocks)
+      : "memory");
+}
 
 #endif

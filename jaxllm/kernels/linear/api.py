@@ -9,6 +9,7 @@ from jaxllm.kernels.linear import (
     cpu,
     cuda,
     fp8_cuda,
+    gated_cuda,
     narrow_cuda,
     packed,
     quantized,
@@ -120,6 +121,11 @@ def fused(
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
         return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
+    if activation is not None and residual is None:
+        try:
+            return gated_cuda.gated(x_TD, weight_FD, activation, norm)
+        except NotImplementedError:
+            pass
     if norm and activation and residual is None and takes_blocks(x_TD, weight_FD, activation):
         blocked = rows.blocked_norm(x_TD, norm, wide_cuda.rows_for(x_TD.shape[0]))
         return wide_cuda.gated(blocked, weight_FD, activation)

@@ -1,0 +1,84 @@
+"""Gated products of thousands of tokens: against float32, and beside what XLA makes of product and gate."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from kernel_rows._measure import FLOPS, Row, difference, time_call
+from kernel_rows.linear import BF16, F32, SHAPES, values, weights
+
+from jaxllm.bench.profile import record
+from jaxllm.kernels.linear import gated_cuda, reference
+from jaxllm.kernels.linear.product import Product
+from jaxllm.kernels.rows import api as rows_api
+
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""As in the engine's steps of so many tokens."""
+F, D, _ = SHAPES["gate_up"]
+PRODUCTS = 4
+RUNS = 3
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """As the engine has it without the kernel."""
+    return rows_api.gate(Product.of(reference.matmul(x, weight, BF16)), "silu")
+
+
+def ways() -> dict[str, Gated]:
+    weight = weights("gate_up")[0]
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(lambda stacked: gated_cuda.implementation(weight, "silu", stacked=stacked), (True, False))
+    return dict(zip(("stacked", "beside"), made, strict=True)) | {"xla": xla}
+
+
+def right() -> dict[str, Any]:
+    """Distance from float32 with few rows of the weight, and of the whole product from XLA's."""
+    gate_up = weights("gate_up")[0]
+    small = gate_up[: 4 * gated_cuda.COLUMNS]
+    found: dict[str, Any] = {}
+    for stacked in (True, False):
+        run = jax.jit(gated_cuda.implementation(small, "silu", stacked=stacked))
+        for T in (300, 2000):
+            x = values(1, T, D)
+            with jax.default_matmul_precision("highest"):
+                wanted = reference.linear(x.astype(F32), small.astype(F32), activation="silu")
+            found[f"{T} {stacked}"] = difference(run(x, small), wanted)
+    x = values(2, 8000, D)
+    whole, wanted = (jax.jit(way, compiler_options=OPTIONS)(x, gate_up) for way in (ways()["stacked"], xla))
+    found["whole"] = float(jnp.linalg.norm((whole - wanted).astype(F32)) / jnp.linalg.norm(wanted.astype(F32)))
+    return found | {"wrong": not max(found.values()) < 0.01}
+
+
+def chain(way: Gated, x: jax.Array, made: list[jax.Array]) -> jax.Array:
+    for weight in made:
+        x = way(x, weight)[:, :D]
+    return x
+
+
+def kernels(T: int) -> dict[str, Any]:
+    """Microseconds of each kernel, by a trace; `whole`: of one in a chain, with a copy of a part of its result."""
+    made, x = weights("gate_up")[:PRODUCTS], values(0, T, D)
+    found: dict[str, Any] = {"floor": 2 * T * F * D / FLOPS * 1e6}
+    for name, way in ways().items():
+        run = jax.jit(partial(chain, way), compiler_options=OPTIONS)
+        found[f"{name} whole"] = time_call(run, x, made, calls=len(made), seconds=0.03) * 1e6
+        with tempfile.TemporaryDirectory() as folder:
+            traced = record(folder, lambda run=run: jax.block_until_ready([run(x, made) for _ in range(RUNS)]))
+        for kernel in traced:
+            each = 1e3 * kernel.milliseconds / (RUNS * len(made))
+            if each > 1:
+                found[f"{name} {kernel.name[:24]}"] = each
+    return found
+
+
+def rows() -> Iterator[Row]:
+    yield Row("right", right)
+    for T in (8064, 8192, 2048):
+        yield Row(f"T={T}", partial(kernels, T))
