@@ -13,6 +13,7 @@ import jax
 from jax import lax
 
 from jaxllm.kernels.dense_layer import cuda as dense_cuda
+from jaxllm.kernels.dense_layer import reference as dense
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.moe_token import cuda, layer_cuda
 from jaxllm.kernels.router.cuda import Choice
@@ -139,14 +140,14 @@ class Dense(NamedTuple):
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def operands(self, kv: KVPages) -> dense_cuda.Layer:
+    def operands(self, kv: KVPages) -> dense.Layer:
         """What the kernel reads, where it has all that the layer has."""
         a, mlp = self.attention, self.mlp
         if any(bias is not None for bias in (a.out.bias, mlp.gate_up.bias, mlp.down.bias)):
             raise NotImplementedError("biases of other products than that of queries, keys and values")
         if ranks((*a.out.axes, *mlp.down.axes, *a.layout.axes("requests"))) > 1:
             raise NotImplementedError("several ranks")
-        return dense_cuda.Layer(
+        return dense.Layer(
             plain_weight(a.qkv.weight[...]),
             plain_weight(a.out.weight[...]),
             plain_weight(mlp.gate_up.weight[...]),
@@ -180,10 +181,10 @@ def dense_layers(
         raise NotImplementedError("layers with different settings")
     ((activation, scale, eps),) = settings
     each = tuple(layer.operands(kv) for layer, kv in zip(layers, pools, strict=True))
-    operands = dense_cuda.Operands(x_TD, *rope, *place[0], batch.pages_RW, batch.positions_T, each)
+    operands = dense.Operands(x_TD, *rope, *place[0], batch.pages_RW, batch.positions_T, each)
     kernel = dense_cuda.choose(operands, activation=activation, scale=scale, eps=eps)
 
-    def otherwise(operands: dense_cuda.Operands) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    def otherwise(operands: dense.Operands) -> tuple[jax.Array, tuple[KVPages, ...]]:
         x_TD, pools = parts(operands.x, [layer.kv_PYKOH for layer in operands.layers])
         return x_TD, tuple(pools)
 

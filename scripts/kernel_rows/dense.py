@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from kernel_rows._measure import Row, rate, time_call
 
-from jaxllm.kernels.dense_layer import cuda
+from jaxllm.kernels.dense_layer import cuda, reference
 
 SHAPES: dict[str, tuple[int, tuple[int, int], int, int]] = {
     # D, heads of queries and of keys and values, F, H
@@ -34,16 +34,16 @@ def right() -> dict[str, Any]:
         ((1280, (20, 4), 1792), 64, 2, False, (64, 900)),
     ):
         for tokens in contexts:
-            operands = cuda.random_operands(*shape, tokens, layers=layers, H=H, norms=more, bias=more, seed=tokens)
+            operands = reference.random_operands(*shape, tokens, layers=layers, H=H, norms=more, bias=more, seed=tokens)
             kernel = jax.jit(cuda.implementation(operands, **HOW))
             results = [jax.tree.map(np.asarray, kernel(operands)) for _ in range(5)]
             first, *others = map(jax.tree.leaves, results)
             if not all(np.array_equal(a, b) for again in others for a, b in zip(first, again, strict=True)):
                 found["not reproducible"] = f"{tokens} tokens, {shape}"
-            error = cuda.difference(operands, results[0], scale=HOW["scale"], eps=HOW["eps"])
+            error = reference.difference(operands, results[0], scale=HOW["scale"], eps=HOW["eps"])
             worst, cases = max(worst, error if error == error else np.inf), cases + 1
     # A launch of as many layers as engines have gives the bits of as many launches.
-    operands = cuda.random_operands(512, (4, 1), 768, 40, layers=36)
+    operands = reference.random_operands(512, (4, 1), 768, 40, layers=36)
     together = jax.jit(cuda.implementation(operands, **HOW))(operands)
     one = jax.jit(cuda.implementation(operands._replace(layers=operands.layers[:1]), **HOW))
     x, pools = operands.x, []
@@ -56,9 +56,9 @@ def right() -> dict[str, Any]:
     return {"difference": worst, "cases": cases + 1, "wrong": not worst < 1e-2 or bool(found), **found}
 
 
-def operands_of(shape: str, tokens: int) -> cuda.Operands:
+def operands_of(shape: str, tokens: int) -> reference.Operands:
     D, heads, F, H = SHAPES[shape]
-    return cuda.random_operands(D, heads, F, tokens, layers=CALLS, H=H)
+    return reference.random_operands(D, heads, F, tokens, layers=CALLS, H=H)
 
 
 def launches(shape: str, tokens: int, together: int, **options: Any) -> Any:
@@ -67,7 +67,7 @@ def launches(shape: str, tokens: int, together: int, **options: Any) -> Any:
     kernel = cuda.launcher(operands._replace(layers=operands.layers[:together]), **HOW, **options)
 
     @partial(jax.jit, donate_argnums=1)
-    def run(operands: cuda.Operands, pools: list[jax.Array]) -> Any:
+    def run(operands: reference.Operands, pools: list[jax.Array]) -> Any:
         x, written, times = operands.x, [], []
         layers = [layer._replace(kv_PYKOH=kv) for layer, kv in zip(operands.layers, pools, strict=True)]
         for first in range(0, CALLS, together):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.kernels.cuda import call, rtc
-from jaxllm.kernels.dense_layer import cuda
+from jaxllm.kernels.dense_layer import cuda, reference
 from tests.kernels.emulator.emulator import Kernels
 
 HOW = {"scale": 0.1, "eps": 1e-6}
@@ -58,7 +58,7 @@ CASES = [
 def test_layers_equal_xla(case, seed: int, emulated) -> None:
     """Contexts of one block and of several, widths of no whole stages, a page's last places, and no token."""
     D, N, K, H, F, tokens, page, layers, more, ring = case
-    operands = cuda.random_operands(
+    operands = reference.random_operands(
         D, (N, K), F, tokens, layers=layers, H=H, page=page, norms=more, bias=more, seed=seed
     )
     emulated[0] = seed
@@ -68,7 +68,7 @@ def test_layers_equal_xla(case, seed: int, emulated) -> None:
     given = [layer._replace(kv_PYKOH=kv) for layer, kv in zip(operands.layers, pools, strict=True)]
     given = operands._replace(layers=tuple(given))
     out, found = cuda.implementation(given, activation="silu", **HOW, **ring)(given)
-    wanted, wanted_pools = cuda.plain(operands, activation="silu", **HOW)
+    wanted, wanted_pools = reference.plain(operands, activation="silu", **HOW)
     out, wanted, start = (np.asarray(a, np.float32) for a in (out, wanted, operands.x))
     if tokens:
         assert np.linalg.norm(out - wanted) < 8e-3 * np.linalg.norm(wanted - start)
@@ -84,7 +84,7 @@ def test_layers_equal_xla(case, seed: int, emulated) -> None:
 @pytest.mark.slow
 def test_the_timeline_of_a_layer(emulated) -> None:
     """Every warp's marks follow one another, and nothing else changes."""
-    operands = cuda.random_operands(256, (2, 1), 256, 20, page=16)
+    operands = reference.random_operands(256, (2, 1), 256, 20, page=16)
     how = {"activation": "silu", "slots": 3, **HOW}
     out, _, times = cuda.launcher(operands, timeline=True, **how)(operands)
     assert np.array_equal(out, cuda.implementation(operands, **how)(operands)[0])
@@ -96,7 +96,7 @@ def test_the_timeline_of_a_layer(emulated) -> None:
 
 
 def test_what_the_kernel_cannot_do() -> None:
-    operands = jax.eval_shape(lambda: cuda.random_operands(256, (4, 2), 256, 20))
+    operands = jax.eval_shape(lambda: reference.random_operands(256, (4, 2), 256, 20))
     layer = operands.layers[0]
 
     def like(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> jax.ShapeDtypeStruct:
