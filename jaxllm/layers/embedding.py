@@ -5,14 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxllm.kernels.linear.api import matmul, num_rows, take_rows
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
+from jaxllm.layers.draw import take_block
 from jaxllm.layers.quantize import Declared, param
 from jaxllm.parallel.collectives import Axes, all_gather, exchange_rows, gather_rows, rank, ranks, sum_partial
 
 EXACT = 1 << 24
 """Integers up to this are floats of 32 bits."""
+MANY = 1 << 22
+"""Logits that take a GPU longer to read again than the small kernels take that save it."""
 
 
 class VocabTable(nnx.Module):
@@ -57,15 +61,37 @@ def vocab_logits(x_RD: jax.Array, table_VD: Weight, vocab_size: int, softcap: fl
     return logits_RV
 
 
+def _best(values_RV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest value of each row, and the lowest index that holds it; the last index if there is a NaN.
+
+    Not argmax, which XLA:CPU does not vectorise.
+    """
+    best_R = values_RV.max(axis=-1)
+    return best_R, _first(values_RV, best_R)
+
+
+def _best_of_blocks(values_RV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_best`, reading everything once: of a row only the first block that holds the maximum is read again."""
+    R, V = values_RV.shape
+    block = next((size for size in (256, 128) if V % size == 0 and size < V), V)
+    blocks_RNL = values_RV.reshape(R, V // block, block)
+    best_R, block_R = _best(blocks_RNL.max(axis=-1))
+    return best_R, block_R * block + _first(take_block(blocks_RNL, block_R), best_R)
+
+
+def _first(values_RV: jax.Array, best_R: jax.Array) -> jax.Array:
+    """The lowest index of each row with at least this value; the last one if there is none."""
+    V = values_RV.shape[1]
+    return jnp.where(values_RV >= best_R[:, None], jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=-1)
+
+
 def greedy(logits_RV: jax.Array, axes: Axes) -> jax.Array:
     """The most likely token of each row, int32 [R], from logits split over `axes`.
 
     Only each rank's maximum crosses the wire, never the logits. Ties go to the lowest token id, as on one device.
     """
-    best_R = logits_RV.max(axis=-1)
-    # Not argmax, which XLA:CPU does not vectorise: the lowest index that holds the maximum.
-    index_V = jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
-    local_R = jnp.where(logits_RV >= best_R[:, None], index_V, logits_RV.shape[1] - 1).min(axis=-1)
+    best = _best if logits_RV.size < MANY else _best_of_blocks
+    best_R, local_R = lax.platform_dependent(logits_RV, cpu=_best, default=best)
     token_R = local_R + rank(axes) * logits_RV.shape[1]
     if ranks(axes) == 1:
         return token_R
