@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from jaxllm import interrupts
 from jaxllm.bench.command import fill_parser as fill_bench_parser
 from jaxllm.options import EXIT_USAGE, MODEL_HELP, Parser
 from jaxllm.plan.command import EXAMPLES as PLAN_EXAMPLES
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif unknown:
         _parser_of(parser, args).unknown(unknown)
     try:
-        return int(args.run(args))
+        with interrupts.noticed():
+            return int(args.run(args))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `head` does
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
+        if interrupts.seen():  # this is what became of it
+            return EXIT_INTERRUPTED
         known = isinstance(error, ValueError | OSError | ImportError | NotImplementedError)
         text = " ".join(str(error).split()) or type(error).__name__
         if not known:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxllm import interrupts
 from jaxllm.config import EngineConfig
 from jaxllm.engine.request import Request, RequestParams
 from jaxllm.outputs import GenerationResult, RequestOutput
@@ -370,6 +371,7 @@ def _start_engine(config: EngineConfig) -> Engine:
     look_early()
     from jaxllm.engine.engine import Engine  # imports jax: not before there is something to start
 
+    interrupts.raise_if_seen()
     return Engine(config)
 
 

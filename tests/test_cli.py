@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -127,6 +128,25 @@ def test_an_engine_failure_is_no_usage_error(fake, capsys):
     assert "RuntimeError: the engine broke" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         main(["generate", "m", "a!", "--debug"])
+
+
+@pytest.mark.parametrize("becomes", [None, ImportError("numpy failed to import")], ids=["lost", "import-error"])
+def test_an_interrupt_that_an_import_swallows_ends_the_command(monkeypatch, capsys, becomes):
+    started = []
+
+    def swallow():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+
+    monkeypatch.setattr("jaxllm.engine.devices.look_early", swallow)
+    monkeypatch.setattr("jaxllm.engine.engine.Engine", started.append)
+    assert run("generate", "m", "abc") == 130
+    assert not started and capsys.readouterr() == ("", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run("generate", "m") == 2, "and the next command starts anew"
 
 
 def test_chat_keeps_the_conversation(fake, capsys, monkeypatch):

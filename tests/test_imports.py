@@ -33,7 +33,7 @@ LAYERS: list[list[set[str]]] = [
     [{"layers"}],
     [{"parallel"}, {"kernels"}],
     [{"config", "moe_config", "settings"}, {"sampling_params", "structured"}],
-    [{"mapping"}, {"cache"}, {"bins"}, {"formats"}, {"placement"}],
+    [{"mapping"}, {"cache"}, {"bins"}, {"formats"}, {"interrupts"}, {"placement"}],
 ]
 
 NO_JAX = [
