@@ -123,6 +123,8 @@ def rows() -> Iterator[Row]:
         yield Row(f"sweep {name}", partial(speed, llama, 192, 4, **options))
     for tokens in (1000, 8000, 32_000, 131_072):
         yield Row(f"long {llama} at {tokens} tokens", partial(speed, llama, tokens))
+    for far in (2, 4):
+        yield Row(f"long {llama} at 131072 tokens, far {far}", partial(speed, llama, 131_072, far=far))
     for shape in SHAPES:
         if shape != llama:
             yield Row(f"other {shape} at 192 tokens", partial(speed, shape, 192))

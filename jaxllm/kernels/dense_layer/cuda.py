@@ -30,6 +30,8 @@ DEPTH = 3
 """Stages of a warp on their way while it multiplies: more delay what others read."""
 LOOKAHEAD = 4
 """Stages that the second-level cache fetches for a warp that waits and whose ring is full."""
+FAR = 0
+"""Units of a warp beyond the next, of a long context, that the second-level cache fetches."""
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 """Query heads of a KV head: half of the rows of a product."""
@@ -113,11 +115,12 @@ def launcher(
     depth: int = DEPTH,
     lookahead: int = LOOKAHEAD,
     alone: int = ALONE,
+    far: int = FAR,
     timeline: bool = False,
 ) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted.
 
-    slots: of a warp's ring; None for as many as fit. depth, lookahead, alone: see DEPTH, LOOKAHEAD, ALONE.
+    slots: of a warp's ring; None for as many as fit. depth, lookahead, alone, far: see DEPTH, LOOKAHEAD, ALONE, FAR.
     """
     layers, layer = operands.layers, operands.layers[0]
     (T, D), (_, _, K, O, H), (_, F) = operands.x.shape, layer.kv_PYKOH.shape, layer.down.shape
@@ -151,7 +154,7 @@ def launcher(
         "LAYERS": len(layers), "WIDTH": D, "FFN": F, "HEADS": N, "KV": K, "HEAD_DIM": H, "O": O,
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
-        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
+        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead, "FAR": far,
         "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
         "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
