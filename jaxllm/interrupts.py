@@ -17,7 +17,7 @@ _seen = False
 
 @contextlib.contextmanager
 def noticed() -> Iterator[None]:
-    """Within, an interrupt is remembered as well as raised: in the main thread, and where nobody handles them already."""
+    """Within, an interrupt is remembered as well as raised: in the main thread, where nobody handles them already."""
     global _seen
     _seen = False
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
