@@ -1,5 +1,4 @@
-"""A decode step of one token in few launches: all layers with a gated feed-forward, a layer with experts, or the second
-half of one, by one kernel.
+"""A decode step of one token in few launches: all layers with a gated feed-forward, or with experts, by one kernel.
 
 Every function raises NotImplementedError where the layer's parts must do the work.
 """
@@ -7,6 +6,7 @@ Every function raises NotImplementedError where the layer's parts must do the wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -15,14 +15,14 @@ from jax import lax
 from jaxllm.kernels.dense_layer import cuda as dense_cuda
 from jaxllm.kernels.dense_layer import reference as dense
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
-from jaxllm.kernels.moe_token import cuda, layer_cuda
+from jaxllm.kernels.moe_token import cuda as experts_cuda
+from jaxllm.kernels.moe_token import reference as experts
 from jaxllm.kernels.router.cuda import Choice
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.linear import RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.moe import MoE
 from jaxllm.layers.norm import RMSNorm
-from jaxllm.layers.stream import settle
 from jaxllm.parallel.collectives import ranks
 from jaxllm.parallel.context import AttentionBatch, KVPages, Stripes, places
 
@@ -56,80 +56,69 @@ def choice_of(mlp: MoE, out: RowLinear, norm: RMSNorm) -> Choice:
     return Choice(router.chosen, norm.eps, router.normalise, router.sigmoid, router.scale)
 
 
-def second_half(x_TD: jax.Array, found_TD: jax.Array, out: RowLinear, norm: RMSNorm, mlp: MoE) -> jax.Array:
-    """From what attention's heads found to the layer's end: x + out(found), and the experts on its norm."""
-    if x_TD.shape[0] != 1:
-        raise NotImplementedError("more tokens than one")
-    choice, router = choice_of(mlp, out, norm), mlp.router
-    operands = cuda.Operands(
-        x_TD,
-        found_TD,
-        plain_weight(out.weight[...]),
-        norm.weight[...],
-        router.weight[...],
-        None if router.bias is None else router.bias[...],
-        plain_weight(mlp.gate_up[...]),
-        plain_weight(mlp.down[...]),
-    )
-    kernel = cuda.choose(operands, choice, activation=mlp.activation)
-
-    def parts(operands: cuda.Operands) -> jax.Array:
-        assert operands.attended is not None
-        y_TD = settle(out(operands.attended, residual=operands.x))[0]
-        return mlp(y_TD, norm, (), y_TD)[0]
-
-    return lax.platform_dependent(operands, cuda=kernel, default=parts)
+Parts = Callable[[jax.Array, list[KVPages]], tuple[jax.Array, list[KVPages]]]
+"""Layers by their parts: the residual stream and the pools, to those after them."""
 
 
-def layer(
+class Experts(NamedTuple):
+    """A layer with experts."""
+
+    norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: MoE
+
+    def operands(self, kv: KVPages) -> experts.Layer:
+        """What the kernel reads, where it has all that the layer has."""
+        a, mlp, router = self.attention, self.mlp, self.mlp.router
+        if a.qkv.bias is not None:
+            raise NotImplementedError("biases of queries, keys and values")
+        return experts.Layer(
+            self.norm.weight[...],
+            plain_weight(a.qkv.weight[...]),
+            None if a.q_norm is None else a.q_norm.weight[...],
+            None if a.k_norm is None else a.k_norm.weight[...],
+            plain_weight(a.out.weight[...]),
+            self.mlp_norm.weight[...],
+            router.weight[...],
+            None if router.bias is None else router.bias[...],
+            plain_weight(mlp.gate_up[...]),
+            plain_weight(mlp.down[...]),
+            kv,
+        )
+
+    def settings(self) -> set[tuple[str, float, Choice]]:
+        """Activation, scale on q.k, and how experts are chosen, with the epsilon of each norm."""
+        choice = choice_of(self.mlp, self.attention.out, self.mlp_norm)
+        norms = (self.norm, self.mlp_norm, self.attention.q_norm, self.attention.k_norm)
+        each = {replace(choice, eps=norm.eps) for norm in norms if norm is not None}
+        return {(self.mlp.activation, self.attention.scale, choice) for choice in each}
+
+
+def expert_layers(
     x_TD: jax.Array,
-    norms: tuple[RMSNorm, RMSNorm],
-    attention: Attention,
-    mlp: MoE,
+    layers: Sequence[Experts],
     rope: tuple[jax.Array, jax.Array],
-    kv: KVPages,
+    pools: Sequence[KVPages],
     batch: AttentionBatch,
-    upcoming: Weight | None,
-) -> tuple[jax.Array, KVPages]:
-    """A layer on the residual stream, and the written pages.
+    parts: Parts,
+) -> tuple[jax.Array, list[KVPages]]:
+    """Layers one after the other on the residual stream, and the written pages. parts: what does the same elsewhere."""
+    place = [place_of(layer.attention, kv, batch) for layer, kv in zip(layers, pools, strict=True)]
+    settings = set().union(*(layer.settings() for layer in layers))
+    if len(settings) != 1:
+        raise NotImplementedError("layers with different settings")
+    ((activation, scale, choice),) = settings
+    token = experts.Token(x_TD, *rope, *place[0], batch.pages_RW, batch.positions_T)
+    each = tuple(layer.operands(kv) for layer, kv in zip(layers, pools, strict=True))
+    operands = experts.Operands(token, each)
+    kernel = experts_cuda.choose(operands, choice, activation=activation, scale=scale)
 
-    norms: of attention and of the experts. upcoming: what the next layer makes queries, keys and values with.
-    """
-    a = attention
-    if a.qkv.bias is not None:
-        raise NotImplementedError("biases")
-    page_T, slot_T = place_of(a, kv, batch)
-    choice, router = choice_of(mlp, a.out, norms[1]), mlp.router
-    if any(norm is not None and norm.eps != choice.eps for norm in (norms[0], a.q_norm, a.k_norm)):
-        raise NotImplementedError("norms with different epsilons")
-    operands = layer_cuda.Operands(
-        x_TD,
-        norms[0].weight[...],
-        plain_weight(a.qkv.weight[...]),
-        None if a.q_norm is None else a.q_norm.weight[...],
-        None if a.k_norm is None else a.k_norm.weight[...],
-        *rope,
-        page_T,
-        slot_T,
-        batch.pages_RW,
-        batch.positions_T,
-        kv,
-        plain_weight(a.out.weight[...]),
-        norms[1].weight[...],
-        router.weight[...],
-        None if router.bias is None else router.bias[...],
-        plain_weight(mlp.gate_up[...]),
-        plain_weight(mlp.down[...]),
-        None if upcoming is None else plain_weight(upcoming),
-    )
-    kernel = layer_cuda.choose(operands, choice, activation=mlp.activation, scale=a.scale)
+    def otherwise(operands: experts.Operands) -> tuple[jax.Array, list[KVPages]]:
+        return parts(operands.token.x, [layer.kv_PYKOH for layer in operands.layers])
 
-    def parts(operands: layer_cuda.Operands) -> tuple[jax.Array, KVPages]:
-        y, kv = a(operands.x, norms[0], rope, operands.kv_PYKOH, batch, (), operands.x)
-        y_TD = settle(y)[0]
-        return mlp(y_TD, norms[1], (), y_TD)[0], kv
-
-    return lax.platform_dependent(operands, cuda=kernel, default=parts)
+    with jax.named_scope("layers"):
+        return lax.platform_dependent(operands, cuda=kernel, default=otherwise)
 
 
 class Dense(NamedTuple):
@@ -172,7 +161,7 @@ def dense_layers(
     rope: tuple[jax.Array, jax.Array],
     pools: Sequence[KVPages],
     batch: AttentionBatch,
-    parts: Callable[[jax.Array, list[KVPages]], tuple[jax.Array, list[KVPages]]],
+    parts: Parts,
 ) -> tuple[jax.Array, list[KVPages]]:
     """Layers one after the other on the residual stream, and the written pages. parts: what does the same elsewhere."""
     place = [place_of(layer.attention, kv, batch) for layer, kv in zip(layers, pools, strict=True)]

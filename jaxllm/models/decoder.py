@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.kernels.linear.quantized import Weight
 from jaxllm.layers import one_token
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.embedding import VocabTable
@@ -149,17 +148,9 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         kv: KVPages,
         batch: AttentionBatch,
-        upcoming: Weight | None = None,
     ) -> tuple[Stream, KVPages, jax.Array | None]:
-        """The layer on x, the written pages, and the tokens of each expert where they are counted.
-
-        upcoming: the weight that a layer which comes next begins with, for a kernel to fetch.
-        """
+        """The layer on x, the written pages, and the tokens of each expert where they are counted."""
         load_E = None
-        try:
-            return *self._in_one_launch(x, rope, kv, batch, upcoming), None
-        except NotImplementedError:
-            pass
         # Where there is no norm between, the product itself adds the residual.
         post_attention, post_mlp = self.post_attention_norm, self.post_mlp_norm
         with jax.named_scope("attention"):
@@ -168,17 +159,7 @@ class Block(nnx.Module):
             scaled = isinstance(self.attention, Attention) and self.attention.takes_scaled(like(x), spread)
             x_TD, y_TD, norm = self.input_norm.settle(x, quantised=quantised, scaled=scaled)
             residual = x_TD if post_attention is None else None
-            if isinstance(self.attention, Attention) and isinstance(self.mlp, MoE):
-                found_TD, kv = self.attention.heads_of(y_TD, norm, rope, kv, batch, spread)
-                try:
-                    if spread or post_attention is not None or post_mlp is not None:
-                        raise NotImplementedError("spread tokens, or norms of the halves' results")
-                    out, mlp = self.attention.out, self.mlp
-                    return one_token.second_half(x_TD, found_TD, out, self.mlp_norm, mlp), kv, None
-                except NotImplementedError:
-                    x = self.attention.out(found_TD, spread, residual=residual)
-            else:
-                x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
+            x, kv = self.attention(y_TD, norm, rope, kv, batch, spread, residual)
             x = x if post_attention is None else x_TD + post_attention(settle(x)[0])
         with jax.named_scope("mlp"):
             tokens = spread or self.layout.axes("requests")
@@ -200,29 +181,14 @@ class Block(nnx.Module):
             x = x if post_mlp is None else x_TD + post_mlp(settle(x)[0])
         return x, kv, load_E
 
-    def _in_one_launch(
-        self,
-        x: Stream,
-        rope: tuple[jax.Array, jax.Array],
-        kv: KVPages,
-        batch: AttentionBatch,
-        upcoming: Weight | None,
-    ) -> tuple[jax.Array, KVPages]:
-        """`__call__` by one kernel. Raises NotImplementedError where there is none."""
-        if not isinstance(self.mlp, MoE) or not isinstance(self.attention, Attention) or not isinstance(x, jax.Array):
-            raise NotImplementedError("no experts, latents, or a sum that is still to be made")
-        if self.post_attention_norm is not None or self.post_mlp_norm is not None:
-            raise NotImplementedError("norms of the halves' results")
-        norms = (self.input_norm, self.mlp_norm)
-        with jax.named_scope("layer"):
-            return one_token.layer(x, norms, self.attention, self.mlp, rope, kv, batch, upcoming)
-
-    def dense(self) -> one_token.Dense:
+    def for_one_token(self) -> one_token.Dense | one_token.Experts:
         """The layer, for a kernel of several. Raises NotImplementedError where it has what none of these has."""
-        if not isinstance(self.mlp, GatedMLP) or not isinstance(self.attention, Attention):
-            raise NotImplementedError("experts or latents")
+        if not isinstance(self.attention, Attention):
+            raise NotImplementedError("latents")
         if self.post_attention_norm is not None or self.post_mlp_norm is not None:
             raise NotImplementedError("norms of the halves' results")
+        if isinstance(self.mlp, MoE):
+            return one_token.Experts(self.input_norm, self.attention, self.mlp_norm, self.mlp)
         return one_token.Dense(self.input_norm, self.attention, self.mlp_norm, self.mlp)
 
     def _valid(self, batch: AttentionBatch, spread: Axes, rows: int) -> jax.Array:
@@ -292,9 +258,15 @@ class Decoder(nnx.Module):
             stream, written, _ = self._one_by_one(x, pools, batch)
             return settle(stream)[0], written
 
-        layers = [layer.dense() for layer in self.layers]
+        layers = [layer.for_one_token() for layer in self.layers]
+        experts = [layer for layer in layers if isinstance(layer, one_token.Experts)]
+        dense = [layer for layer in layers if isinstance(layer, one_token.Dense)]
         rope = cos_sin(self.cfg.rope, self.cfg.rope_dim, batch.positions_T)
-        return one_token.dense_layers(x, layers, rope, pools, batch, parts)
+        if experts and dense:
+            raise NotImplementedError("layers of two kinds")
+        if experts:
+            return one_token.expert_layers(x, experts, rope, pools, batch, parts)
+        return one_token.dense_layers(x, dense, rope, pools, batch, parts)
 
     def _one_by_one(
         self, stream: Stream, pools: list[KVPages], batch: AttentionBatch
@@ -303,25 +275,15 @@ class Decoder(nnx.Module):
         cfg = self.cfg
         ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
         written, loads = [], []
-        for i, (layer, pages, window) in enumerate(zip(self.layers, pools, self.windows, strict=True)):
+        for layer, pages, window in zip(self.layers, pools, self.windows, strict=True):
             config = cfg.local_rope if window is not None and cfg.local_rope is not None else cfg.rope
             if config not in ropes:
                 ropes[config] = cos_sin(config, cfg.rope_dim, batch.positions_T)
-            upcoming = self._upcoming(i + 1) if batch.tokens == 1 else None
             split = nnx.split(layer)
-            stream, pages, load_E = _run_block(
-                *split, current_exchange(), stream, ropes[config], pages, batch, upcoming
-            )
+            stream, pages, load_E = _run_block(*split, current_exchange(), stream, ropes[config], pages, batch)
             written.append(pages)
             loads += [] if load_E is None else [load_E]
         return stream, written, loads
-
-    def _upcoming(self, i: int) -> Weight | None:
-        """What layer i begins with, if there is one with experts."""
-        if i == len(self.layers) or not isinstance(self.layers[i].mlp, MoE):
-            return None
-        attention = self.layers[i].attention
-        return attention.qkv.weight[...] if isinstance(attention, Attention) else None
 
     def _embed(self, tokens_T: jax.Array) -> jax.Array:
         assert self.embed is not None
@@ -340,10 +302,10 @@ class Decoder(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0, inline=False)
-def _run_block(graph, state, exchange, x, rope, kv, batch, upcoming):  # type: ignore[no-untyped-def]
+def _run_block(graph, state, exchange, x, rope, kv, batch):  # type: ignore[no-untyped-def]
     """One layer as a function of its weights: alike layers are traced and lowered once, and unrolled by XLA."""
     with exchanging(exchange):
-        return nnx.merge(graph, state)(x, rope, kv, batch, upcoming)
+        return nnx.merge(graph, state)(x, rope, kv, batch)
 
 
 def param_specs(cfg: ModelConfig, layout: Layout) -> dict[str, ParamSpec]:

@@ -16,7 +16,7 @@ from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.linear.quantized import Weight, quantize
 from jaxllm.kernels.moe_token import cuda as one_token
-from jaxllm.kernels.moe_token import layer_cuda as one_layer
+from jaxllm.kernels.moe_token import reference as layers
 from jaxllm.kernels.router import cuda as router
 
 BF16 = jnp.bfloat16
@@ -156,113 +156,82 @@ def right() -> dict[str, Any]:
     return {"difference": worst, "cases": count, "wrong": not worst < 6e-3 or bool(found), **found}
 
 
-A = {"qwen3-30b-a3b": 4096, "mixtral-8x7b": 4096}
-"""What attention's heads give to the output product."""
-
-
-def token_right() -> dict[str, Any]:
-    """One token to the end of its layer, by one kernel, against float32; the same each time it runs."""
-    found: dict[str, Any] = {}
-    worst = 0.0
-    cases = (
-        ((4096, 2048, 128, 768), router.Choice(8, 1e-6)),
-        ((256, 256, 33, 256), router.Choice(5, 1e-6, sigmoid=True, scale=2.5)),
-    )
-    for sizes, choice in cases:
-        for seed in range(2):
-            operands = one_token.random_operands(*sizes, bias=choice.sigmoid, seed=seed)
-            kernel = jax.jit(one_token.implementation(operands, choice, activation="silu"))
-            results = [np.asarray(kernel(operands)) for _ in range(20)]
-            if not all(np.array_equal(results[0], result) for result in results):
-                found["not reproducible"] = f"{sizes} seed {seed}"
-            error = one_token.difference(operands, results[0], choice)
-            worst = max(worst, error if error == error else np.inf)
-    return {"difference": worst, "cases": 2 * len(cases), "wrong": not worst < 6e-3 or bool(found), **found}
-
-
-def token_speed(shape: str, attended: bool = True, **options: Any) -> dict[str, Any]:
-    """Of the second half of a layer at one token, each call after the one before and with a router of its own."""
-    E, X, D, F = SHAPES[shape]
-    calls = 8
-    operands = one_token.random_operands(A[shape] if attended else 0, D, E, F)
-    choice = router.Choice(X, 1e-6)
-    kernel = one_token.implementation(operands, choice, activation="silu", **options)
-    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
-
-    def chain(operands: one_token.Operands, routers: jax.Array) -> jax.Array:
-        for weight in routers:
-            operands = operands._replace(x=kernel(operands._replace(router=weight)))
-        return operands.x
-
-    seconds = time_call(jax.jit(chain), operands, routers, calls=calls)
-    moved = 2 * D * (A[shape] * attended + E + X * 3 * F)
-    return rate(seconds, moved=moved)
-
-
 HEADS = {"qwen3-30b-a3b": (32, 4), "mixtral-8x7b": (32, 8)}
 """Of queries, and of keys and values."""
-QK_SCALE = one_layer.HEAD_DIM**-0.5
+QK_SCALE = one_token.HEAD_DIM**-0.5
 
 
-def layer_right() -> dict[str, Any]:
-    """A token through a whole layer by one kernel, against float32; the same each time it runs."""
+def layers_right() -> dict[str, Any]:
+    """A token through three layers by one kernel, against float32; the same each time it runs, and layer by layer."""
     found: dict[str, Any] = {}
     worst, cases = 0.0, 0
+    how: dict[str, Any] = {"activation": "silu", "scale": QK_SCALE}
     choice = router.Choice(8, 1e-6)
-    for heads, norms, contexts in (((32, 4), True, (1, 129, 3000)), ((16, 8), False, (513,))):
-        for tokens in contexts:
-            operands = one_layer.random_operands(2048, heads, 64, 768, tokens, norms=norms, seed=tokens)
-            kernel = jax.jit(one_layer.implementation(operands, choice, activation="silu", scale=QK_SCALE))
-            results = [[np.asarray(array) for array in kernel(operands)] for _ in range(5)]
-            if not all(np.array_equal(a, b) for again in results for a, b in zip(results[0], again, strict=True)):
+    for heads, norms, tokens in (((32, 4), True, 129), ((32, 4), True, 3000), ((16, 8), False, 513)):
+        operands = layers.random_operands(2048, heads, 64, 768, tokens, layers=3, norms=norms, seed=tokens)
+        together, alone = (one_token.implementation(operands, choice, most=most, **how) for most in (3, 1))
+        kernel = jax.jit(together)
+        results = [jax.tree.map(np.asarray, each(operands)) for each in (kernel, kernel, kernel, jax.jit(alone))]
+        for again in results[1:]:
+            if not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (results[0], again)), strict=True)):
                 found["not reproducible"] = f"{tokens} tokens, {heads} heads"
-            error = one_layer.difference(operands, (results[0][0], results[0][1]), choice, QK_SCALE)
-            worst, cases = max(worst, error if error == error else np.inf), cases + 1
+        first = layers.Operands(operands.token, operands.layers[:1])
+        one = jax.jit(one_token.implementation(first, choice, **how))(first)
+        error = layers.difference(first, one, choice, QK_SCALE)
+        worst, cases = max(worst, error if error == error else np.inf), cases + 1
     return {"difference": worst, "cases": cases, "wrong": not worst < 1e-2 or bool(found), **found}
 
 
-def layer_speed(shape: str, tokens: int, **options: Any) -> dict[str, Any]:
-    """Of a layer at one token, each call after the one before and with a router of its own."""
+@cache
+def many_layers(shape: str, tokens: int, count: int) -> layers.Operands:
+    """Layers with weights of their own, but for the experts', which they share four by four."""
+    E, _, D, F = SHAPES[shape]
+    few = layers.random_operands(D, HEADS[shape], E, F, tokens, layers=min(4, count))
+    pages = few.layers[0].kv_PYKOH
+    each = []
+    for i in range(count):
+        layer = few.layers[i % len(few.layers)]
+        keys = jax.random.split(jax.random.key(i), 3)
+        qkv, output, of_router = (
+            jax.random.normal(key, a.shape, BF16) * a.shape[1] ** -0.5
+            for key, a in zip(keys, (layer.qkv, layer.output, layer.router), strict=True)
+        )
+        each.append(layer._replace(qkv=qkv, output=output, router=4 * of_router, kv_PYKOH=pages + 0))
+    return layers.Operands(few.token, tuple(each))
+
+
+def layers_speed(shape: str, tokens: int, count: int = 12, **options: Any) -> dict[str, Any]:
+    """Of a layer among `count` of them that a token goes through."""
     E, X, D, F = SHAPES[shape]
-    (N, K), H, calls = HEADS[shape], one_layer.HEAD_DIM, 8
-    operands = one_layer.random_operands(D, (N, K), E, F, tokens)
-    operands = operands._replace(upcoming=operands.qkv)
-    kernel = one_layer.implementation(operands, router.Choice(X, 1e-6), activation="silu", scale=QK_SCALE, **options)
-    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
+    (N, K), H = HEADS[shape], one_token.HEAD_DIM
+    operands = many_layers(shape, tokens, count)
+    kernel = one_token.implementation(operands, router.Choice(X, 1e-6), activation="silu", scale=QK_SCALE, **options)
+    token, each = operands
+    pools = [layer.kv_PYKOH + 0 for layer in each]
 
-    def chain(operands: one_layer.Operands, routers: jax.Array) -> jax.Array:
-        for weight in routers:
-            x, kv = kernel(operands._replace(router=weight))
-            operands = operands._replace(x=x, kv_PYKOH=kv)
-        return operands.x
+    @partial(jax.jit, donate_argnums=1)
+    def run(operands: layers.Operands, pools: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        pairs = zip(operands.layers, pools, strict=True)
+        return kernel(layers.Operands(operands.token, tuple(a._replace(kv_PYKOH=kv) for a, kv in pairs)))
 
-    seconds = time_call(jax.jit(chain), operands, routers, calls=calls)
+    def program(operands: layers.Operands) -> jax.Array:
+        out, pools[:] = run(operands, pools)  # written in place
+        return out
+
+    weights = layers.Operands(token, tuple(layer._replace(kv_PYKOH=token.x) for layer in each))
+    seconds = time_call(program, weights, calls=count)
     moved = 2 * (D * ((2 * N + 2 * K) * H + E + X * 3 * F) + 2 * K * H * tokens)
     return rate(seconds, moved=moved)
 
 
-def layer_timeline(tokens: int) -> dict[str, Any]:
+def layers_timeline(tokens: int, count: int = 12, **options: Any) -> dict[str, Any]:
     """Where the time of a layer goes: of each phase the shortest, the median and the longest of all warps, in us."""
-    E, X, D, F = SHAPES["qwen3-30b-a3b"]
-    calls = 8
-    operands = one_layer.random_operands(D, HEADS["qwen3-30b-a3b"], E, F, tokens)
-    operands = operands._replace(upcoming=operands.qkv)
-    choice = router.Choice(X, 1e-6)
-    kernel = one_layer.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True)
-    routers = jax.random.normal(jax.random.key(1), (calls, E, D), BF16)
-
-    @jax.jit
-    def chain(operands: one_layer.Operands, routers: jax.Array) -> list[jax.Array]:
-        found = []
-        for weight in routers:
-            x, kv, times = kernel(operands._replace(router=weight))
-            operands = operands._replace(x=x, kv_PYKOH=kv)
-            found.append(times)
-        return found
-
-    for _ in range(20):
-        times = chain(operands, routers)
-    found = one_layer.phases(np.stack(jax.device_get(times))[2:])
+    shape = "qwen3-30b-a3b"
+    operands, choice = many_layers(shape, tokens, count), router.Choice(SHAPES[shape][1], 1e-6)
+    kernel = jax.jit(one_token.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True, **options))
+    for _ in range(10):
+        times = kernel(operands)[2]
+    found = one_token.phases(np.asarray(times)[1:-1])
     for name, three in found.items():
         print(f"    {name:20}" + "".join(f"{us:8.2f}" for us in three))
     return {"us": found["all"][1]}
@@ -270,18 +239,17 @@ def layer_timeline(tokens: int) -> dict[str, Any]:
 
 def rows() -> Iterator[Row]:
     yield Row("right", right)
-    yield Row("token right", token_right)
-    for shape in A:
-        yield Row(f"token {shape}", partial(token_speed, shape))
-    yield Row("layer right", layer_right)
-    for tokens in (192, 1000):
-        yield Row(f"layer timeline at {tokens} tokens", partial(layer_timeline, tokens))
-    for tokens in (192, 1000, 4000, 32_000):
-        yield Row(f"layer qwen3-30b-a3b at {tokens} tokens", partial(layer_speed, "qwen3-30b-a3b", tokens))
-    yield Row("layer qwen3-30b-a3b at 1000 tokens, alone", partial(layer_speed, "qwen3-30b-a3b", 1000, alone=8))
-    yield Row("layer mixtral-8x7b at 192 tokens", partial(layer_speed, "mixtral-8x7b", 192))
-    yield Row("token qwen3-30b-a3b without the output product", partial(token_speed, "qwen3-30b-a3b", False))
-    yield Row("token qwen3-30b-a3b with short rings", partial(token_speed, "qwen3-30b-a3b", slots=4))
+    yield Row("layers right", layers_right)
+    qwen3 = partial(layers_speed, "qwen3-30b-a3b")
+    yield Row("layers qwen3-30b-a3b at 192 tokens", partial(qwen3, 192))
+    yield Row("layers timeline at 192 tokens", partial(layers_timeline, 192))
+    yield Row("layers qwen3-30b-a3b at 192 tokens, one a launch", partial(qwen3, 192, most=1))
+    for tokens in (1000, 4000, 32_000):
+        yield Row(f"layers qwen3-30b-a3b at {tokens} tokens", partial(qwen3, tokens))
+    yield Row("layers qwen3-30b-a3b at 1000 tokens, alone", partial(qwen3, 1000, alone=8))
+    many_layers.cache_clear()
+    yield Row("layers mixtral-8x7b at 192 tokens", partial(layers_speed, "mixtral-8x7b", 192, count=4))
+    many_layers.cache_clear()
     for T in (1, 64, 256):
         yield Row(f"router and one more kernel T={T}", partial(route, T))
     for shape, tokens in TOKENS.items():

@@ -13,8 +13,7 @@ from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import fp8_cuda, gated_cuda, narrow_cuda, quantized_cuda, wide_cuda
-from jaxllm.kernels.moe_token import cuda as moe_token
-from jaxllm.kernels.moe_token import layer_cuda as moe_layer
+from jaxllm.kernels.moe_token import cuda as moe_layers
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
 from jaxllm.kernels.router import cuda as router
@@ -78,8 +77,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}
-        one_token = {moe_token.KERNEL: moe_token.check, moe_layer.KERNEL: moe_layer.check}
-        checks |= {name: check for name, check in one_token.items() if moe_token.wanted(name)}
+        checks[moe_layers.KERNEL] = moe_layers.check
     if experts and quantized:
         for module in (experts_cuda, ring_cuda, tiles_cuda):
             checks[module.QUANTIZED] = module.check_quantized

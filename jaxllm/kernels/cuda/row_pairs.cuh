@@ -30,6 +30,9 @@ template <class Product>
 DEVICE constexpr int stages_at(const Product&, int) { return stages_of<Product>(); }
 template <class Product>
 DEVICE constexpr int second_inputs(const Product&, int) { return 0; }
+// How many items are copied: a product that is not there after all may have none.
+template <class Product>
+DEVICE constexpr int items_of(const Product&) { return Product::ITEMS; }
 
 // How far the copies of a warp are.
 struct RingPlace {
@@ -54,7 +57,7 @@ struct Ring : RingPlace {
     item = warp * BLOCKS + blockIdx.x;
     stage = filled = emptied = 0;
     once = read_once();
-    on_second = item >= First::ITEMS;
+    on_second = item >= items_of(first);
 #pragma unroll 1
     for (int i = 0; i < DEPTH; ++i) bring();
   }
@@ -62,7 +65,7 @@ struct Ring : RingPlace {
   DEVICE Ring(const First& first, const Second& second, const RingPlace& place)
       : RingPlace(place), first(first), second(second) {
     on_second = false;
-    if (item >= First::ITEMS) to_second();
+    if (item >= items_of(first)) to_second();
   }
   // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
   DEVICE void fill() {
@@ -75,7 +78,7 @@ struct Ring : RingPlace {
 
   template <class Product>
   DEVICE bool copy(const Product& product) {
-    if (item >= Product::ITEMS) return true;
+    if (item >= items_of(product)) return true;
     const u32 to = shared_address(slots + filled * SLOT);
     if (stage == 0)
 #pragma unroll
@@ -97,7 +100,7 @@ struct Ring : RingPlace {
       stage = 0;
       item += WORKERS;
     }
-    return item >= Product::ITEMS;
+    return item >= items_of(product);
   }
   // Copies one stage; where there is no more, a group of copies that has none.
   DEVICE void bring() {

@@ -17,26 +17,18 @@ constexpr float MASKED = -1e30f;
 constexpr int KEY_PARTS = H / 32, VALUE_PARTS = H / 64;  // of 16 bytes for a lane
 static_assert(H == 64 || H == 128, "heads");
 
-// By a warp: a head of the token, as soon as it is told, normed and rotated where it has to be.
-DEVICE void prepare_head(
-    const u32* from, u16* to, u16* also, const float* norm, const float* cosine, const float* sine, bool rotates, float eps
-) {
+// A lane's part of a norm over a head, and of the angles' cosines and sines.
+struct Turn {
+  float2 weight[2], cosine, sine;
+};
+// By a warp: a head of the token, normed and rotated where it has to be. told: its two halves.
+DEVICE void prepare_head(const uint2* told, u16* to, u16* also, const Turn& turn, bool rotates, float eps) {
   const int lane = threadIdx.x % (H / 4);  // of a head of 64 numbers, two lanes have the same
   u32 two[2];
   float x[2][2];
-  float2 weight[2] = {}, c = {}, s = {};
-  if (rotates) {  // on its way with the head
-    c = __ldg((const float2*)cosine + lane);
-    s = __ldg((const float2*)sine + lane);
-    if (NORM_HEADS)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) weight[half] = __ldg((const float2*)norm + half * H / 4 + lane);
-  }
-  uint2 words[2];
-  collect(words, [&](int half) { return from + half * H / 2 + lane * 2; });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    two[half] = two_of(words[half]);
+    two[half] = two_of(told[half]);
     x[half][0] = low_of(two[half]);
     x[half][1] = high_of(two[half]);
   }
@@ -48,12 +40,13 @@ DEVICE void prepare_head(
       const float factor = rsqrtf(sum / H + eps);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const u32 normed = pack_bf16(x[half][0] * factor * weight[half].x, x[half][1] * factor * weight[half].y);
+        const u32 normed = pack_bf16(x[half][0] * factor * turn.weight[half].x, x[half][1] * factor * turn.weight[half].y);
         x[half][0] = low_of(normed);
         x[half][1] = high_of(normed);
       }
     }
     const float a[2] = {x[0][0], x[0][1]}, b[2] = {x[1][0], x[1][1]};
+    const float2 c = turn.cosine, s = turn.sine;
     x[0][0] = a[0] * c.x - b[0] * s.x;
     x[0][1] = a[1] * c.y - b[1] * s.y;
     x[1][0] = b[0] * c.x + a[0] * s.x;
@@ -82,7 +75,7 @@ DEVICE void prefetch_pages(const int* pages, const u16* pool, int tokens, int pa
 DEVICE void attend(
     u8* shared, u32* words, const float* q_norm, const float* k_norm, const float* cosine, const float* sine,
     const int* page, const int* slot, const int* pages, u16* pool, float* found, float* sums, int tokens, int part,
-    int parts, const Timeline& timeline
+    int parts, const Timeline& timeline, u32 mark = TOLD
 ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int head = blockIdx.x % KV, units = (tokens + UNIT - 1) / UNIT, step = parts * WARPS;
@@ -122,17 +115,37 @@ DEVICE void attend(
     load_values(keys, first);
   }
 
-  // The block with the last unit writes the new key and value, before it reads any.
+  // The block with the last unit writes the new key and value, before it reads any. A warp waits for all its heads at once.
   const bool writes = units ? (units - 1) / WARPS % parts == part : part == 0;
-#pragma unroll 1
-  for (int i = warp; i < GROUP + (writes ? 2 : 0); i += WARPS) {
-    const bool is_query = i < GROUP, is_key = i == GROUP;
-    const int of = is_query ? head * GROUP + i : HEADS + (is_key ? 0 : KV) + head;
-    const size_t place = (((size_t)__ldg(page) * 2 + (is_key ? 0 : 1)) * KV + head) * O + __ldg(slot);
-    prepare_head(
-        words + TOLD_QKV + of * H, is_query ? queries + i * WIDE : pool + place * H,
-        is_query ? nullptr : new_ones + (i - GROUP) * H, is_query ? q_norm : k_norm, cosine, sine, is_query || is_key, EPS
-    );
+  const int heads = GROUP + (writes ? 2 : 0);
+  constexpr int EACH = (GROUP + 2 + WARPS - 1) / WARPS;
+  if (warp < heads) {
+    const size_t place = ((size_t)__ldg(page) * 2 * KV + head) * O + __ldg(slot);
+    auto number = [&](int n) { return min(warp + n * WARPS, heads - 1); };
+    const int pair = lane % (H / 4);
+    Turn turn[EACH];
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      turn[n].cosine = __ldg((const float2*)cosine + pair);
+      turn[n].sine = __ldg((const float2*)sine + pair);
+      if (NORM_HEADS)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          turn[n].weight[half] = __ldg((const float2*)(number(n) < GROUP ? q_norm : k_norm) + half * H / 4 + pair);
+    }
+    uint2 told[2 * EACH];
+    collect(told, [&](int i) {
+      const int of = number(i / 2);
+      const int row = of < GROUP ? head * GROUP + of : HEADS + (of - GROUP) * KV + head;
+      return words + TOLD_QKV + row * H + i % 2 * H / 2 + pair * 2;
+    }, mark);
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int of = warp + n * WARPS;
+      if (of >= heads) break;
+      u16* const to = of < GROUP ? queries + of * WIDE : pool + (place + (size_t)(of - GROUP) * KV * O) * H;
+      prepare_head(told + 2 * n, to, of < GROUP ? nullptr : new_ones + (of - GROUP) * H, turn[n], of <= GROUP, EPS);
+    }
   }
   __syncthreads();
   timeline.mark(3);
@@ -253,7 +266,7 @@ DEVICE void attend(
     }
     if (parts == 1) {
       const float inverse = total > 0.f ? 1.f / total : 0.f;
-      tell(words + TOLD_HEADS + (head * GROUP + m) * H + dim, words_of(pack_bf16(x * inverse, y * inverse)));
+      tell(words + TOLD_HEADS + (head * GROUP + m) * H + dim, words_of(pack_bf16(x * inverse, y * inverse), mark));
     } else {
       const size_t of = (size_t)blockIdx.x * GROUP + m;
       *(float2*)(found + of * H + dim) = make_float2(x, y);
@@ -263,7 +276,7 @@ DEVICE void attend(
 }
 
 // The parts of the heads that this block merges.
-DEVICE void merge(const float* found, const float* sums, u32* words, int parts) {
+DEVICE void merge(const float* found, const float* sums, u32* words, int parts, u32 mark = TOLD) {
   for (int head = blockIdx.x; head < HEADS; head += BLOCKS) {
     const int m = head % GROUP, kv = head / GROUP;
     for (int dim = threadIdx.x; dim < H; dim += THREADS) {
@@ -278,7 +291,7 @@ DEVICE void merge(const float* found, const float* sums, u32* words, int parts) 
         total += __ldcg(sums + of * 2 + 1) * by;
         x += __ldcg(found + of * H + dim) * by;
       }
-      tell(words + TOLD_HEADS + head * H + dim, pack_bf16(x / total, 0.f) & 0xffff | TOLD);
+      tell(words + TOLD_HEADS + head * H + dim, word_of(pack_bf16(x / total, 0.f), mark));
     }
   }
 }

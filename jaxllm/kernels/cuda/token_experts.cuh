@@ -1,72 +1,125 @@
-// Norms of the residual stream and the choice of experts for one token, in moe_layer.cu.
+// The residual stream, the scores of experts and the choice among them for one token, in moe_layers.cu.
 #pragma once
 #include "moe_layer.cuh"
 
-// Waits for the stream after attention; what its norm makes of it goes to shared memory, and this block's scores are told.
-// route: the router's rows of them, as NormWeight has a norm's.
-DEVICE void score_experts(
-    u8* shared, u32* words, const NormWeight& weight, const uint4 (&route)[ROUTED][NormWeight::EACH],
+// A thread's part of the residual stream: what is in memory, or what blocks tell.
+struct Stream {
+  static constexpr int EACH = NormWeight::EACH;
+  uint4 x[EACH];
+
+  DEVICE void load(const u16* stream) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int at = threadIdx.x + i * THREADS;
+      x[i] = at < WIDTH / 8 ? load_kept((const uint4*)stream + at) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  DEVICE void wait(const u32* words, u32 mark) {
+    uint4 told[2 * EACH];
+    collect(told, [&](int i) {
+      return words + 8 * min((int)threadIdx.x + i / 2 * THREADS, WIDTH / 8 - 1) + i % 2 * 4;
+    }, mark);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const uint4 a = told[2 * i], b = told[2 * i + 1];
+      x[i] = make_uint4(two_of(a.x, a.y), two_of(a.z, a.w), two_of(b.x, b.y), two_of(b.z, b.w));
+      if (threadIdx.x + i * THREADS >= WIDTH / 8) x[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  // By all threads: the stream to shared memory, as it is and times the norm's weight. Returns what the norm multiplies it
+  // with besides, which goes to the results of products: so there is one barrier, and not two.
+  DEVICE float norm(u8* shared, const NormWeight& weight) const {
+    float* const squares = (float*)(shared + SQUARES_AT);
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int at = threadIdx.x + i * THREADS;
+      const float4 a = weight.low[i], b = weight.high[i];
+      sum += square(x[i].x) + square(x[i].y) + square(x[i].z) + square(x[i].w);
+      if (at >= WIDTH / 8) continue;
+      ((uint4*)(shared + STREAM_AT))[at] = x[i];
+      ((uint4*)(shared + NORMED_AT))[at] = make_uint4(
+          scaled(x[i].x, a.x, a.y), scaled(x[i].y, a.z, a.w), scaled(x[i].z, b.x, b.y), scaled(x[i].w, b.z, b.w)
+      );
+    }
+#pragma unroll
+    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += squares[w];
+    return rsqrtf(sum / WIDTH + EPS);
+  }
+};
+
+// A warp's part of the router's products, of the two numbers of the stream that it makes: so the scores are there as soon as
+// the stream is, but for the factor of its norm. Lane l has experts l, l + 32, and so on.
+struct Scores {
+  const u16* router;
+  const float* norm;
+  int mine;  // the warp's first item, whose weights come ahead
+  float2 weight;
+  u32 route[PER_LANE];
+  float sum[PER_LANE];
+
+  DEVICE Scores(const u16* router, const float* norm) : router(router), norm(norm) {
+    mine = threadIdx.x / 32 * BLOCKS + blockIdx.x;
+    const int item = min(mine, WIDTH / 2 - 1);
+    weight = __ldg((const float2*)norm + item);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      route[i] = route_of(i, item);
+      sum[i] = 0.f;
+    }
+  }
+  DEVICE u32 route_of(int i, int item) const {
+    const int expert = min(i * 32 + (int)threadIdx.x % 32, EXPERTS - 1);
+    return __ldg((const u32*)(router + (size_t)expert * WIDTH) + item);
+  }
+  // two: numbers of the stream.
+  DEVICE void add(int item, u32 two) {
+    const bool ahead = item == mine || WIDTH / 2 <= WORKERS;
+    const float2 of = ahead ? weight : __ldg((const float2*)norm + item);
+    const float x = low_of(two) * of.x, y = high_of(two) * of.y;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const u32 by = ahead ? route[i] : route_of(i, item);
+      sum[i] += x * low_of(by) + y * high_of(by);
+    }
+  }
+  // By all threads: adds what the block's warps have to the sums of all blocks.
+  DEVICE void tell_all(u8* shared, u64* sums) const {
+    float* const parts = (float*)(shared + RESULTS_AT);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) parts[(warp * PER_LANE + i) * 32 + lane] = sum[i];
+    __syncthreads();
+    for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) {
+      float all = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) all += parts[w * PER_LANE * 32 + expert];
+      add_to_sum(sums + sum_at(expert), all);
+    }
+  }
+};
+
+// Waits for the sums of scores, which are multiplied with `factor`, and chooses as `choose` does: an expert's place is the
+// number of those before it. All threads have `chosen` afterwards; weights are what weigh_expert makes weights of.
+DEVICE void choose_by_block(
+    u8* shared, const u64* sums, float factor, const float* __restrict__ bias, int* chosen, float* weights,
     const Timeline& timeline
 ) {
-  constexpr int EACH = NormWeight::EACH;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint4* const inputs = (uint4*)(shared + INPUTS_AT);
-  float* const parts = (float*)(shared + RESULTS_AT);  // [ROUTED, WARPS]
-  uint4 told[2 * EACH], x[EACH];
-  collect(told, [&](int i) {
-    return words + TOLD_STREAM + 8 * min((int)threadIdx.x + i / 2 * THREADS, WIDTH / 8 - 1) + i % 2 * 4;
-  });
-  timeline.mark(8);
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const uint4 a = told[2 * i], b = told[2 * i + 1];
-    x[i] = make_uint4(two_of(a.x, a.y), two_of(a.z, a.w), two_of(b.x, b.y), two_of(b.z, b.w));
-    if (threadIdx.x + i * THREADS >= WIDTH / 8) x[i] = make_uint4(0, 0, 0, 0);
-  }
-  const float by = norm_factor((float*)(shared + SQUARES_AT), x);
-  float score[ROUTED] = {};
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const int at = threadIdx.x + i * THREADS;
-    const uint4 y = normed(x[i], weight, i, by);
-    if (at < WIDTH / 8) inputs[at] = y;
-#pragma unroll
-    for (int r = 0; r < ROUTED; ++r) score[r] += dot(route[r][i], y);
-  }
-  timeline.mark(9);
-#pragma unroll
-  for (int r = 0; r < ROUTED; ++r) {
-#pragma unroll
-    for (int by = 16; by; by /= 2) score[r] += __shfl_xor_sync(~0u, score[r], by);
-    if (lane == 0) parts[r * WARPS + warp] = score[r];
-  }
-  __syncthreads();
-  const int expert = blockIdx.x + threadIdx.x * BLOCKS;
-  if (threadIdx.x < ROUTED && expert < EXPERTS) {
-    float all = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) all += parts[threadIdx.x * WARPS + w];
-    tell(words + TOLD_SCORES + 2 * expert, words_of(__float_as_uint(all)));
-  }
-  timeline.mark(10);
-}
-
-// Waits for the scores, and chooses as `choose` does: an expert's place is the number of those before it. All threads have
-// `chosen` afterwards; weights are what weigh_experts makes weights of.
-DEVICE void choose_by_block(
-    u8* shared, const u32* words, const float* __restrict__ bias, int* chosen, float* weights, const Timeline& timeline
-) {
   constexpr int SHARES = shares_of(THREADS / EXPERTS), GROUPS = (EXPERTS + 3) / 4;  // of four experts
-  u32* const keys = (u32*)(shared + RESULTS_AT + (ROUTED * WARPS * 4 + 15) / 16 * 16);
-  float* const scores = (float*)(keys + GROUPS * 4);
+  u32* const keys = (u32*)(shared + KEYS_AT);
+  float* const scores = (float*)(shared + SCORES_AT);
   for (int expert = threadIdx.x; expert < GROUPS * 4; expert += THREADS) {
     if (expert >= EXPERTS) {
       keys[expert] = 0;
       continue;
     }
-    uint2 halves[1];
-    collect(halves, [&](int) { return words + TOLD_SCORES + 2 * expert; });
-    const float told = __uint_as_float(two_of(halves[0])), score = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
+    const float told = collect_sum(sums + sum_at(expert), BLOCKS) * factor;
+    const float score = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
     scores[expert] = score;
     keys[expert] = ordered(BIAS ? score + __ldg(bias + expert) : score);
   }
@@ -104,8 +157,7 @@ DEVICE float weigh_expert(const u8* shared, const float* weights) {
     const float most = weights[0];
     weight = lane < CHOSEN ? exponential(weight - most) : 0.f;
     if (!NORMALISE) {  // of all
-      const float* const scores =
-          (const float*)(shared + RESULTS_AT + (ROUTED * WARPS * 4 + 15) / 16 * 16 + (EXPERTS + 3) / 4 * 16);
+      const float* const scores = (const float*)(shared + SCORES_AT);
       float sum = 0.f;
       for (int expert = lane; expert < EXPERTS; expert += 32) sum += exponential(scores[expert] - most);
 #pragma unroll

@@ -1,1 +1,1 @@
-"""One token through the second half of a layer with experts."""
+"""One token through layers with experts."""
