@@ -24,6 +24,13 @@ CASES = (
     (5, 16, None),
     (32, 32, None),
 )
+LARGE = (
+    (64, 4096, 128),
+    (8, 4096, 128),
+    (64, 4096, 16),
+    (5, 20_000, 64),
+)
+"""Rows, tokens, query heads: as large as those whose speed is measured."""
 SPEEDS = (
     (64, 4096, 128),
     (64, 4096, 16),
@@ -37,7 +44,7 @@ SPEEDS = (
 """Rows, tokens, query heads."""
 
 
-def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
+def errors(N: int, page: int, window: int | None, **tuning: Any) -> tuple[float, float, bool]:
     """Of results and lse against float32, and whether that is too much: rows of very different lengths, some empty."""
     rng = np.random.default_rng(2)
     R, W = 37, 4096 // page
@@ -47,7 +54,23 @@ def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
     lengths = np.where(rng.random((R, 1)) < 0.2, 0, rng.integers(1, 4097, (R, 1)) // rng.integers(1, 100, (R, 1)))
     positions = jnp.asarray(lengths - 1, jnp.int32)
     first = None if window is None else positions - window + 1
-    kernel = latent_cuda.prepare(q, kv, pages, values=VALUES, scale=SCALE)
+    return compare(q, kv, pages, positions, first, **tuning)
+
+
+def large_errors(rows: int, tokens: int, heads: int, **tuning: Any) -> tuple[float, float, bool]:
+    """The same for rows of nearly as many tokens."""
+    rng = np.random.default_rng(4)
+    used, kv = -(-tokens // O), latents()
+    q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
+    pages = jnp.asarray(rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used), jnp.int32)
+    positions = jnp.asarray(tokens - 1 - np.arange(rows)[:, None] % 40, jnp.int32)
+    return compare(q, kv, pages, positions, None, **tuning)
+
+
+def compare(
+    q: jax.Array, kv: jax.Array, pages: jax.Array, positions: jax.Array, first: jax.Array | None, **tuning: Any
+) -> tuple[float, float, bool]:
+    kernel = latent_cuda.prepare(q, kv, pages, values=VALUES, scale=SCALE, **tuning)
     found = jax.jit(kernel)(q, kv, pages, positions, first)
     with jax.default_matmul_precision("highest"):
         plain = jax.jit(partial(reference.attend, scale=SCALE, values=VALUES))
@@ -55,8 +78,13 @@ def errors(N: int, page: int, window: int | None) -> tuple[float, float, bool]:
     return decode_errors(found, wanted, positions)
 
 
-def right() -> dict[str, Any]:
-    return all_right(CASES, errors)
+def right(**tuning: Any) -> dict[str, Any]:
+    return all_right(CASES, partial(errors, **tuning))
+
+
+def right_large(**tuning: Any) -> dict[str, Any]:
+    latents()
+    return all_right(LARGE, partial(large_errors, **tuning))
 
 
 @cache
@@ -69,11 +97,11 @@ def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], pos
     """One call for each table, each after the one before: what it changes of the positions is nothing."""
     for table in tables:
         out, _ = attend(q, kv, table, positions)
-        positions = positions + jnp.isnan(out[:, :, 0, 0])
+        positions = positions + (out[:, :, 0, 0] > 1e30)  # also where it is NaN, which must not move them
     return out
 
 
-def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: int) -> dict[str, Any]:
+def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: Any) -> dict[str, Any]:
     used, kv = -(-tokens // O), latents()
     calls = 4 if rows * tokens > 100_000 else 16
     rng = np.random.default_rng(1)
@@ -97,8 +125,27 @@ def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: int
     return found
 
 
+MANY: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
+    (64, 4096, 128, {}),
+    (64, 4096, 128, {"values_first": True}),
+    (64, 4096, 128, {"ahead": 0}),
+    (64, 4096, 128, {"cluster": 1}),
+    (8, 4096, 128, {}),
+    (64, 4096, 16, {}),
+    (64, 4096, 64, {}),
+)
+"""Trials of `latent_many.cu`."""
+
+
 def rows() -> Iterator[Row]:
+    many: dict[str, Any] = {"source": latent_cuda.MANY}
     yield Row("right", right)
+    yield Row("right large", right_large)
+    yield Row("right many", partial(right, **many))
+    yield Row("right large many", partial(right_large, **many))
+    yield Row("right large many, values first", partial(right_large, values_first=True, **many))
+    for count, tokens, heads, tuning in MANY:
+        name = ", ".join([f"many B={count} x {tokens}, {heads} heads", *(f"{k} {v}" for k, v in tuning.items())])
+        yield Row(name, partial(speed, count, tokens, heads, False, **many, **tuning))
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
-    yield Row("many heads' kernel B=64 x 4096, 16 heads", partial(speed, 64, 4096, 16, False, few=False))

@@ -41,12 +41,12 @@ def emulate(q, kv, pages, positions, first, *, scale, seed, ctas, **tuning):
     )
     launch.macros["CTAS"] = ctas
     arguments = [np.asarray(a) for a in (q, kv, pages, positions, positions if first is None else first)]
-    kernel = latent_cuda.source_of(launch)
+    kernel, written = latent_cuda.source_of(launch), latent_cuda.results(launch, q.shape)
     return Kernels(rtc.SOURCES / f"{kernel}.cu", launch.macros).run(
         kernel,
-        [*arguments, np.zeros(ctas, np.int32)],
-        latent_cuda.results(launch, q.shape),
-        grid=(q.shape[0], -(-ctas // q.shape[0])),
+        [*arguments, np.zeros(written[4][0], np.int32)],
+        written,
+        grid=(launch.grid[0], -(-ctas // q.shape[0])),
         threads=launch.threads,
         shared=launch.shared,
         aliases={5: 4},
@@ -60,6 +60,13 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "shared_window": ((4, 5, 32, 13), {"ctas": 5, "whole": 1, "window": 150, "min_share": 2}),
     "many_parts": ((1, 12, 64, 11), {"ctas": 9, "whole": 1}),
     "two_tiles_shared": ((3, 128, 64, 5), {"ctas": 4, "whole": 1, "min_share": 2}),
+    "many_whole": ((3, 128, 32, 9), {"ctas": 2, "source": "latent_many", "whole": 5}),
+    "many_shared": ((3, 128, 64, 7), {"ctas": 3, "whole": 1, "min_share": 2, "source": "latent_many"}),
+    "many_window": ((3, 20, 16, 23), {"ctas": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_many"}),
+    "many_other_order": (
+        (4, 64, 8, 37),
+        {"ctas": 3, "whole": 1, "min_share": 1, "source": "latent_many", "values_first": True},
+    ),
     "tall_blocks": ((3, 64, 16, 23), {"ctas": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
 

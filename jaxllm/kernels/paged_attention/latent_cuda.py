@@ -1,8 +1,9 @@
-"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu` and, for few
-heads, `cuda/latent_few.cu`."""
+"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu` or
+`cuda/latent_many.cu` and, for few heads, `cuda/latent_few.cu`."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from jaxllm.kernels.paged_attention.decode_cuda import Launch, attend
 from jaxllm.kernels.paged_attention.types import Implementation
 
 KERNEL = "latent_decode"
+FEW_HEADS = "latent_few"
+MANY = "latent_many"
+"""Used in place of KERNEL with `JAXLLM_CUDA=+latent_many`."""
 VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 FEW = 16
@@ -29,6 +33,8 @@ BLOCK = 64
 given back in two halves, 177 and 101; where the second-level cache is told of blocks before, 167 and 102."""
 MAX_ROWS = 128
 """Rows of a launch; their tables lie in shared memory."""
+AHEAD = 2
+"""Blocks of tokens that `latent_many.cu` tells the second-level cache of before they are wanted."""
 STAGES = 2
 """Blocks of tokens that fit into shared memory beside few heads."""
 
@@ -44,12 +50,17 @@ def configure(
     block: int = BLOCK,
     whole: int | None = None,
     min_share: int | None = None,
-    few: bool | None = None,
+    source: str | None = None,
+    cluster: int | None = None,
+    ahead: int = AHEAD,
+    values_first: bool = False,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
-    worth sharing a row for; None: 256 tokens. few: whether by `latent_few.cu`; None: where it can.
+    worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
+    Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
+    ahead, values_first: see `latent_many.cu`.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -62,8 +73,10 @@ def configure(
         raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
-    few = N <= FEW if few is None else few
-    ctas = call.SMS
+    source = source or (FEW_HEADS if N <= FEW else MANY if call.asked_for(MANY) and call.usable(MANY) else KERNEL)
+    few, many = source == FEW_HEADS, source == MANY
+    cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
+    ctas = call.SMS // cluster
     macros: dict[str, object] = {
         "HEADS": N,
         "H": H,
@@ -71,13 +84,18 @@ def configure(
         "O": O,
         "W": width,
         "CTAS": ctas,
-        "BLOCK": block,
         "MIN_SHARE": min_share or (64 if few else 256) // block,
         "WHOLE": whole or 256 // block,
         "SCALE": repr(float(scale)),
         "FIRST": int(first),
     }
     tables = (12 if first else 8) * R + 4
+    if many:
+        macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead}
+        macros |= {"VALUES_FIRST": int(values_first)}
+        shared = 2 * (TILE + 2 * BLOCK) * H + 24 * TILE + 8 * (2 * 9 + 2 + 4) + 48 + 2 * 12 * 4 + tables
+        return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
+    macros["BLOCK"] = block
     if few:
         if N > FEW:
             raise NotImplementedError(f"{N} query heads in the kernel for at most {FEW}")
@@ -99,7 +117,7 @@ def fitting(launch: Launch, rows: int) -> Launch:
 
 def source_of(launch: Launch) -> str:
     """The kernel of a launch, and the name of its source."""
-    return "latent_few" if "HEADS_ROOM" in launch.macros else KERNEL
+    return FEW_HEADS if "HEADS_ROOM" in launch.macros else MANY if "CLUSTER" in launch.macros else KERNEL
 
 
 def choose(
@@ -119,7 +137,7 @@ def choose(
 
 
 def prepare(
-    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, values: int, scale: float, **tuning: int
+    q_RQNH: jax.Array, kv_PYKOH: jax.Array, pages_RW: jax.Array, *, values: int, scale: float, **tuning: Any
 ) -> Implementation:
     """The kernel as an Implementation. tuning: arguments of `configure`."""
     rows, width = min(q_RQNH.shape[0], MAX_ROWS), pages_RW.shape[1]
@@ -153,20 +171,27 @@ def prepare(
 
 
 def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Any]]:
-    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, and counts of finished parts."""
+    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, counts of finished parts, and maps."""
     R, Q, N, _ = q_shape
-    values, parts = int(str(launch.macros["VALUES"])), (2 * launch.ctas, min(N, TILE))
-    return [
+    values, ctas = int(str(launch.macros["VALUES"])), launch.ctas * int(str(launch.macros.get("CLUSTER", 1)))
+    parts = (2 * ctas, min(N, TILE))
+    written: list[tuple[tuple[int, ...], Any]] = [
         ((R, Q, N, values), jnp.bfloat16),
         ((R, Q, N), jnp.float32),
         ((*parts, values), jnp.float32),
         (parts, jnp.float32),
-        ((launch.ctas,), jnp.int32),
+        ((ctas,), jnp.int32),
     ]
+    return [*written, ((ctas, 128), jnp.uint8)] if source_of(launch) == MANY else written
 
 
-def check() -> None:
-    """Raises ArithmeticError if the kernel differs from the reference on a small input."""
+def check_many() -> None:
+    """As `check`, of `latent_many.cu`."""
+    check(MANY)
+
+
+def check(source: str | None = None) -> None:
+    """Raises ArithmeticError if the kernel differs from the reference on a small input. source: of `configure`."""
     rng = np.random.default_rng(0)
     for N, windowed in ((128, False), (16, True), (32, False)):
         R, O, H, W = 5, 32, VALUES + 64, 40
@@ -176,7 +201,7 @@ def check() -> None:
         positions = jnp.asarray([[0], [77], [-1], [1279], [640]], jnp.int32)
         first = positions - 300 if windowed else None
         scale = H**-0.5
-        kernel = prepare(q, kv, pages, values=VALUES, scale=scale)
+        kernel = prepare(q, kv, pages, values=VALUES, scale=scale, source=source)
         found = jax.jit(kernel)(q, kv, pages, positions, first)
 
         def plain(*arguments: Any, scale: float = scale) -> tuple[jax.Array, jax.Array]:

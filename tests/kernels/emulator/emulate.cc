@@ -4,6 +4,7 @@
 
 #include <csetjmp>
 #include <csignal>
+#include <numeric>
 #include <random>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -33,7 +34,7 @@ u32 shared_bytes;
 bool eager;
 std::vector<Meeting> warps;
 Meeting* barriers;
-Meeting cluster_barrier;
+std::vector<Meeting> cluster_barriers;
 
 namespace {
 
@@ -127,9 +128,10 @@ void thread_main() {
     barriers[0].arrived = 0;
     ++barriers[0].generation;
   }
-  if (cluster_barrier.arrived && cluster_barrier.arrived == live_threads_of_cluster()) {
-    cluster_barrier.arrived = 0;
-    ++cluster_barrier.generation;
+  Meeting& of_cluster = cluster_barrier();
+  if (of_cluster.arrived && of_cluster.arrived == live_threads_of_cluster()) {
+    of_cluster.arrived = 0;
+    ++of_cluster.generation;
   }
   leave();
 }
@@ -141,14 +143,14 @@ std::string place() {
   return text;
 }
 
-// Runs the blocks of a cluster, of `size` threads each, whose indices are in block_indices.
+// Runs the blocks of a cluster, or all, of `size` threads each, whose indices are in block_indices.
 void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
   const u32 blocks = (u32)block_indices.size(), count = blocks * size;
   finished.assign(blocks, 0);
   for (u8* of_block : shared_of_blocks) std::memset(of_block, 0xff, shared_bytes);
   warps.assign((count + 31) / 32, {});
   all_barriers.assign(16 * blocks, {});
-  cluster_barrier = {};
+  cluster_barriers.assign((blocks + BLOCKS_OF_CLUSTER - 1) / BLOCKS_OF_CLUSTER, {});
   landings.clear();
 #if !defined(__x86_64__)
   contexts.clear();
@@ -162,7 +164,7 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
   }
   std::vector<u32> order(count);
   for (u32 i = 0; i < count; ++i) order[i] = i;
-  while (live_threads_of_cluster()) {
+  while (std::accumulate(finished.begin(), finished.end(), 0u) < count) {
     // A warp runs as far as it gets before another does, in an order drawn anew each time: skewed warps find more.
     std::vector<u32> of_warps(warps.size());
     for (u32 i = 0; i < of_warps.size(); ++i) of_warps[i] = i;
@@ -208,8 +210,9 @@ void on_fault(int, siginfo_t* info, void*) {
 
 u32 live_threads() { return (u32)(threads.size() / finished.size()) - finished[current->block]; }
 u32 live_threads_of_cluster() {
-  u32 live = (u32)threads.size();
-  for (u32 of_block : finished) live -= of_block;
+  const u32 first = current->block - own_rank(), each = (u32)(threads.size() / finished.size());
+  u32 live = 0;
+  for (u32 block = first; block < first + BLOCKS_OF_CLUSTER; ++block) live += each - finished[block];
   return live;
 }
 

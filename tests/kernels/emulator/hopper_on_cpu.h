@@ -118,6 +118,7 @@ void issue_e4m3(Product mine) {
 }  // namespace emulator
 
 template <int N> void wgmma_pin(float (&)[N]) {}
+template <int N> void wgmma_pin(u32 (&)[N]) {}
 inline void hold_until_known(float) {}
 inline void wgmma_fence() { emulator::meet("wgmma_fence", ~0u, nullptr, [](void**) {}); }
 inline void wgmma_commit() {

@@ -22,16 +22,13 @@ inline void copy_box_to_blocks(u32 to, const void* map, int a, int b, int c, int
   const u32 row_bytes = of.box[0] * 2, pieces = row_bytes / 16;
   if (to % (8 * row_bytes)) emulator::fail(std::string(what) + ": not to the begin of eight rows");
   if (a % 8) emulator::fail(std::string(what) + ": a place that the emulator does not have");
-  if (!blocks || blocks >> emulator::shared_of_blocks.size()) emulator::fail(std::string(what) + ": no such block");
+  if (!blocks || blocks >> emulator::BLOCKS_OF_CLUSTER) emulator::fail(std::string(what) + ": no such block");
   auto inside = [&](u32 axis, int at) { return at >= 0 && (u32)at < of.size[axis]; };
-  const u8* here = emulator::shared_pointer(barrier, 8, what);
-  for (u32 rank = 0; rank < emulator::shared_of_blocks.size(); ++rank) {
+  emulator::shared_pointer(barrier, 8, what);
+  for (u32 rank = 0; rank < emulator::BLOCKS_OF_CLUSTER; ++rank) {
     if (!(blocks >> rank & 1)) continue;
-    if (rank != emulator::current->block && !emulator::cluster_barrier.generation)
-      emulator::fail(std::string(what) + ": to a block that may not have started");
-    if (!emulator::is_running(rank)) emulator::fail(std::string(what) + ": to a block that ended");
-    u8* const there = emulator::shared_of_blocks[rank];
-    emulator::Barrier& bar = *(emulator::Barrier*)(there + (here - emulator::shared));
+    u8* const there = emulator::shared_of(rank, what);
+    emulator::Barrier& bar = *(emulator::Barrier*)(there + barrier);
     if (!bar.count || bar.count == 0xfff) emulator::fail(std::string(what) + ": the barrier was not initialised");
     bar.bulk ^= 1;  // and those who wait look again
     emulator::Landing landing{&bar, {}, 0, 0};
@@ -56,5 +53,5 @@ inline void copy_box_to_blocks(u32 to, const void* map, int a, int b, int c, int
   }
 }
 inline void copy_box(u32 to, const void* map, int a, int b, int c, int d, u32 barrier) {
-  copy_box_to_blocks(to, map, a, b, c, d, barrier, 1u << emulator::current->block);
+  copy_box_to_blocks(to, map, a, b, c, d, barrier, 1u << emulator::own_rank());
 }

@@ -1,0 +1,455 @@
+// Attention of one query token per row over paged latents (multi-head latent attention, absorbed) for many query heads:
+// all of them read the same H numbers of a token, of which the first VALUES are its value too (FlashMLA; FlashDecoding).
+//
+// What bounds it: a token is 2H bytes and, for each query head, 2 (H + VALUES) floating-point operations. With 128 heads
+// that is 242 operations per byte, more than the 173 that an H200 does in the time of a byte: products decide. Results of
+// 64 heads fill half of a multiprocessor's registers, so that two tiles cannot take turns at the tensor cores, as in
+// FlashAttention-3: instead the two halves of one tile's results do ("seesaw", FlashMLA).
+//
+// A CTA has 64 query heads and two warpgroups, each with half of the VALUES numbers of the results. Warpgroup w makes the
+// weights of blocks w, w + 2, ... of BLOCK tokens, for both: those of a block follow from the highest scores of the blocks
+// before, so that they come in turn, and while one warpgroup has a softmax, the other has products. A warp more lets the
+// tensor memory accelerator bring block b to stage b mod 2, as soon as its half of the block before there is free.
+//
+// CLUSTER CTAs have the heads of a row, 64 each; each brings its part of a block's tokens to the shared memory of all, so
+// that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
+//
+// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
+// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; VALUES_FIRST:
+// whether products with the values of a block come before those with the keys of the next; MIN_SHARE; WHOLE; SCALE; FIRST.
+// Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
+#define GRID_BARRIER  // all CTAs run at once
+#define BLOCK 64
+
+constexpr int TILE = 64, STAGES = 2, Q = 1;
+constexpr int ITEMS = (HEADS + TILE * CLUSTER - 1) / (TILE * CLUSTER), M = HEADS < TILE ? HEADS : TILE;
+constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = 32;
+// Shared memory: queries, stages of latents, what blocks' weights go with, sums of rows, barriers, tables.
+constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
+#include "cluster.cuh"
+#include "latent.cuh"
+#include "tensor_map.cuh"
+
+constexpr int TOLD_AT = KV_AT + STAGES * STAGE, SUMS_AT = TOLD_AT + STAGES * TILE * 8;
+constexpr int BARRIERS_AT = SUMS_AT + 2 * TILE * 4, READY_AT = BARRIERS_AT + STAGES * PANELS * 8;
+constexpr int FREED_AT = READY_AT + STAGES * 8, UNMERGED_AT = FREED_AT + STAGES * 16, TABLES_AT = UNMERGED_AT + 48;
+constexpr int HALF = VALUES / 128;  // panels of half of the values
+constexpr float TO_EXPONENT = (float)(SCALE * LOG2E), NOTHING = (float)(MASKED / (SCALE * LOG2E));
+static_assert(VALUES == 512 && H == 576 && HEADS % M == 0 && O % BOX == 0, "not what this kernel was written for");
+static_assert(ITEMS * CLUSTER * M == HEADS && BLOCK % (BOX * CLUSTER) == 0, "not what this kernel was written for");
+
+// Barriers: panel `panel` of a stage is there; its block's weights are; warpgroup `half` needs its half no more.
+DEVICE u32 panel_full(u32 smem, int stage, int panel) { return smem + BARRIERS_AT + (stage * PANELS + panel) * 8; }
+DEVICE u32 weights_ready(u32 smem, int stage) { return smem + READY_AT + stage * 8; }
+DEVICE u32 half_freed(u32 smem, int stage, int half) { return smem + FREED_AT + (stage * 2 + half) * 8; }
+// Weights lie where the last panel was, which only scores need.
+constexpr int WEIGHTS_IN_STAGE = (PANELS - 1) * PANEL;
+
+// Uses of the stages by the runs before.
+struct Uses {
+  int even = 0, odd = 0;
+
+  DEVICE u32 phase(int block) const { return ((block & 1 ? odd : even) + block / 2) & 1; }
+  DEVICE void add(int blocks) { even += (blocks + 1) / 2, odd += blocks / 2; }
+};
+
+// Where the tokens that a lane copies of each block lie, some blocks ahead.
+struct Boxes {
+  const Rows& rows;
+  const int* pages;
+  Walk walk;
+  Run run;
+  int block, first;  // first: of the lane's tokens in a block
+
+  DEVICE Boxes(const Rows& rows, const Walk& from, const int* pages, int first)
+      : rows(rows), pages(pages), walk(from), block(-1), first(first) {
+    run = walk.take(rows, 0x7fffffff);
+  }
+  // The page of the next block's box, and where it begins there. Where nobody sees them, tokens are others of the row.
+  DEVICE int2 next() {
+    if (++block >= run.blocks) {
+      run = walk.take(rows, 0x7fffffff);
+      block = 0;
+    }
+    if (!run.blocks) return {-1, 0};
+    const int at = min(run.token + block * BLOCK + first, run.last / BOX * BOX);
+    return {pages[(size_t)run.row * W + at / O], at % O};
+  }
+};
+
+// The warp that brings latents.
+DEVICE void bring(u32 smem, const Rows& rows, Walk walk, const u16* kv, const void* map, const int* pages, int rank, int lane) {
+  constexpr int MINE = BLOCK / BOX / CLUSTER;  // boxes of a block, one for a lane
+  const int box = (rank * MINE + min(lane, MINE - 1)) * BOX;
+  Boxes boxes(rows, walk, pages, box);
+  int2 queue[AHEAD + 1];
+#pragma unroll
+  for (int i = 0; i <= AHEAD; ++i) queue[i] = boxes.next();
+  Uses uses;
+#pragma unroll 1
+  for (;;) {
+    const Run run = walk.take(rows, 0x7fffffff);
+    if (!run.blocks) break;
+#pragma unroll 1
+    for (int block = 0; block < run.blocks; ++block) {
+      const int stage = block & 1;
+      const int2 from = queue[0];
+      const u32 phase = uses.phase(block) ^ 1, to = smem + KV_AT + stage * STAGE + box * ROW;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int half = part ^ stage;  // first that of the warpgroup which wants it first
+        barrier_wait(half_freed(smem, stage, half), phase);
+#pragma unroll
+        for (int i = 0; i < HALF + part; ++i) {
+          const int panel = i < HALF ? half * HALF + i : PANELS - 1;
+          if (lane == 0) barrier_expect(panel_full(smem, stage, panel), PANEL);
+          if (lane >= MINE) continue;
+          const u32 here = to + panel * PANEL, full = panel_full(smem, stage, panel);
+          if (CLUSTER == 1) copy_box(here, map, panel * 64, from.y, from.x, 0, full);
+          else copy_box_to_blocks(here, map, panel * 64, from.y, from.x, 0, full, (1 << CLUSTER) - 1);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) queue[i] = queue[i + 1];
+      if (AHEAD && lane < MINE && queue[AHEAD].x >= 0)
+        prefetch(kv + ((size_t)queue[AHEAD].x * O + queue[AHEAD].y) * H, BOX * H * 2);
+      queue[AHEAD] = boxes.next();
+    }
+    uses.add(run.blocks);
+  }
+}
+
+// A warpgroup: half of the results, and the weights of every other block.
+struct Attention {
+  u8* shared;
+  u32 smem;
+  int group, thread, lane, row;
+  u64 query;
+  float o[VALUES / 4], s[BLOCK / 2];
+  u32 theirs[BLOCK / 16][4], mine[BLOCK / 16][4];  // weights
+  float top[2], own_top[2], sum[2];                // own: of the last block whose weights this warpgroup made
+
+  DEVICE Attention(u8* shared, u32 smem, int group, int thread)
+      : shared(shared), smem(smem), group(group), thread(thread), lane(thread % 32), row(thread / 32 * 16 + lane / 4),
+        query(matrix_descriptor(smem, ROW, 16, 8 * ROW)) {}
+
+  DEVICE float2* told(int stage) const { return (float2*)(shared + TOLD_AT) + stage * TILE; }
+  DEVICE uint4* weights(int stage) const { return (uint4*)(shared + KV_AT + stage * STAGE + WEIGHTS_IN_STAGE); }
+
+  DEVICE void load_queries(const u16* from) {
+#pragma unroll 6
+    for (int at = group * 128 + thread; at < TILE * H / 8; at += 256) {
+      const int m = at / (H / 8), chunk = at % (H / 8);
+      const u32 to = smem + chunk / 8 * QUERY_PANEL + m * ROW + ((chunk % 8 ^ m % 8) << 4);
+      cp_async_16(to, from + (m < M ? (size_t)at * 8 : 0), m < M ? 16 : 0);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_products();
+    named_sync(3, 256);
+  }
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; ++i) o[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) top[i] = own_top[i] = MASKED, sum[i] = 0.f;
+  }
+
+  // Begins the scores of this warpgroup's next block, panel by panel as they come.
+  DEVICE void multiply_keys(u32 phase) {
+    const u64 keys = matrix_descriptor(smem + KV_AT + group * STAGE, ROW, 16, 8 * ROW);
+    wgmma_pin(s);
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i) {
+      const int panel = i < 2 * HALF ? i ^ group * HALF : i;
+      barrier_wait(panel_full(smem, group, panel), phase);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        Wgmma<BLOCK>::ss(
+            s, query + (panel * QUERY_PANEL + k * 32) / 16, keys + (panel * PANEL + k * 32) / 16, i + k > 0
+        );
+    }
+    wgmma_commit();
+  }
+
+  // Begins result += weights @ values.
+  DEVICE void multiply_values(int stage, const u32 (&p)[BLOCK / 16][4]) {
+    const u64 values = matrix_descriptor(smem + KV_AT + stage * STAGE + group * HALF * PANEL, ROW, PANEL, 8 * ROW);
+    wgmma_pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK / 16; ++i) Wgmma<VALUES / 2>::rs(o, p[i], values + i * 16 * ROW / 16);
+    wgmma_commit();
+  }
+
+  // After products with values: this warpgroup's half of the stage may be overwritten.
+  DEVICE void free(int stage) {
+    wgmma_pin(o);
+    if (lane < CLUSTER) {
+      if (CLUSTER == 1) barrier_arrive(half_freed(smem, stage, group));
+      else cluster_arrive(half_freed(smem, stage, group), lane);
+    }
+  }
+
+  DEVICE void shrink(float first, float second) {
+    if (!__any_sync(~0u, first != 1.f || second != 1.f)) return;
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; ++i) o[i] *= i / 2 % 2 ? second : first;
+  }
+
+  // The other warpgroup's weights of its block in stage 1 - group; results shrink to what goes with them.
+  DEVICE void take_weights(u32 phase) {
+    const int stage = 1 - group;
+    barrier_wait(weights_ready(smem, stage), phase);
+#pragma unroll
+    for (int i = 0; i < BLOCK / 16; ++i) {
+      const uint4 four = weights(stage)[i * 128 + thread];
+      theirs[i][0] = four.x, theirs[i][1] = four.y, theirs[i][2] = four.z, theirs[i][3] = four.w;
+    }
+    const float2 first = told(stage)[row], second = told(stage)[row + 8];
+    top[0] = first.x, top[1] = second.x;
+    shrink(first.y, second.y);
+  }
+
+  // Makes weights of the scores of tokens from `token` on, of which those from `lowest` to `last` are seen, and tells the
+  // other warpgroup. keep: by how much results shrink.
+  DEVICE void make_weights(int token, int lowest, int last, float (&keep)[2]) {
+    const bool tail = token + BLOCK - 1 > last;
+    if (tail || FIRST && token < lowest) {
+#pragma unroll
+      for (int i = 0; i < BLOCK / 2; ++i) {
+        const int key = token + lane % 4 * 2 + i / 4 * 8 + i % 2;
+        if (key > last || FIRST && key < lowest) s[i] = NOTHING;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = s[half * 2];
+#pragma unroll
+      for (int i = 0; i < BLOCK / 8; ++i) high = fmaxf(high, fmaxf(s[i * 4 + half * 2], s[i * 4 + half * 2 + 1]));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+      high = fmaxf(top[half], high * TO_EXPONENT);
+      keep[half] = fast_exp2(top[half] - high);
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < BLOCK / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = s[i * 4 + half * 2 + j];
+          x = fast_exp2(x * TO_EXPONENT - high);
+          total += x;
+        }
+      sum[half] = sum[half] * fast_exp2(own_top[half] - high) + total;
+      top[half] = own_top[half] = high;
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) mine[i][j] = pack_bf16(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+    named_sync(1 + group, 128);  // all have the scores: the last panel is read
+#pragma unroll
+    for (int i = 0; i < BLOCK / 16; ++i)
+      weights(group)[i * 128 + thread] = make_uint4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) told(group)[row + half * 8] = make_float2(top[half], keep[half]);
+    }
+    if (tail) {  // what nobody sees may be anything, also NaNs
+      const int seen = last - token + 1;
+#pragma unroll 1
+      for (int at = thread; at < (BLOCK - seen) * VALUES / 8; at += 128) {
+        const int panel = at % (VALUES / 64), chunk = at / (VALUES / 64);
+        *(uint4*)(shared + KV_AT + group * STAGE + panel * PANEL + seen * ROW + chunk * 16) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_products();  // of zeros; and what comes here next comes after the weights
+    __syncwarp();
+    if (lane == 0) barrier_arrive(weights_ready(smem, group));
+    if (tail) named_sync(1 + group, 128);
+  }
+
+  // Block `block` of a run, of this warpgroup, and the values of the one before, of the other; BEFORE: whether there is one.
+  template <bool BEFORE>
+  DEVICE void step(const Uses& uses, const Run& run, int block, int lowest) {
+    if (BEFORE && VALUES_FIRST) {
+      take_weights(uses.phase(block - 1));
+      multiply_values(1 - group, theirs);
+      multiply_keys(uses.phase(block));
+      wgmma_wait<1>();
+      keep_weights(theirs);
+      free(1 - group);
+      wgmma_wait<0>();
+    } else {
+      multiply_keys(uses.phase(block));
+      if (BEFORE) {
+        take_weights(uses.phase(block - 1));
+        multiply_values(1 - group, theirs);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+    }
+    wgmma_pin(s);
+    float keep[2];
+    make_weights(run.token + block * BLOCK, lowest, run.last, keep);
+    if (BEFORE && !VALUES_FIRST) {
+      wgmma_wait<0>();
+      keep_weights(theirs);
+      free(1 - group);
+    }
+    shrink(keep[0], keep[1]);
+    multiply_values(group, mine);
+    wgmma_wait<0>();
+    keep_weights(mine);
+    free(group);
+  }
+
+  // Products read registers behind the compiler's back: until here they hold the weights.
+  DEVICE static void keep_weights(u32 (&p)[BLOCK / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK / 16; ++i) wgmma_pin(p[i]);
+  }
+
+  // All blocks of a run.
+  DEVICE void attend(const Uses& uses, const Run& run, int lowest) {
+    int block = group;
+    if (group == 0) {
+      step<false>(uses, run, block, lowest);
+      block += 2;
+    }
+#pragma unroll 1
+    for (; block < run.blocks; block += 2) step<true>(uses, run, block, lowest);
+    if (block > run.blocks) return;
+    take_weights(uses.phase(block - 1));  // the last block is the other's
+    multiply_values(1 - group, theirs);
+    wgmma_wait<0>();
+    keep_weights(theirs);
+    free(1 - group);
+  }
+};
+
+// All that a warpgroup does; what is left to merge comes in `unmerged`.
+DEVICE void attend(
+    u8* shared, u32 smem, const Rows& rows, const Work& work, const u16* q, const int* first, u16* out, float* lse,
+    float* part_out, float* part_lse, int* finished, int rank, int group, int thread
+) {
+  Attention attention(shared, smem, group, thread);
+  const int lane = thread % 32, row = attention.row;
+  float* const sums = (float*)(shared + SUMS_AT);
+  Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
+  Walk walk = work.walk;
+  Uses uses;
+#pragma unroll 1
+  for (;;) {
+    const Run run = walk.take(rows, 0x7fffffff);
+    if (!run.blocks) break;
+    const size_t target = (size_t)run.row * HEADS + (run.item * CLUSTER + rank) * TILE;
+    attention.load_queries(q + target * H);
+    attention.clear();
+    attention.attend(uses, run, FIRST ? first[run.row] : 0);
+    uses.add(run.blocks);
+    float total[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = total[half];
+      sum = attention.sum[half] * fast_exp2(attention.own_top[half] - attention.top[half]);
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (lane % 4 == 0) sums[group * TILE + row + half * 8] = sum;
+    }
+    named_sync(3, 256);
+    const Part part = work.part_of(rows, run);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = row + half * 8;
+      if (m >= M) continue;
+      const float all = sums[m] + sums[TILE + m], inverse = 1.f / all, log = attention.top[half] + fast_log2(all);
+      const size_t slot = (size_t)part.slot * M + m;
+#pragma unroll
+      for (int i = 0; i < VALUES / 16; ++i) {
+        const int dim = group * (VALUES / 2) + i * 8 + lane % 4 * 2;
+        const float x = attention.o[i * 4 + half * 2] * inverse, y = attention.o[i * 4 + half * 2 + 1] * inverse;
+        if (part.complete()) *(u32*)(out + (target + m) * VALUES + dim) = pack_bf16(x, y);
+        else *(float2*)(part_out + slot * VALUES + dim) = make_float2(x, y);
+      }
+      if (group == 0 && lane % 4 == 0) {
+        if (part.complete()) lse[target + m] = log * LN2;
+        else part_lse[slot] = log;
+      }
+    }
+    if (part.complete()) continue;
+    __threadfence();
+    named_sync(3, 256);
+    if (group == 0 && thread == 0) {
+      atomicAdd(finished + part.from, 1);
+      unmerged[unmerged[0].part.complete() ? 0 : 1] = {part, target};
+    }
+  }
+  named_sync(3, 256);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i)
+    merge_share<VALUES, M, 8>(
+        part_out, part_lse, out, lse, finished, unmerged[i], work.cta, shared, group * 4 + thread / 32, lane,
+        [] { named_sync(3, 256); }
+    );
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) latent_many(
+    const u16* q,          // [R, HEADS, H]
+    const u16* kv,         // [P, O, H]
+    const int* pages,      // [R, W]
+    const int* positions,  // [R]
+    const int* first,      // [R]
+    const int*,            // `finished`, which begins as zeros
+    u16* out,              // [R, HEADS, VALUES]
+    float* lse,            // [R, HEADS]
+    float* part_out,       // [CLUSTER, 2 CTAS, M, VALUES]
+    float* part_lse,       // [CLUSTER, 2 CTAS, M], to the base 2
+    int* finished,         // [CLUSTER, CTAS], of the item that begins in the cluster and does not end there: parts
+    u8* maps               // [CLUSTER, CTAS, 128], of the latents
+) {
+  DYNAMIC_SHARED(shared);
+  const u32 smem = shared_address(shared);
+  const int block = blockIdx.y * gridDim.x + blockIdx.x, rank = block % CLUSTER, cluster = block / CLUSTER;
+  if (cluster >= CTAS) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u8* const map = maps + block * 128;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      for (int panel = 0; panel < PANELS; ++panel) barrier_init(panel_full(smem, stage, panel), 1);
+      barrier_init(weights_ready(smem, stage), 4);
+      for (int half = 0; half < 2; ++half) barrier_init(half_freed(smem, stage, half), 4 * CLUSTER);  // warps
+    }
+    barrier_init_fence();
+    Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
+    unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
+  }
+  if (warp == 8)  // the queries' room is scratch: they come after the barriers below
+    make_map(smem, map, {kv, {H, O, 1 << 30, 1}, {H * 2, O * H * 2, O * H * 2}, {64, BOX, 1, 1}}, lane);
+  const Rows rows(shared + TABLES_AT, gridDim.x / CLUSTER);
+  const Work work(rows, positions, first, cluster);  // its barriers show the block what was written above, too
+  if (CLUSTER > 1) cluster_sync();
+#pragma unroll 1
+  for (int r = cluster; r < rows.count; r += CTAS) {  // rows that see nothing
+    if (rows.last[r] >= 0) continue;
+#pragma unroll 1
+    for (int i = rank * THREADS + threadIdx.x; i < HEADS * VALUES / 2; i += THREADS * CLUSTER)
+      ((u32*)out)[(size_t)r * (HEADS * VALUES / 2) + i] = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < HEADS; i += THREADS) lse[r * HEADS + i] = MASKED;
+  }
+  if (warp >= 8) {
+    registers_fewer<24>();
+    if (warp == 8) bring(smem, rows, work.walk, kv, map, pages, rank, lane);
+  } else {
+    registers_more<240>();
+    attend(
+        shared, smem, rows, work, q, first, out, lse, part_out + (size_t)rank * 2 * CTAS * M * VALUES,
+        part_lse + rank * 2 * CTAS * M, finished + rank * CTAS, rank, warp / 4, threadIdx.x % 128
+    );
+  }
+  if (CLUSTER > 1) cluster_sync();  // others still send to this one's shared memory
+}
