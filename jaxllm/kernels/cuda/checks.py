@@ -12,7 +12,7 @@ from jaxllm.kernels.dense_layer import cuda as dense_layer
 from jaxllm.kernels.grouped_matmul import cuda as experts_cuda
 from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
-from jaxllm.kernels.linear import fp8_cuda, gated_cuda, narrow_cuda, quantized_cuda, wide_cuda
+from jaxllm.kernels.linear import fp8_cuda, narrow_cuda, quantized_cuda, tall_cuda, wide_cuda
 from jaxllm.kernels.moe_token import cuda as moe_layers
 from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
@@ -69,7 +69,8 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks |= {narrow_cuda.NORMS: narrow_cuda.check_norms} if narrow_cuda.makes_norms() else {}
     checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
     checks |= {dense_layer.KERNEL: dense_layer.check} if dense_layer.is_used() else {}
-    checks |= {gated_cuda.KERNEL: gated_cuda.check} if gated_cuda.is_used() else {}
+    tall = (name for name in (tall_cuda.PLAIN, tall_cuda.GATED) if tall_cuda.is_used(name))
+    checks |= {name: partial(tall_cuda.check, name) for name in tall}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}

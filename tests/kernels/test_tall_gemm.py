@@ -1,0 +1,136 @@
+"""The kernel for products of many tokens, run on the emulator, against float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.linear import api, tall_cuda
+from tests.kernels.emulator.emulator import EmulatorError, Kernels
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SLOW = pytest.mark.slow
+
+
+def operands(T: int, F: int, D: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((T, D)).astype(BF16), (rng.standard_normal((F, D)) * 0.05).astype(BF16)
+
+
+def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation="silu", residual=None, **how) -> np.ndarray:
+    """What `tall_cuda.implementation` launches, on the emulator, by four blocks at most."""
+    ran: list[Kernels] = []
+
+    def compile_ptx(kernel, source, macros):
+        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
+        return ""
+
+    def launch(name, ptx, operands, results, *, grid, threads, shared):
+        shapes = [(result.shape, np.dtype(result.dtype)) for result in results]
+        operands = [np.asarray(x) for x in operands]
+        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, seed=seed)
+
+    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
+    monkeypatch.setattr(call, "launch", launch)
+    monkeypatch.setattr(call, "SMS", 4)
+    like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    return tall_cuda.implementation(like, activation, residual=residual is not None, **how)(x, weight, residual)
+
+
+def expected(x: np.ndarray, weight: np.ndarray, activation: str | None = "silu") -> np.ndarray:
+    product = x.astype(np.float64) @ weight.astype(np.float64).T
+    if activation is None:
+        return product
+    gate, up = np.split(product, 2, axis=1)
+    slope = {"silu": gate, "gelu_tanh": 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)}[activation]
+    return gate / (1 + np.exp(-slope)) * up
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("T", "F", "D", "activation", "stacked", "residual"),
+    [
+        (300, 512, 192, "silu", True, False),
+        (300, 512, 192, None, True, True),
+        (300, 1024, 192, "silu", False, False),
+        pytest.param(300, 512, 192, None, False, False, marks=SLOW),
+        pytest.param(128, 768, 128, "gelu_tanh", True, False, marks=SLOW),
+        pytest.param(1030, 512, 320, "silu", True, False, marks=SLOW),
+        pytest.param(2200, 512, 128, None, False, True, marks=SLOW),
+    ],
+)
+def test_equals_float64(T, F, D, activation, stacked, residual, seed, monkeypatch) -> None:
+    """With odd seeds copies land at once. More tiles than blocks, the last ones of tokens that are not there."""
+    x, weight = operands(T, F, D)
+    added = np.random.default_rng(1).standard_normal((T, F)).astype(BF16) if residual else None
+    out = run(x, weight, seed, monkeypatch, activation, added, stacked=stacked)
+    wanted = expected(x, weight, activation) + (0 if added is None else added.astype(np.float64))
+    assert out.dtype == BF16 and out.shape == wanted.shape
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
+
+
+BROKEN = {
+    "a_stage_freed_early": ("if (step > 0) free_stage(before);", "free_stage(stage.freed());"),
+    "halves_of_one_block": ("work.column() / 8 + STACKED * rank * W_BOX", "work.column() / 8"),
+    "rows_of_the_gate_alone": ("{row, row * OUT_FEATURES, row * 8}", "{row, row * 8, row * 16}"),
+    "bytes_of_this_block": ("barrier_expect(full, STAGE)", "barrier_expect(full, STAGE - W_BYTES / 2)"),
+    "not_waited_for": ("barrier_wait(stage.full(), stage.phase);", ""),
+    "copied_over": ("cluster_barrier_wait(stage.freed(), stage.phase ^ 1);", ""),
+}
+
+
+@pytest.mark.parametrize(
+    "what", [name if i % 3 == 0 else pytest.param(name, marks=SLOW) for i, name in enumerate(BROKEN)]
+)
+def test_the_emulator_finds_mistakes(what: str, tmp_path, monkeypatch) -> None:
+    for path in rtc.SOURCES.glob("*.cu*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    right, wrong = BROKEN[what]
+    source = (rtc.SOURCES / "tall_gemm.cu").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "tall_gemm.cu").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(rtc, "SOURCES", tmp_path)
+    x, weight = operands(300, 512, 448)
+    with pytest.raises((AssertionError, EmulatorError)):
+        for seed in (0, 1):
+            out = run(x, weight, seed, monkeypatch)
+            wanted = expected(x, weight)
+            np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
+
+
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for many tokens and plain weights, with what stands around the product in it; elsewhere as before."""
+    used = []
+
+    def implementation(weight, activation=None, *, residual=False):
+        used.append((activation, residual))
+        return lambda x, weight, residual: jnp.zeros((len(x), len(weight) // (2 if activation else 1)), x.dtype)
+
+    monkeypatch.setattr(tall_cuda, "implementation", implementation)
+    monkeypatch.setattr(tall_cuda, "USED", frozenset({tall_cuda.PLAIN, tall_cuda.GATED}))
+    monkeypatch.setattr(call, "require", lambda kernel: None)
+    D = 128
+    weight = jax.ShapeDtypeStruct((tall_cuda.FEATURES, D), jnp.bfloat16)
+    norm = (jnp.ones(D), 1e-5)
+
+    def shape(T: int, dtype=jnp.bfloat16, **how) -> tuple[int, ...]:
+        used.clear()
+        x = jax.ShapeDtypeStruct((T, D), dtype)
+        given = [x, weight.update(dtype=dtype)]
+        if how.pop("residual", False):
+            given.append(jax.ShapeDtypeStruct((T, tall_cuda.FEATURES), dtype))
+        return jax.eval_shape(lambda x, w, r=None: api.linear(x, w, residual=r, **how), *given).shape
+
+    assert shape(1024, norm=norm, activation="silu") == (1024, tall_cuda.FEATURES // 2) and used == [("silu", False)]
+    assert shape(2000, residual=True) == (2000, tall_cuda.FEATURES) and used == [(None, True)]
+    assert shape(1023, activation="silu") and not used
+    assert shape(1024, jnp.float32) and not used
+    x = jax.ShapeDtypeStruct((1024, D), jnp.bfloat16)
+    made = jax.eval_shape(lambda x, weight: api.product(x, weight, norm=norm).finish(), x, weight)
+    assert made.shape == (1024, tall_cuda.FEATURES) and used == [(None, False)]
+    monkeypatch.setattr(tall_cuda, "USED", frozenset())
+    assert shape(1024, activation="silu") and not used
