@@ -202,6 +202,8 @@ class Lanes:
         """Verify the invariants of every lane; RuntimeError names one that is broken. For tests."""
         for lane in self.lanes:
             lane.check()
+        if len({lane._num_steps for lane in self.lanes}) > 1:
+            raise RuntimeError("the lanes count different steps")
         if any(request.finished for request in self._queued.values()):
             raise RuntimeError("a finished request waits for a lane")
         if any(lane._requests.get(request_id) is None for request_id, lane in self._lane_of.items()):

@@ -165,6 +165,36 @@ def test_nobody_waits_for_it() -> None:
     assert step is not None and step.prefills and not scheduler.can_repeat(step, 2)
 
 
+def test_not_while_a_slot_is_about_to_be_free() -> None:
+    """The last token of a sequence is on its way: whoever waits for the slot would wait for all of the repeats."""
+    scheduler = make(max_batch_size=2)
+    for length in (2, 30):
+        add(scheduler, prompt(3), max_tokens=length, ignore_eos=True)
+    turn(scheduler)
+    assert scheduler.schedule() is not None  # nobody has read it yet
+    step = scheduler.schedule()
+    assert step is not None and len(step.decodes) == 1
+    assert scheduler.can_repeat(step, 8), "nobody waits"
+    add(scheduler, prompt(3), max_tokens=4, ignore_eos=True)
+    assert not scheduler.can_repeat(step, 8)
+
+
+def test_the_step_tells_who_got_pages_for_it() -> None:
+    """The device's page tables are brought up to date by it."""
+    scheduler = make(prefix_cache=False)
+    for length in (3, 6):
+        add(scheduler, prompt(length), max_tokens=30, ignore_eos=True)
+    turn(scheduler)
+    step = scheduler.schedule()
+    assert step is not None and step.positions == [3, 6] and step.grown == []
+    scheduler.repeat(step, 2)
+    assert step.grown == [0] and [len(seq.pages) for seq in step.decodes] == [2, 2]
+    step = scheduler.schedule()
+    assert step is not None and step.positions == [5, 8] and step.grown == [1]
+    scheduler.repeat(step, 8)
+    assert step.grown == [1, 0] and [len(seq.pages) for seq in step.decodes] == [4, 4]
+
+
 def test_pages_are_not_taken_from_anybody_for_it() -> None:
     scheduler = make(pages=6, prefix_cache=False)  # five that can be used, of four tokens
     for _ in range(2):

@@ -238,7 +238,26 @@ def test_prompts_and_outputs_are_found_again() -> None:
     salted = add(scheduler, list(first.tokens), cache_salt="other")
     uncached = add(scheduler, list(first.tokens), prefix_cache=False)
     assert chunks(turn(scheduler)) == [(salted.request_id, 0, 14, True), (uncached.request_id, 0, 14, True)]
+    assert [request.num_cached for request in (second, salted, uncached)] == [12, 0, 0]
     scheduler.abort(second)
+
+
+def test_the_parts_of_a_prompt_are_found_before_it_is_all_there() -> None:
+    scheduler = make(max_num_tokens=8)
+    long = add(scheduler, prompt(30))
+    turn(scheduler)
+    assert add(scheduler, prompt(30)[:9]).request_id == 1
+    # The rest of the first prompt fills this step; the next one that has room finds what was computed before it.
+    while not (step := turn(scheduler)).started:
+        assert not long.finished
+    assert chunks(step)[-1] == (1, 8, 9, True) and scheduler.pool.stats.hits == 2
+    scheduler = make(max_num_tokens=8, max_batch_size=1)
+    long = add(scheduler, prompt(30))
+    turn(scheduler)
+    turn(scheduler)
+    scheduler.abort(long)
+    add(scheduler, prompt(30))
+    assert chunks(turn(scheduler)) == [(1, 16, 24, False)], "of what was aborted halfway, too"
 
 
 def test_a_page_is_not_shared_in_the_step_that_computes_it() -> None:
@@ -390,6 +409,52 @@ def test_siblings_share_even_when_the_first_has_finished(length: int) -> None:
     count = (length - 1) // 4 * 4
     assert starts == [0, count, count]
     assert scheduler.pool.num_free == 63
+
+
+def heirs(scheduler: Scheduler, length: int = 9) -> Request:
+    """A request whose first sequence has ended and left the pages of its prompt to one that has no slot yet."""
+    request = add(scheduler, prompt(length), n=2, max_tokens=2)
+    while not request.sequences[0].finished:
+        turn(scheduler)
+    assert request.sequences[1].status is SequenceStatus.WAITING and request.sequences[1].pages
+    return request
+
+
+def test_abort_frees_what_a_waiting_sequence_has_inherited() -> None:
+    scheduler = make(max_batch_size=1, prefix_cache=False)
+    scheduler.abort(heirs(scheduler))
+    assert scheduler.pool.num_free == 63 and not scheduler.has_work()
+    scheduler.check()
+
+
+@pytest.mark.parametrize("policy", ["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"])
+def test_inherited_pages_keep_nobody_waiting(policy: str) -> None:
+    """Whoever comes first may need all pages, and nobody runs who would give some back."""
+    scheduler = make(pages=6, max_batch_size=1, prefix_cache=False, priority_queue=True, policy=policy)
+    request = heirs(scheduler)
+    first = add(scheduler, prompt(19, 300), max_tokens=1, priority=0.9)
+    assert chunks(turn(scheduler)) == [(first.request_id, 0, 19, True)] and first.finished
+    assert not request.sequences[1].pages and chunks(turn(scheduler)) == [(request.request_id, 0, 9, True)]
+    while scheduler.has_work():
+        turn(scheduler)
+    assert request.sequences[1].num_output == 2 and scheduler.pool.num_free == 5
+
+
+def test_a_queue_that_most_leave_keeps_its_order_and_its_length() -> None:
+    scheduler = make(max_batch_size=1)
+    add(scheduler, prompt(3))
+    turn(scheduler)
+    waiting = [add(scheduler, prompt(3, 10 * number), max_tokens=1) for number in range(2, 202)]
+    for request in waiting[::-1]:
+        if request.request_id % 10:
+            scheduler.abort(request)
+            scheduler.check()
+    left = [request.request_id for request in waiting if not request.request_id % 10]
+    assert scheduler.num_waiting == len(left) == 20
+    served = []
+    while scheduler.has_work():
+        served += ids(turn(scheduler).started)
+    assert served == left and scheduler.num_waiting == 0
 
 
 def test_abort_frees_everything_at_once_in_every_state() -> None:
