@@ -6,6 +6,7 @@ import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from jaxllm.serve.errors import ApiError, bad_request
 
@@ -43,8 +44,7 @@ def validate(model: type[Model], body: dict[str, Any]) -> Model:
 
 
 def _first_problem(error: ValidationError) -> ApiError:
-    # Of the alternatives of a union, pydantic reports each; the deepest is the one that was meant.
-    item = max(error.errors(include_url=False, include_context=False), key=lambda item: len(item["loc"]))
+    item = max(error.errors(include_url=False, include_context=False), key=_nearness)
     names = [str(part) for part in item["loc"] if not (isinstance(part, str) and ("[" in part or part in _KINDS))]
     where = ".".join(names)
     text = item["msg"].removeprefix("Value error, ")
@@ -53,6 +53,15 @@ def _first_problem(error: ValidationError) -> ApiError:
     value = repr(item["input"])
     value = value if len(value) <= 80 else value[:77] + "..."
     return bad_request(f"{where} = {value}: {text[0].lower()}{text[1:]}", where)
+
+
+def _nearness(item: ErrorDetails) -> tuple[int, bool, int]:
+    """Of the alternatives of a union, pydantic reports each: how near this one comes to what was meant.
+
+    That is the deepest, then the one whose type it is, then the one that fitted furthest into a list.
+    """
+    *_, last = item["loc"] or ("",)
+    return len(item["loc"]), not item["type"].endswith("_type"), last if isinstance(last, int) else -1
 
 
 _KINDS: frozenset[str] = frozenset({"str", "int", "constrained-str"})

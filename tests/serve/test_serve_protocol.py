@@ -181,6 +181,23 @@ def test_json_has_one_kind_of_number() -> None:
             validate(CompletionRequest, parse_json(b'{"prompt": "x", "n": %s}' % number.encode()))
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": ["a"] * 18}, "list should have at most 16 items"),
+        ({"stop": ["a", 5]}, "stop.1 = 5: input should be a valid string"),
+        ({"prompt": [1, "a"]}, "prompt.1 = 'a': input should be a valid integer"),
+        ({"prompt": [1, 2, 2**40]}, "prompt.2 = 1099511627776: input should be less than"),
+        ({"prompt": ["a", [1]]}, "prompt.1 = [1]: input should be a valid string"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt.1.1 = 'a': input should be a valid integer"),
+        ({"prompt": 5}, "prompt = 5: input should be a valid string"),
+    ],
+    ids=str,
+)
+def test_of_several_forms_the_one_that_was_meant_is_named(body: dict, message: str) -> None:
+    assert message in refused(CompletionRequest, {"prompt": "x", **body})["message"]
+
+
 def test_calls_of_the_history_are_objects_for_the_template() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": '{"b": [1]}'}}
     body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
