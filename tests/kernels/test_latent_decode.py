@@ -130,6 +130,34 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "    named_sync(1, 128);\n  }\n\n  DEVICE void mul",
         "  }\n\n  DEVICE void mul",
     ),
+    "half_freed_early": (
+        "many_whole",
+        "latent_many.cu",
+        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !VALUES_FIRST) {\n"
+        "      wgmma_wait<0>();\n      keep_weights(theirs);\n      free(1 - group);\n",
+        "    if (BEFORE && !VALUES_FIRST) free(1 - group);\n"
+        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !VALUES_FIRST) {\n"
+        "      wgmma_wait<0>();\n",
+    ),
+    "other_weights_not_awaited": (
+        "many_whole",
+        "latent_many.cu",
+        "    barrier_wait(weights_ready(smem, stage), phase);\n",
+        "",
+    ),
+    "weights_over_keys": (
+        "many_whole",
+        "latent_many.cu",
+        "    named_sync(1 + group, 128);  // all have the scores: the last panel is read\n",
+        "",
+    ),
+    "unseen_not_cleared": ("many_whole", "latent_many.cu", "    if (tail) {  // what", "    if (false) {  // what"),
+    "sums_of_another_scale": (
+        "many_shared",
+        "latent_many.cu",
+        "attention.sum[half] * fast_exp2(attention.own_top[half] - attention.top[half])",
+        "attention.sum[half]",
+    ),
     "parts_not_awaited": ("many_parts", "latent.cuh", "  if (lane == 0) word_wait(finished + part.from, parts);\n", ""),
 }
 
