@@ -331,6 +331,20 @@ struct Attention {
   }
 };
 
+// Of four lanes: word i of lane j for word j of lane i. All lanes of a warp call it.
+DEVICE void transpose_quad(u32 (&x)[4], int lane) {
+#pragma unroll
+  for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & by) continue;
+      const bool upper = lane & by;
+      const u32 other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + by], by);
+      if (upper) x[i] = other;
+      else x[i + by] = other;
+    }
+}
+
 // All that a warpgroup does; what is left to merge comes in `unmerged`.
 DEVICE void attend(
     u8* shared, u32 smem, const Rows& rows, const Work& work, const u16* q, const int* first, u16* out, float* lse,
@@ -365,17 +379,27 @@ DEVICE void attend(
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = row + half * 8;
-      if (m >= M) continue;
+      const bool real = m < M;
       const float all = sums[m] + sums[TILE + m], inverse = 1.f / all, log = attention.top[half] + fast_log2(all);
       const size_t slot = (size_t)part.slot * M + m;
+      const float* const o = attention.o + half * 2;
+      const int begin = group * (VALUES / 2);
+      if (part.complete()) {
+        u16* const to = out + (target + m) * VALUES + begin + lane % 4 * 8;
 #pragma unroll
-      for (int i = 0; i < VALUES / 16; ++i) {
-        const int dim = group * (VALUES / 2) + i * 8 + lane % 4 * 2;
-        const float x = attention.o[i * 4 + half * 2] * inverse, y = attention.o[i * 4 + half * 2 + 1] * inverse;
-        if (part.complete()) *(u32*)(out + (target + m) * VALUES + dim) = pack_bf16(x, y);
-        else *(float2*)(part_out + slot * VALUES + dim) = make_float2(x, y);
+        for (int i = 0; i < VALUES / 16; i += 4) {
+          u32 two[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) two[j] = pack_bf16(o[(i + j) * 4] * inverse, o[(i + j) * 4 + 1] * inverse);
+          transpose_quad(two, lane);
+          if (real) *(uint4*)(to + i * 8) = make_uint4(two[0], two[1], two[2], two[3]);
+        }
+      } else if (real) {
+        float* const to = part_out + slot * VALUES + begin + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < VALUES / 16; ++i) *(float2*)(to + i * 8) = make_float2(o[i * 4] * inverse, o[i * 4 + 1] * inverse);
       }
-      if (group == 0 && lane % 4 == 0) {
+      if (group == 0 && lane % 4 == 0 && real) {
         if (part.complete()) lse[target + m] = log * LN2;
         else part_lse[slot] = log;
       }
