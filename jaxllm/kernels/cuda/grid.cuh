@@ -9,6 +9,10 @@
 #pragma once
 #include "barrier.cuh"
 
+#ifndef PAUSE
+#define PAUSE 0  // nanoseconds between looks at what is not told
+#endif
+
 #ifdef JAXLLM_EMULATE
 #include "grid_on_cpu.h"
 #else
@@ -60,6 +64,7 @@ DEVICE u64 look(const u64* p) {
 }
 // After the last of `polls` that found nothing. After ten seconds the kernel fails.
 DEVICE void look_again(u32 polls, u64& began) {
+  if (PAUSE && polls > 1) __nanosleep(PAUSE);
   if (polls % 4096) return;
   if (!began) began = nanoseconds();
   if (nanoseconds() - began > 10000000000ull) asm volatile("trap;");

@@ -173,8 +173,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     });
     timeline.mark(13);
     experts.fill();
-    fetch_told<CHOSEN * FFN, true>(inputs, words + TOLD_HIDDEN, mark);
+    if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark);
     timeline.mark(14);
+    bool waits = true;
+    auto ready = [&](int stage) {
+      if (!waits || stage * STAGE * PIECE < EARLY) return;
+      waits = false;
+      fetch_told<CHOSEN * FFN - EARLY, true>(inputs + EARLY / 8, words + TOLD_HIDDEN + EARLY, mark);
+    };
     auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
     const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
     Ring<Down, Qkv> end(down, next, experts);
@@ -183,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
       if (lane) return;
       if (last) ((u32*)out)[item] = two;
       else tell(words + TOLD_NEXT + 2 * item, words_of(two, mark));
-    });
+    }, ready);
+    ready(Down::PIECES);  // with warps that have nothing to multiply
     place = end;
     timeline.mark(15);
     timeline.mark_end(1);

@@ -37,3 +37,7 @@ struct Down {
     return (size_t)chosen[piece / OF_EXPERT] * WIDTH * FFN + piece % OF_EXPERT * PIECE;
   }
 };
+
+// Numbers between gate and up and the way down whose stages do not wait for the last ones: those of the rounds of items before
+// the last one and a half.
+constexpr int EARLY = larger(CHOSEN * FFN - WORKERS * 3 / 2, 0) / (STAGE * PIECE) * (STAGE * PIECE);

@@ -88,7 +88,7 @@ struct StreamPart {
 // what was there; otherwise they wait for one another before.
 template <int COUNT, bool FREE = false>
 DEVICE void fetch_told(uint4* inputs, const u32* words, u32 mark = TOLD) {
-  constexpr int EACH = (COUNT / 4 + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
+  constexpr int EACH = larger(1, (COUNT / 4 + THREADS - 1) / THREADS), AT_ONCE = EACH < 8 ? EACH : 8;
 #pragma unroll 1
   for (int first = 0; first < COUNT / 4; first += AT_ONCE * THREADS) {
     const int at = first + threadIdx.x;

@@ -131,9 +131,14 @@ DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y,
 
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
 // part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
-// ON_THEIR_WAY: stages of the ring.
-template <int ON_THEIR_WAY = DEPTH, class Product, class Source, class Factor, class Before, class Finish>
-DEVICE void multiply(const Product& product, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish) {
+// ready(stage) is called before the inputs of a stage are read. ON_THEIR_WAY: stages of the ring.
+struct Always {
+  DEVICE void operator()(int) const {}
+};
+template <int ON_THEIR_WAY = DEPTH, class Product, class Source, class Factor, class Before, class Finish, class Ready = Always>
+DEVICE void multiply(
+    const Product& product, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish, Ready ready = {}
+) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * BLOCKS + blockIdx.x; item < Product::ITEMS; item += WORKERS) {
@@ -141,6 +146,7 @@ DEVICE void multiply(const Product& product, Source& ring, const uint4* inputs, 
     const u32 known = before(item);
 #pragma unroll 1
     for (int stage = 0; stage < stages_at(product, item); ++stage) {
+      ready(stage);
       const uint4* const weights = ring.template next<ON_THEIR_WAY>();
       ring.bring();  // into the slot that was read before this one
 #pragma unroll
