@@ -113,8 +113,8 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tall_cuda, "implementation", implementation)
     monkeypatch.setattr(tall_cuda, "USED", frozenset({tall_cuda.PLAIN, tall_cuda.GATED}))
     monkeypatch.setattr(call, "require", lambda kernel: None)
-    D = 128
-    weight = jax.ShapeDtypeStruct((tall_cuda.FEATURES, D), jnp.bfloat16)
+    D, F = 128, 28672
+    weight = jax.ShapeDtypeStruct((F, D), jnp.bfloat16)
     norm = (jnp.ones(D), 1e-5)
 
     def shape(T: int, dtype=jnp.bfloat16, **how) -> tuple[int, ...]:
@@ -122,15 +122,16 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         x = jax.ShapeDtypeStruct((T, D), dtype)
         given = [x, weight.update(dtype=dtype)]
         if how.pop("residual", False):
-            given.append(jax.ShapeDtypeStruct((T, tall_cuda.FEATURES), dtype))
+            given.append(jax.ShapeDtypeStruct((T, F), dtype))
         return jax.eval_shape(lambda x, w, r=None: api.linear(x, w, residual=r, **how), *given).shape
 
-    assert shape(1024, norm=norm, activation="silu") == (1024, tall_cuda.FEATURES // 2) and used == [("silu", False)]
-    assert shape(2000, residual=True) == (2000, tall_cuda.FEATURES) and used == [(None, True)]
-    assert shape(1023, activation="silu") and not used
+    assert shape(1024, norm=norm, activation="silu") == (1024, F // 2) and used == [("silu", False)]
+    assert shape(2000, residual=True) == (2000, F) and used == [(None, True)]
+    assert shape(1000, activation="silu") and not used
+    assert shape(1100, activation="silu") and not used, "half of the last round of tiles would be nothing"
     assert shape(1024, jnp.float32) and not used
     x = jax.ShapeDtypeStruct((1024, D), jnp.bfloat16)
     made = jax.eval_shape(lambda x, weight: api.product(x, weight, norm=norm).finish(), x, weight)
-    assert made.shape == (1024, tall_cuda.FEATURES) and used == [(None, False)]
+    assert made.shape == (1024, F) and used == [(None, False)]
     monkeypatch.setattr(tall_cuda, "USED", frozenset())
     assert shape(1024, activation="silu") and not used

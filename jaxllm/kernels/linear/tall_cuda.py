@@ -4,6 +4,7 @@ copies by the tensor memory accelerator. act(gate) * up is made of sums in regis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,8 +20,11 @@ from jaxllm.kernels.linear.reference import Norm
 SOURCE = "tall_gemm"
 PLAIN, GATED = "tall_gemm", "tall_gated"
 """Names for `call`, of products as they are (and with a residual), and of those with an activation."""
-USED: frozenset[str] = frozenset()
-"""What is used where it is not asked for by name (`call.asked_for`): they were not measured yet."""
+USED = frozenset({GATED})
+"""What is used where it is not asked for by name (`call.asked_for`).
+
+Measured on an H200 (jax 0.11.2): a prompt of 8,000 tokens of Llama-3.1-8B runs at 40,605 tokens/s with gated products
+of this kernel, and at 39,895 with cuBLAS and XLA's gate. The others were not measured."""
 ROWS, COLUMNS = 128, 256
 """Of a tile: tokens, and rows of the weight, half of the gate and half of up."""
 CLUSTER = 2
@@ -30,8 +34,9 @@ MAP_WORDS = 2 * 32
 """Of the tensor maps that a block of threads makes: of tokens and of the weight."""
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 FEWEST = 1024
-"""Tokens from which on tiles fill the multiprocessors several times over, for weights of FEATURES rows."""
-FEATURES = 4096
+"""Tokens from which on it may be used."""
+ROUNDS, FULL = 3, 0.93
+"""How often tiles go over the multiprocessors, at least, and how full these are on average."""
 
 Kernel = Callable[[jax.Array, jax.Array, "jax.Array | None"], jax.Array]
 """(x, weight, residual or None) -> the result."""
@@ -107,8 +112,11 @@ def linear(
     call.require(kernel)
     if isinstance(weight_FD, QuantizedWeight) or weight_FD.ndim != 2 or x_TD.dtype != jnp.bfloat16 or x_TD.ndim != 2:
         raise NotImplementedError(f"{x_TD.ndim} axes of {x_TD.dtype}, and weights that are not plain")
-    if x_TD.shape[0] < FEWEST or weight_FD.shape[0] < FEATURES:
-        raise NotImplementedError(f"{x_TD.shape[0]} tokens and {weight_FD.shape[0]} features")
+    T, F = x_TD.shape[0], weight_FD.shape[0]
+    rounds = math.ceil(-(-T // (CLUSTER * ROWS)) * (F // COLUMNS) / (call.SMS // CLUSTER))
+    share = T * F / (rounds * call.SMS * ROWS * COLUMNS)  # of the tiles that there is time for
+    if T < FEWEST or rounds < ROUNDS or share < FULL:
+        raise NotImplementedError(f"{T} tokens and {F} features")
     run = implementation(weight_FD, activation, residual=residual_TF is not None)
     x_TD = x_TD if norm is None else reference.rms_norm(x_TD, norm)
 
