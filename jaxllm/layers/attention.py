@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from jaxllm.kernels.linear.product import Activations, Product
+from jaxllm.kernels.paged_attention import rope_cuda
 from jaxllm.kernels.paged_attention.api import paged_attention
 from jaxllm.kernels.rope_write.api import finishes, rope_write
 from jaxllm.kernels.rope_write.reference import rotate
@@ -134,6 +135,16 @@ class Attention(nnx.Module):
         norms = [None if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm)]
         eps = 0.0 if self.q_norm is None else self.q_norm.eps
         stripes = kernel.stripes(kv)
+        alone = not batch.tiles and self.window is None and self.sinks is None and self.q_norm is None
+        with jax.named_scope("paged_attention"):
+            try:
+                if not alone or stripes.ranks > 1:
+                    raise NotImplementedError("more than a new token of each row")
+                place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
+                where = (*place, batch.pages_RW, batch.positions_T)
+                return rope_cuda.attend(qkv, *rope, kv, *where, scale=self.scale, softcap=self.softcap)
+            except NotImplementedError:
+                pass
         with jax.named_scope("kv_write"):
             place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
             out = self.out.weight[...]

@@ -14,7 +14,7 @@ from jaxllm.kernels.grouped_matmul import ring_cuda, tiles_cuda
 from jaxllm.kernels.linear import cuda as linear_cuda
 from jaxllm.kernels.linear import fp8_cuda, narrow_cuda, quantized_cuda, tall_cuda, wide_cuda
 from jaxllm.kernels.moe_token import cuda as moe_layers
-from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda
+from jaxllm.kernels.paged_attention import decode_cuda, latent_cuda, prefill_cuda, rope_cuda
 from jaxllm.kernels.rope_write import cuda as rope_write
 from jaxllm.kernels.router import cuda as router
 from jaxllm.kernels.rows import cuda as rows
@@ -65,6 +65,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     first, second = prefill_cuda.CHECKS.items()
     checks = dict([(decode_cuda.KERNEL, decode_cuda.check), first])
     checks |= {rope_write.KERNEL: rope_write.check, linear_cuda.KERNEL: linear_cuda.check}
+    checks |= {rope_cuda.KERNEL: rope_cuda.check} if rope_cuda.is_used() else {}
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
     checks |= {narrow_cuda.NORMS: narrow_cuda.check_norms} if narrow_cuda.makes_norms() else {}
     checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
