@@ -50,8 +50,8 @@ SCALED: tuple[tuple[int, int], ...] = ((2, 32),)
 """Tokens, from and to, of which the products make the norms between them: one that adds to the residual what the norm
 needs of the sum, and those that follow the rest, so that there is no kernel for it.
 
-Measured on an H200 (jax 0.11.2) in the engine with Llama-3.1-8B's shapes: 8 requests decode in 4.17 ms, not 4.30, and 32
-in 4.46, not 4.58; 64 take 5.05 both ways."""
+Measured on an H200 (jax 0.11.2) in the engine with Llama-3.1-8B's shapes: 8 requests decode in 4.17 ms, not 4.30, and
+32 in 4.46, not 4.58; 64 take 5.05 both ways."""
 ASKED_SCALED = ((2, 64),)
 """As above, where they are asked for by name."""
 
