@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from jaxllm.bench.report import aligned, machine
 from jaxllm.config import EngineConfig
@@ -137,16 +138,20 @@ def run_comm(
     if mapping.world_size == 1:
         raise ConfigError("one device has nobody to talk to; give --tp, --ep, --cp or --pp, for example --tp 2")
     rows = []
-    for axes in groups(mesh):
+    # A ring has one axis.
+    cases = [
+        (axes, name, size)
+        for axes in groups(mesh)
+        for name in collectives
+        for size in sizes
+        if name != "ppermute" or len(axes) == 1
+    ]
+    for axes, name, size in tqdm(cases, "Measuring", unit=" sizes", disable=None):
         count = int(np.prod([mesh.shape[axis] for axis in axes]))
-        for name in collectives:
-            if name == "ppermute" and len(axes) > 1:
-                continue  # a ring has one axis
-            for size in sizes:
-                elements = -(-size // (ITEM * count)) * count
-                seconds = _measure(mesh, axes, COLLECTIVES[name][0], elements, repeat)
-                bus = elements * ITEM * COLLECTIVES[name][1](count) / seconds / 1e9
-                rows.append(CommRow(name, "+".join(axes), count, elements * ITEM, 1e6 * seconds, bus))
+        elements = -(-size // (ITEM * count)) * count
+        seconds = _measure(mesh, axes, COLLECTIVES[name][0], elements, repeat)
+        bus = elements * ITEM * COLLECTIVES[name][1](count) / seconds / 1e9
+        rows.append(CommRow(name, "+".join(axes), count, elements * ITEM, 1e6 * seconds, bus))
     return rows
 
 

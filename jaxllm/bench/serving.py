@@ -289,7 +289,7 @@ def table(found: Mapping[str, Any], percentiles: Sequence[float]) -> str:
 
 async def wait_until_ready(client: Client, seconds: float) -> str:
     """Waits for the server; returns the name of its first model. Raises ConfigError when there is none."""
-    end = time.monotonic() + seconds
+    end, told = time.monotonic() + seconds, ""
     while True:
         try:
             answer, found = await client.json("GET", "/v1/models")
@@ -302,6 +302,9 @@ async def wait_until_ready(client: Client, seconds: float) -> str:
             reason = str(error)
         if time.monotonic() > end:
             raise ConfigError(f"{client.url} is not ready: {reason}")
+        if reason != told:
+            told = reason
+            print(f"[waiting up to {seconds:g} s for {client.url}: {reason}]", file=sys.stderr, flush=True)
         await asyncio.sleep(_READY_SECONDS)
 
 

@@ -24,7 +24,7 @@ class Limits:
         """ValueError when a request can never run."""
         length = len(request.prompt_token_ids)
         if length > self.max_seq_len - 1:
-            if length > self.room:
+            if self.max_seq_len == self.room + 1:  # lowered to what the pool holds
                 raise ValueError(
                     f"the prompt has {length} tokens, but the KV cache holds {self.room}: "
                     "shorten it or raise kv_cache_config.max_tokens or free_gpu_memory_fraction"

@@ -205,6 +205,8 @@ def test_prompts_wait_until_every_lane_has_one_but_not_for_ever() -> None:
     harness.add([2] * 9, Params(max_tokens=50, ignore_eos=True))  # now both have one
     assert run() == 2
     assert lanes.num_held_back == 4
+    harness.add([2] * 3, Params(max_tokens=50, ignore_eos=True))
+    assert [run() for _ in range(4)] == [0, 0, 0, 1], "and the next one waits as long"
 
 
 def test_prompts_wait_for_more_of_them() -> None:
@@ -222,6 +224,18 @@ def test_prompts_wait_for_more_of_them() -> None:
             for _ in range(2):
                 harness.add([2] * 3, Params(max_tokens=50, ignore_eos=True))
     assert counts == [2, 0, 0, 2, 0, 0, 0]
+
+
+def test_steps_are_not_repeated_while_requests_wait_for_a_lane() -> None:
+    lanes = make(2, lane={"max_batch_size": 1})
+    harness = LaneHarness(lanes)
+    for _ in range(2):
+        harness.add([2] * 3, Params(max_tokens=30, ignore_eos=True))
+    harness.advance()
+    step = lanes.schedule()
+    assert step is not None and step.num_rows == 2 and lanes.can_repeat(step, 4)
+    harness.add([2] * 3, Params(max_tokens=30, ignore_eos=True))
+    assert lanes.num_waiting == 1 and not lanes.can_repeat(step, 4)
 
 
 def test_a_request_in_the_queue_can_be_cancelled() -> None:

@@ -487,6 +487,7 @@ def test_abort_frees_everything_at_once_in_every_state() -> None:
     [
         ({}, 64, {}, "the prompt has 64 tokens, but max_seq_len 64 leaves room for 63 and one output token"),
         ({"pages": 3}, 9, {}, "the prompt has 9 tokens, but the KV cache holds 8"),
+        ({"pages": 17}, 80, {}, "the prompt has 80 tokens, but max_seq_len 64 leaves room for 63"),
         ({"chunked_prefill": False}, 33, {}, "the prompt has 33 tokens, but one step computes 32"),
         ({"chunked_prefill": False, "tile": 8, "max_tiles": 2}, 17, {}, "one step computes 16"),
         ({}, 5, {"max_tokens": 0}, "max_tokens is 0"),
