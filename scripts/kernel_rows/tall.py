@@ -21,6 +21,13 @@ from jaxllm.kernels.rows import api as rows_api
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """As in the engine's steps of so many tokens."""
 RUNS = 3
+WAYS: dict[str, dict[str, Any]] = {
+    "used": {},
+    "lag 2": {"lag": 2},
+    "four": {"cluster": 4, "across": 4},
+    "four, lag 2": {"cluster": 4, "across": 4, "lag": 2},
+    "across 16": {"across": 16},
+}
 SMALL = 4 * tall_cuda.COLUMNS
 """Rows of the weight: as many tiles as take a moment to compare with float32."""
 Way = Callable[[jax.Array, jax.Array, "jax.Array | None"], jax.Array]
@@ -46,13 +53,13 @@ def right() -> dict[str, Any]:
         weight = weights(name)[0][:SMALL]
         with ThreadPoolExecutor() as pool:  # they compile side by side
             make = partial(tall_cuda.implementation, weight, **how)
-            runs = list(pool.map(lambda stacked, make=make: make(stacked=stacked), (True, False)))
+            runs = list(pool.map(lambda way, make=make: make(**way), WAYS.values()))
         for T in (300, 2000):
             x, residual = values(1, T, D), values(2, T, SMALL) if how["residual"] else None
             with jax.default_matmul_precision("highest"):
                 exact = (x.astype(F32), weight.astype(F32))
                 wanted = reference.linear(*exact, activation=how["activation"], residual=residual)
-            for label, run in zip(("stacked", "beside"), runs, strict=True):
+            for label, run in zip(WAYS, runs, strict=True):
                 found[f"{name} {T} {label}"] = difference(jax.jit(run)(x, weight, residual), wanted)
     x, weight = values(2, 8000, SHAPES["gate_up"][1]), weights("gate_up")[0]
     whole = jax.jit(tall_cuda.implementation(weight, "silu"))(x, weight, None).astype(F32)
@@ -70,17 +77,20 @@ def chain(way: Way, residual: bool, x: jax.Array, made: list[jax.Array]) -> jax.
 
 
 def kernels(name: str, T: int) -> dict[str, Any]:
-    """Microseconds of each kernel, by a trace; `whole`: of one in a chain, with what makes of its result new tokens."""
+    """Microseconds of each kernel, by a trace; `whole`: of one in a chain, with what makes of its result new tokens.
+
+    The chain is long enough for the chip to slow down to what its power allows; the trace is not.
+    """
     F, D, _ = SHAPES[name]
     how = options_of(name)
     made, x = weights(name), values(0, T, D)
     found: dict[str, Any] = {"floor": 2 * T * F * D / FLOPS * 1e6}
     with ThreadPoolExecutor() as pool:
         make = partial(tall_cuda.implementation, made[0], **how)
-        own = list(pool.map(lambda stacked: make(stacked=stacked), (True, False)))
-    for label, way in zip(("stacked", "beside", "xla"), (*own, partial(xla, how["activation"])), strict=True):
+        own = list(pool.map(lambda way: make(**way), WAYS.values()))
+    for label, way in zip((*WAYS, "xla"), (*own, partial(xla, how["activation"])), strict=True):
         run = jax.jit(partial(chain, way, how["residual"]), compiler_options=OPTIONS)
-        found[f"{label} whole"] = time_call(run, x, made, calls=len(made), seconds=0.03) * 1e6
+        found[f"{label} whole"] = time_call(run, x, made, calls=len(made), seconds=0.06) * 1e6
         with tempfile.TemporaryDirectory() as folder:
             traced = record(folder, lambda run=run: jax.block_until_ready([run(x, made) for _ in range(RUNS)]))
         for kernel in traced:

@@ -36,7 +36,7 @@ def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation="silu"
 
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
-    monkeypatch.setattr(call, "SMS", 4)
+    monkeypatch.setattr(tall_cuda, "CLUSTERS", {2: 2, 4: 1})
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     return tall_cuda.implementation(like, activation, residual=residual is not None, **how)(x, weight, residual)
 
@@ -52,22 +52,23 @@ def expected(x: np.ndarray, weight: np.ndarray, activation: str | None = "silu")
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize(
-    ("T", "F", "D", "activation", "stacked", "residual"),
+    ("T", "F", "D", "activation", "how", "residual"),
     [
-        (300, 512, 192, "silu", True, False),
-        (300, 512, 192, None, True, True),
-        (300, 1024, 192, "silu", False, False),
-        pytest.param(300, 512, 192, None, False, False, marks=SLOW),
-        pytest.param(128, 768, 128, "gelu_tanh", True, False, marks=SLOW),
-        pytest.param(1030, 512, 320, "silu", True, False, marks=SLOW),
-        pytest.param(2200, 512, 128, None, False, True, marks=SLOW),
+        (300, 512, 320, "silu", {}, False),
+        (300, 512, 320, None, {"lag": 2}, True),
+        (300, 1024, 320, "silu", {"stacked": False}, False),
+        pytest.param(300, 512, 320, None, {"stacked": False, "lag": 1}, False, marks=SLOW),
+        pytest.param(128, 768, 256, "gelu_tanh", {"lag": 2}, False, marks=SLOW),
+        pytest.param(1030, 512, 320, "silu", {"cluster": 4, "lag": 2, "across": 2}, False, marks=SLOW),
+        pytest.param(2200, 512, 256, None, {"stacked": False, "across": 16}, True, marks=SLOW),
+        pytest.param(300, 1024, 256, "silu", {"stacked": False, "cluster": 4}, False, marks=SLOW),
     ],
 )
-def test_equals_float64(T, F, D, activation, stacked, residual, seed, monkeypatch) -> None:
+def test_equals_float64(T, F, D, activation, how, residual, seed, monkeypatch) -> None:
     """With odd seeds copies land at once. More tiles than blocks, the last ones of tokens that are not there."""
     x, weight = operands(T, F, D)
     added = np.random.default_rng(1).standard_normal((T, F)).astype(BF16) if residual else None
-    out = run(x, weight, seed, monkeypatch, activation, added, stacked=stacked)
+    out = run(x, weight, seed, monkeypatch, activation, added, **how)
     wanted = expected(x, weight, activation) + (0 if added is None else added.astype(np.float64))
     assert out.dtype == BF16 and out.shape == wanted.shape
     np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
@@ -113,7 +114,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tall_cuda, "implementation", implementation)
     monkeypatch.setattr(tall_cuda, "USED", frozenset({tall_cuda.PLAIN, tall_cuda.GATED}))
     monkeypatch.setattr(call, "require", lambda kernel: None)
-    D, F = 128, 28672
+    D, F = 256, 28672
     weight = jax.ShapeDtypeStruct((F, D), jnp.bfloat16)
     norm = (jnp.ones(D), 1e-5)
 

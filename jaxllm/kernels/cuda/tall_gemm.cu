@@ -3,16 +3,18 @@
 // 128 of up, so that a thread has both of a number of the result.
 //
 // One block stays on each multiprocessor and takes tile after tile. One warp lets tokens and weight be copied by the tensor
-// memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. While one of them makes the
-// result of its half of a tile, the other goes on, and the copies for the next tile come. Two blocks make a cluster, whose
-// tiles lie side by side: each fetches one half of what both need for both of them, because the second-level cache could
-// not give it twice.
+// memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. The second is some stages
+// behind the first: while the one makes the result of its half of a tile, the other has products to do, and the copies
+// for the next tile come. Blocks of a cluster have tiles side by side: each fetches its part of what all need for all of
+// them, because the second-level cache could not give it so often.
 //
 //   OUT_FEATURES INPUTS    F, or F / 2, a multiple of a tile's; D, a multiple of 64
-//   CLUSTER                2
-//   STACKED                1: a cluster has two tiles of other tokens by the same rows; 0: of the same tokens by other rows,
-//                          of which there is an even number of tiles
+//   CLUSTER                2 or 4
+//   STACKED                1: a cluster has tiles of other tokens by the same rows; 0: of the same tokens by other rows, of
+//                          which there is a multiple of its tiles
+//   ACROSS                 clusters' tiles of tokens that are done side by side, with the same rows
 //   STAGES                 of 64 inputs
+//   LAG                    by how many stages the second warpgroup begins later
 //   GATED                  0: not; 1: silu; 2: gelu with tanh
 //   RESIDUAL               1: `residual`, [T, F], is added
 #include "cluster.cuh"
@@ -25,11 +27,13 @@ constexpr int ROWS = GROUPS * 64, COLUMNS = 256, TILE = GATED ? COLUMNS / 2 : CO
 constexpr int X_BYTES = ROWS * 128, W_BYTES = COLUMNS * 128, STAGE = X_BYTES + W_BYTES;
 constexpr int PART = 128, PARTS = TILE / PART;  // columns of the result that go out together
 constexpr int PITCH = PART * 2 + 16, OUT_AT = STAGES * STAGE, BARRIERS_AT = OUT_AT + WARPS * 16 * PITCH;
-// What a copy brings: all of what is this block's own, and half of what both need.
+// What a copy brings: all of what is this block's own, and a part of what all need.
 constexpr int X_BOX = STACKED ? ROWS : ROWS / CLUSTER, W_BOX = (GATED ? TILE / 8 : TILE) / (STACKED ? CLUSTER : 1);
-constexpr int MAPS = 2, ACROSS = STACKED ? 8 : 16;  // tiles of tokens that are done side by side, with the same rows
-static_assert(OUT_FEATURES % (STACKED ? TILE : TILE * CLUSTER) == 0 && INPUTS % 64 == 0 && CLUSTER == 2, "tiles");
-static_assert(BARRIERS_AT + STAGES * 16 <= SHARED && STAGES > 1 && STEPS > 1, "shared memory");
+constexpr int MAPS = 2;
+constexpr u32 ALL = (1 << CLUSTER) - 1;  // blocks of the cluster
+static_assert(OUT_FEATURES % (STACKED ? TILE : TILE * CLUSTER) == 0 && INPUTS % 64 == 0, "tiles");
+static_assert(BARRIERS_AT + STAGES * 16 <= SHARED, "shared memory");
+static_assert(STAGES > LAG + 1 && STEPS > LAG + 1, "the first warpgroup must not wait for stages that the second holds");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
@@ -65,7 +69,7 @@ struct Work {
   DEVICE int column() const { return STACKED ? unit_down() * TILE : (unit_down() * CLUSTER + rank) * TILE; }
 };
 
-// The ring: of each stage two barriers, `full` of this block's copies and `freed` by the warps of both blocks.
+// The ring: of each stage two barriers, `full` of what is copied here and `freed` by the warps of all blocks.
 struct Stage {
   u32 barriers;
   int slot;
@@ -92,10 +96,10 @@ DEVICE void copy(u32 smem, Stage stage, const u8* maps, Work work) {
       barrier_expect(full, STAGE);
       if (STACKED) {
         copy_box(x, x_map, step * 64, token, 0, 0, full);
-        copy_box_to_blocks(w + rank * (W_BYTES / 2), w_map, step * 64, row, 0, group, full, 3);
+        copy_box_to_blocks(w + rank * (W_BYTES / CLUSTER), w_map, step * 64, row, 0, group, full, ALL);
       } else {
         copy_box(w, w_map, step * 64, row, 0, group, full);
-        copy_box_to_blocks(x + rank * (X_BYTES / 2), x_map, step * 64, token + rank * X_BOX, 0, 0, full, 3);
+        copy_box_to_blocks(x + rank * (X_BYTES / CLUSTER), x_map, step * 64, token + rank * X_BOX, 0, 0, full, ALL);
       }
       stage.advance();
     }
@@ -113,6 +117,8 @@ DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, c
     if (lane < CLUSTER) cluster_arrive(freed, lane);
     __syncwarp();
   };
+  int awaited = LAG && warp < 4 && work.more() ? LAG : -1;  // the step of the first tile that the second waits for
+  if (LAG && warp >= 4 && work.more()) named_sync(1, GROUPS * 128);
   for (; work.more(); work.advance()) {
     u32 before = 0;
 #pragma unroll 1
@@ -126,6 +132,10 @@ DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, c
       wgmma_commit();
       wgmma_wait<1>();
       if (step > 0) free_stage(before);
+      if (step == awaited) {
+        named_sync(1, GROUPS * 128);
+        awaited = -1;
+      }
       before = stage.freed();
       stage.advance();
     }

@@ -27,7 +27,8 @@ Measured on an H200 (jax 0.11.2): a prompt of 8,000 tokens of Llama-3.1-8B runs 
 of this kernel, and at 39,895 with cuBLAS and XLA's gate. The others were not measured."""
 ROWS, COLUMNS = 128, 256
 """Of a tile: tokens, and rows of the weight, half of the gate and half of up."""
-CLUSTER = 2
+CLUSTERS = {2: call.SMS // 2, 4: 32}
+"""Clusters of so many blocks that are on the chip at once."""
 STAGES = 4
 THREADS = 384
 MAP_WORDS = 2 * 32
@@ -53,12 +54,19 @@ def implementation(
     *,
     residual: bool = False,
     stacked: bool = True,
+    lag: int = 0,
+    cluster: int = 2,
+    across: int = 8,
 ) -> Kernel:
     """The kernel for such weights and any number of tokens, in a program for an H100 or H200.
 
     It computes what `api.linear` does, [T, F], or [T, F / 2] with an activation. Sums are float32, and rounded once. A
-    token's result does not depend on the others. stacked: a cluster has two tiles of tokens by the same rows of the
-    weight, not one by twice as many.
+    token's result does not depend on the others.
+
+    Args:
+      stacked: a cluster has several tiles of tokens by the same rows of the weight, not one by several times as many.
+      lag: stages by which one warpgroup is behind the other.
+      cluster: blocks that share copies. across: clusters' tiles of tokens that are done side by side.
 
     Raises NotImplementedError where there is no kernel for these shapes and dtypes, or NVRTC refused it.
     """
@@ -67,19 +75,21 @@ def implementation(
         raise NotImplementedError(f"{weight_FD.dtype} weights")
     if activation not in ACTIVATIONS or (residual and activation is not None):
         raise NotImplementedError(f"activation {activation}, residual {residual}")
-    if D % 64 or D < 128 or F % (COLUMNS if stacked else COLUMNS * CLUSTER):
+    steps = D // 64
+    if D % 64 or steps < lag + 2 or F % (COLUMNS if stacked else COLUMNS * cluster):
         raise NotImplementedError(f"{F} features of {D} inputs")
     features = F if activation is None else F // 2
     macros = {
-        "OUT_FEATURES": features, "INPUTS": D, "CLUSTER": CLUSTER, "STACKED": int(stacked), "STAGES": STAGES,
-        "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "SHARED": call.MAX_SHARED,
+        "OUT_FEATURES": features, "INPUTS": D, "CLUSTER": cluster, "STACKED": int(stacked), "ACROSS": across,
+        "STAGES": STAGES, "LAG": lag, "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual),
+        "SHARED": call.MAX_SHARED,
     }  # fmt: skip
     ptx = call.compile_or_refuse(GATED if activation else PLAIN, SOURCE, macros)
 
     def run(x_TD: jax.Array, weight_FD: jax.Array, residual_TF: jax.Array | None = None) -> jax.Array:
         T = len(x_TD)
         tiles = -(-T // ROWS) * (F // COLUMNS)
-        grid = min(call.SMS, -(-tiles // CLUSTER) * CLUSTER)
+        grid = min(CLUSTERS[cluster], -(-tiles // cluster)) * cluster
         maps = jax.ShapeDtypeStruct((grid, MAP_WORDS), jnp.int32)
         # What the kernel does not read must still be a pointer.
         arguments = [x_TD, weight_FD, jnp.asarray([T], jnp.int32), x_TD if residual_TF is None else residual_TF]
@@ -113,7 +123,7 @@ def linear(
     if isinstance(weight_FD, QuantizedWeight) or weight_FD.ndim != 2 or x_TD.dtype != jnp.bfloat16 or x_TD.ndim != 2:
         raise NotImplementedError(f"{x_TD.ndim} axes of {x_TD.dtype}, and weights that are not plain")
     T, F = x_TD.shape[0], weight_FD.shape[0]
-    rounds = math.ceil(-(-T // (CLUSTER * ROWS)) * (F // COLUMNS) / (call.SMS // CLUSTER))
+    rounds = math.ceil(-(-T // (2 * ROWS)) * (F // COLUMNS) / CLUSTERS[2])
     share = T * F / (rounds * call.SMS * ROWS * COLUMNS)  # of the tiles that there is time for
     if T < FEWEST or rounds < ROUNDS or share < FULL:
         raise NotImplementedError(f"{T} tokens and {F} features")
@@ -129,7 +139,7 @@ def linear(
 def check(kernel: str) -> None:
     """Raises ArithmeticError if the kernel is wrong on small inputs; to be run on a GPU."""
     rng = np.random.default_rng(0)
-    for T, F, D in ((300, 2 * COLUMNS, 1024), (1000, 80 * COLUMNS, 192)):
+    for T, F, D in ((300, 2 * COLUMNS, 1024), (1000, 80 * COLUMNS, 320)):
         x, weight = (jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in ((T, D), (F, D)))
         residual = None if kernel == GATED else jnp.asarray(rng.standard_normal((T, F)), jnp.bfloat16)
         activation = "silu" if kernel == GATED else None
