@@ -3,12 +3,12 @@
 // and while attention, which is little work in many steps, is done on a few multiprocessors, those of the output product
 // come to all.
 //
-// Who needs a number looks until it is told (grid.cuh). Only the parts of a long context are behind a barrier. A warp has
-// the same places of the residual stream in every product that adds to it, and keeps them.
+// Who needs a number looks until it is told (grid.cuh). Only the parts of a long context are behind a barrier.
 //
 // Macros: LAYERS; WIDTH FFN of the model; HEADS of queries; KV heads; HEAD_DIM; O tokens of a page; NORM_HEADS 1: queries
 // and keys have norms; QKV_BIAS 1: queries, keys and values have biases; EPS GATED (one_token.cuh); SCALE_QK on q.k; ALONE:
-// units for each warp up to which a KV head is one block's; those of row_chain.cuh; LAYER_PARAMETERS: POINTERS parameters
+// units for each warp up to which a KV head is one block's; LOOKAHEAD: stages that the second-level cache fetches for a warp
+// that waits for attention; those of row_chain.cuh; LAYER_PARAMETERS: POINTERS parameters
 // for each layer, p0 and so on; EACH_POINTER: P(0) P(1) and so on of these; POOL_PARAMETERS: one without a name for each.
 #include "row_chain.cuh"
 #include "token_attention.cuh"
@@ -60,38 +60,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     POOL_PARAMETERS                    // of each layer, written in place
 ) {
   DYNAMIC_SHARED(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   uint4* const inputs = (uint4*)(shared + INPUTS_AT);
   float* const squares = (float*)(shared + SQUARES_AT);
-  u32* const own = (u32*)(shared + OWN_AT) + warp * OWN;
   const void** const pointers = (const void**)(shared + POINTERS_AT);
   const Timeline timeline = {times};
   timeline.mark(0);
   timeline.mark_end(0);
+  const StreamPart start(x);
 #define P(i) \
   if (threadIdx.x == (i) % THREADS) pointers[i] = p##i;
   EACH_POINTER
 #undef P
-  if (lane == 0)
-#pragma unroll
-    for (int i = 0; i < OWN; ++i)
-      own[i] = __ldg((const u32*)x + min((i * WARPS + warp) * BLOCKS + (int)blockIdx.x, WIDTH / 2 - 1));
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
   const int parts = units <= WARPS * ALONE ? 1 : min(PARTS, (units + WARPS * 2 - 1) / (WARPS * 2));
   const int part = blockIdx.x / KV;
   __syncthreads();
-  auto one = [](int) { return 1.f; };
-  auto none = [](int) { return 0u; };
-  auto kept = [&](int item) { return own[item / WORKERS]; };
-  // By lane 0: what a product adds to the stream.
-  auto added = [&](int item, float a, float b, u32 before) {
-    return own[item / WORKERS] = pack_bf16(low_of(before) + a, high_of(before) + b);
-  };
 
   // What all wait for first goes before the copies, or it would come after them.
   const NormWeight first_weight((const float*)pointers[NORM_AT]);
-  const StreamPart start(x);
-  Chain chain(pointers, shared);
+  Chain chain(pointers, words, (int*)(shared + QUEUES_AT), shared);
   start.norm(inputs, squares, first_weight);
 
 #pragma unroll 1
@@ -99,62 +87,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     const void* const* const of_layer = pointers + layer * POINTERS;
     u32* const told = words + (size_t)layer * TOLD_END;
     u16* const pool = (u16*)of_layer[POOL_AT];
-    if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
-    if (layer) {
-      timeline.mark(0);
-      timeline.mark_end(0);
-      const NormWeight weight((const float*)of_layer[NORM_AT]);
-      fetch_normed(inputs, squares, told - TOLD_END + TOLD_OUT, weight);
-    }
     timeline.mark(1);
+    if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
     const u32* const bias = (const u32*)of_layer[BIAS_AT];
     auto bias_of = [&](int item) { return QKV_BIAS ? __ldg(bias + item) : 0u; };
-    multiply(Qkv(), chain, inputs, one, bias_of, [&](int item, float a, float b, u32 known) {
+    multiply<Qkv>(chain, layer, inputs, bias_of, [&](int item, float a, float b, u32 known) {
       const u32 two = QKV_BIAS ? pack_bf16(a + low_of(known), b + high_of(known)) : pack_bf16(a, b);
       if (lane == 0) tell(told + TOLD_QKV + 2 * item, words_of(two));
     });
     timeline.mark(2);
-    chain.fill();
 
-    if (part < parts)
+    // Keys and values are not to come after the rows of the output product.
+    if (part < parts) {
       attend(shared, told, (const float*)of_layer[Q_NORM_AT], (const float*)of_layer[K_NORM_AT], cosine, sine, page, slot,
              pages, pool, found, sums, tokens, part, parts, timeline);
-    else timeline.mark(3);
+    } else {
+      chain.fill(LOOKAHEAD);
+      timeline.mark(3);
+    }
     timeline.mark(4);
     if (parts > 1) {
       grid_sync((int*)told, 1, BLOCKS, THREADS);
       merge(found, sums, told, parts);
     }
     timeline.mark(5);
+    // What does not depend on anything is there before it is wanted.
+    const NormWeight mlp_weight((const float*)of_layer[MLP_NORM_AT]);
+    if (part < parts) chain.fill(0);
+    wait_for_told(told + TOLD_HEADS);
     fetch_told<ATTENDED>(inputs, told + TOLD_HEADS);
     timeline.mark(6);
-    multiply(Output(), chain, inputs, one, kept, [&](int item, float a, float b, u32 known) {
-      if (lane == 0) tell(told + TOLD_STREAM + item, ~added(item, a, b, known));
+    auto stream_of = [&](int item) {
+      return layer ? ~__ldcg(told - TOLD_END + TOLD_OUT + item) : __ldg((const u32*)x + item);
+    };
+    multiply<Output>(chain, layer, inputs, stream_of, [&](int item, float a, float b, u32 known) {
+      if (lane == 0) tell(told + TOLD_STREAM + item, ~pack_bf16(low_of(known) + a, high_of(known) + b));
     });
     timeline.mark(7);
-    chain.fill();
+    chain.fill(0);
 
-    const NormWeight weight((const float*)of_layer[MLP_NORM_AT]);
-    fetch_normed(inputs, squares, told + TOLD_STREAM, weight);
+    fetch_normed(inputs, squares, told + TOLD_STREAM, mlp_weight);
     timeline.mark(8);
-    multiply(GateUp(), chain, inputs, one, none, [&](int item, float gate, float up, u32) {
+    auto none = [](int) { return 0u; };
+    multiply<GateUp>(chain, layer, inputs, none, [&](int item, float gate, float up, u32) {
       if (lane == 0) tell((u16*)(told + TOLD_HIDDEN) + item, (u16)~pack_bf16(activation(gate) * up, 0.f));
     });
     timeline.mark(9);
-    chain.fill();
+    const bool last = layer == LAYERS - 1;
+    const NormWeight weight((const float*)of_layer[NORM_AT + (last ? 0 : POINTERS)]);
+    chain.fill(0);
 
     fetch_pairs<FFN>(inputs, told + TOLD_HIDDEN);
     timeline.mark(10);
-    const bool last = layer == LAYERS - 1;
-    multiply(Down(), chain, inputs, one, kept, [&](int item, float a, float b, u32 known) {
+    auto between = [&](int item) {
+      if (Down::HALVES) return ~__ldcg(told + TOLD_STREAM + item / 2) >> item % 2 * 16;
+      return ~__ldcg(told + TOLD_STREAM + item);
+    };
+    multiply<Down>(chain, layer, inputs, between, [&](int item, float a, float b, u32 known) {
       if (lane) return;
-      const u32 two = added(item, a, b, known);
-      if (last) ((u32*)out)[item] = two;
+      const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
+      if (Down::HALVES && last) out[item] = (u16)two;
+      else if (Down::HALVES) tell((u16*)(told + TOLD_OUT) + item, (u16)~two);
+      else if (last) ((u32*)out)[item] = two;
       else tell(told + TOLD_OUT + item, ~two);
     });
     timeline.mark(11);
     timeline.mark_end(1);
-    if (!last) chain.fill();
+    if (last) break;
+    chain.fill(0);
+    timeline.mark(0);
+    timeline.mark_end(0);
+    fetch_normed(inputs, squares, told + TOLD_OUT, weight);
   }
   cp_async_wait<0>();
 }

@@ -110,17 +110,31 @@ DEVICE bool pairs_are_told(uint4 x) {
   return !(zero_halves(x.x) | zero_halves(x.y) | zero_halves(x.z) | zero_halves(x.w));
 }
 DEVICE uint4 inverted(uint4 x) { return make_uint4(~x.x, ~x.y, ~x.z, ~x.w); }
-// Waits for N times 8 such numbers; the last of them, which are told last, before it looks at the others. place(i): where.
+// Until these four words are told, one lane of the warp looks: what waits should take neither power nor bandwidth.
+template <class Told>
+DEVICE void wait_until(const u32* words, Told told) {
+  if (threadIdx.x % 32 == 0) {
+    u64 began = 0;
+    uint4 x;
+    for (u32 polls = 1; look(words, x), !told(x); ++polls) look_again(polls, began);
+  }
+  __syncwarp();
+}
+// A warp's first words of many that are told at about the same time.
+DEVICE void wait_for_told(const u32* words) {
+  wait_until(words + threadIdx.x / 32 * 4, [](uint4 x) { return is_told(x, TOLD); });
+}
+// Waits for N times 8 such numbers. place(i): where.
 template <int N, class Place>
 DEVICE void collect_pairs(uint4 (&x)[N], Place place) {
+  wait_until(place(N - 1), pairs_are_told);
   u64 began = 0;
-  for (u32 polls = 1; look(place(N - 1), x[N - 1]), !pairs_are_told(x[N - 1]); ++polls) look_again(polls, began);
   for (u32 polls = 1;; ++polls) {
     bool all = true;
 #pragma unroll
-    for (int i = 0; i < N - 1; ++i) look(place(i), x[i]);
+    for (int i = 0; i < N; ++i) look(place(i), x[i]);
 #pragma unroll
-    for (int i = 0; i < N - 1; ++i) all = all && pairs_are_told(x[i]);
+    for (int i = 0; i < N; ++i) all = all && pairs_are_told(x[i]);
     if (all) break;
     look_again(polls, began);
   }

@@ -26,10 +26,16 @@ PIECE = 256
 SLOT = 4096
 """Bytes of a stage of a warp's ring."""
 MOST_SLOTS = 6
-DEPTH = 3
+QUEUE = 8
+"""Items of a warp's queue."""
+DEPTH = 4
 """Stages of a warp on their way while it multiplies: more delay what others read."""
 LOOKAHEAD = 4
-"""Stages that the second-level cache fetches for a warp that waits and whose ring is full."""
+"""Stages that the second-level cache fetches for a warp that waits for attention and whose ring is full."""
+PAUSE = 40
+"""Nanoseconds between the looks of who waits: the GPU's power goes to what is multiplied."""
+OWNED = 75
+"""Percent of a product's rows that a warp has from the start; the others go to who is fast."""
 FAR = 0
 """Units of a warp beyond the next, of a long context, that the second-level cache fetches."""
 HEAD_DIMS = (64, 128)
@@ -116,11 +122,12 @@ def launcher(
     lookahead: int = LOOKAHEAD,
     alone: int = ALONE,
     far: int = FAR,
+    owned: int = OWNED,
     timeline: bool = False,
 ) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted.
 
-    slots: of a warp's ring; None for as many as fit. depth, lookahead, alone, far: see DEPTH, LOOKAHEAD, ALONE, FAR.
+    slots: of a warp's ring; None for as many as fit. The others: see DEPTH, LOOKAHEAD and so on.
     """
     layers, layer = operands.layers, operands.layers[0]
     (T, D), (_, _, K, O, H), (_, F) = operands.x.shape, layer.kv_PYKOH.shape, layer.down.shape
@@ -144,9 +151,9 @@ def launcher(
         raise NotImplementedError(f"a bias of {layer.bias.dtype}")
     pointers = len(Layer._fields) * len(layers)
     # As dense_layer.cuh has them.
-    wide, own = H + 8, -(-D // 2 // (WARPS * call.SMS))
+    wide = H + 8
     rest = max(2 * max(N * H, D, F), WARPS * group * wide * 4) + group * wide * 2 + WARPS * group * 8 + 4 * H
-    rest += WARPS * 4 + WARPS * own * 4 + 8 + 8 * pointers
+    rest += WARPS * 4 + WARPS * QUEUE * 4 + 8 + 8 * pointers
     slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
     if slots < 3:
         raise NotImplementedError(f"inputs of {max(N * H, D, F)} numbers")
@@ -154,7 +161,8 @@ def launcher(
         "LAYERS": len(layers), "WIDTH": D, "FFN": F, "HEADS": N, "KV": K, "HEAD_DIM": H, "O": O,
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
-        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead, "FAR": far,
+        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
+        "FAR": far, "OWNED": owned, "PAUSE": PAUSE,
         "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
         "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
@@ -162,7 +170,7 @@ def launcher(
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     # What blocks tell one another, and the words of their barriers.
-    told = len(layers) * (-(-call.SMS // 4) * 4 + rows + N * H + D // 2 + F // 2 + D // 2)
+    told = len(layers) * (-(-call.SMS // 4) * 4 + 4 + rows + N * H + D // 2 + F // 2 + D // 2)
     results = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         jax.ShapeDtypeStruct((call.SMS, group, H), jnp.float32),
