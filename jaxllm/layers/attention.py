@@ -147,9 +147,7 @@ class Attention(nnx.Module):
                 pass
         with jax.named_scope("kv_write"):
             place = places(batch.positions_T, batch.pages_RW, batch.row_T, kv.shape[3], stripes)
-            out = self.out.weight[...]
-            following = out if isinstance(out, jax.Array) else None
-            q_TNH, kv = rope_write(qkv, *rope, kv, *place, *norms, eps=eps, following=following)
+            q_TNH, kv = rope_write(qkv, *rope, kv, *place, *norms, eps=eps)
         with jax.named_scope("paged_attention"):
             part = kernel.step(q_TNH, kv, batch, *kernel.visible(batch.positions_T, stripes))
             return kernel.finish(part), kv

@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from kernel_rows._measure import BANDWIDTH, Row, all_right, decode_errors, difference, rate, time_call
 
-from jaxllm.kernels.paged_attention import decode_cuda, reference
+from jaxllm.kernels.linear.product import Product
+from jaxllm.kernels.paged_attention import decode_cuda, reference, rope_cuda
+from jaxllm.kernels.rope_write import cuda as rope_write
 
 O = 32
 BF16, FP8 = jnp.bfloat16, jnp.float8_e4m3fn
@@ -31,7 +34,7 @@ SHAPES: dict[str, tuple[list[int], tuple[int, int, int], Any]] = {
     "H=64 B=64 x 2048": ([2048] * 64, (3, 3, 64), BF16),
 }
 TIMED_REFERENCE = ("B=64 x 2048", "B=1 x 8192")
-SHORT = {1: 128, 8: 24, 64: 8, 256: 6}
+SHORT = {1: 128, 8: 24, 64: 8, 128: 8, 256: 6}
 """Calls of a program by the rows of one, of 160 tokens: together more than the second cache holds."""
 CONTEXTS = (160, 192, 255, 257, 320, 384)
 """Tokens of rows whose time is measured with pages in order and in any order."""
@@ -40,14 +43,9 @@ LONG = {(1, 131_072): 4, (8, 32_768): 2, (64, 2048): 4}
 TUNINGS: dict[str, tuple[dict[str, int], ...]] = {
     "B=1 x 160": ({"warps": 4}, {"warps": 8, "resident": 1}),
     "B=64 x 160": ({"warps": 12, "resident": 1}, {"warps": 8, "resident": 1}, {"resident": 3}, {"whole": 0}),
-    "B=256 x 256": (
-        {"resident": 2},
-        {"whole": 0},
-        {"warps": 2, "resident": 4},
-        {"warps": 2, "resident": 5},
-        {"warps": 4, "resident": 3},
-        {"warps": 8, "resident": 1},
-    ),
+    "B=256 x 256": ({"whole": 6}, {"whole": 0}, {"whole": 6, "resident": 2}, {"whole": 0, "resident": 2}),
+    "B=128 x 256": ({"whole": 6}, {"whole": 0}),
+    "B=64 x 256": ({"whole": 6}, {"whole": 0}),
     "B=1 x 131072": ({"warps": 4},),
 }
 
@@ -108,7 +106,8 @@ def equal_rows(
 
 def short() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for rows, calls in SHORT.items():
+    for rows in (1, 8, 64, 256):
+        calls = SHORT[rows]
         seconds, moved = equal_rows(rows, 160, calls)
         found |= {f"b{rows}_us": seconds * 1e6, f"b{rows}_floor_us": moved / BANDWIDTH * 1e6}
     return found
@@ -130,6 +129,52 @@ def contexts(rows: int) -> dict[str, Any]:
         found[str(tokens)] = " ".join(f"{1e6 * t:.1f}" for t in (*(t for t, _ in times), times[0][1] / BANDWIDTH))
     found["255 of 32 GiB"] = f"{1e6 * equal_rows(rows, 255, SHORT[rows], copies=16)[0]:.1f}"
     return found
+
+
+def rotated(rows: int, tokens: int) -> dict[str, Any]:
+    """Microseconds of attention with what is new, by one kernel (us) and by two (two_us), twice each in turns; both
+    have a copy of the queries beside them.
+    """
+    K, G, H = LLAMA
+    calls, used = SHORT[rows], -(-tokens // O)
+    rng = np.random.default_rng(1)
+    kv = pool(K, H, BF16, 2**31 // (2 * K * O * H * 2))
+    qkv = jnp.asarray(rng.standard_normal((rows, (G + 2) * K * H)), BF16)
+    ids = rng.permutation(kv.shape[0])[: min(calls, kv.shape[0] // (rows * used)) * rows * used]
+    tables = [jnp.asarray(table, jnp.int32) for table in np.resize(ids, (calls, rows, used))]
+    angle = jnp.asarray(rng.uniform(0, 6, (rows, 1, H // 2)), jnp.float32)
+    positions, slots = jnp.full(rows, tokens - 1, jnp.int32), jnp.full(rows, (tokens - 1) % O, jnp.int32)
+    one = rope_cuda.implementation(qkv.shape, kv, used, H**-0.5, None)
+    around = (jnp.cos(angle), jnp.sin(angle))
+
+    def two(qkv: jax.Array, cos: Any, sin: Any, kv: jax.Array, page: Any, slot: Any, table: Any, at: Any) -> Any:
+        given = (Product.of(qkv), cos, sin, kv, page, slot, None, None)
+        q, kv = rope_write.choose(*given, eps=0.0)(*given)
+        attend = decode_cuda.prepare(q[:, None], kv, table, scale=H**-0.5, softcap=None)
+        return attend(q[:, None], kv, table, at[:, None])[0][:, 0], kv
+
+    def program(way: Any, qkv: jax.Array, tables: list[jax.Array], kv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rest = qkv[:, G * K * H :]
+        for table in tables:
+            out, kv = way(qkv, *around, kv, table[:, -1], slots, table, positions)
+            qkv = lax.optimization_barrier(jnp.concatenate([out.reshape(rows, -1), rest], axis=1))
+        return qkv, kv
+
+    found: dict[str, Any] = {"floor_us": 2 * K * H * rows * tokens * 2 / BANDWIDTH * 1e6}
+    state = [kv + 0]
+    runs = {name: jax.jit(partial(program, way), donate_argnums=2) for name, way in (("us", one), ("two_us", two))}
+    outs = []
+    for again in ("", "again_"):
+        for name, run in runs.items():
+
+            def once(run: Any = run) -> jax.Array:
+                out, state[0] = run(qkv, tables, state[0])
+                return out
+
+            outs.append(np.asarray(once(), np.float32))
+            found[again + name] = time_call(once, calls=calls, seconds=0.02) * 1e6
+    found["difference"] = max(difference(out, outs[0]) for out in outs)
+    return found | {"wrong": not found["difference"] < 0.02}
 
 
 def tuned(name: str, **tuning: int) -> dict[str, Any]:
@@ -207,6 +252,8 @@ def rows() -> Iterator[Row]:
     yield Row("long", long)
     for rows in (64, 256):
         yield Row(f"contexts of {rows} rows", partial(contexts, rows))
+    for rows in (8, 256, 64, 128, 1):
+        yield Row(f"rotated {rows} x 256", partial(rotated, rows, 256))
     for name in SHAPES:
         yield Row(name, partial(speed, name))
     for name, tunings in TUNINGS.items():

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import rtc
 from jaxllm.kernels.linear.product import Product
-from jaxllm.kernels.rope_write import api, cuda, reference
+from jaxllm.kernels.rope_write import cuda, reference
 from tests.kernels.emulator.emulator import Kernels
 
 BF16, FP8 = jnp.bfloat16, jnp.float8_e4m3fn
@@ -90,18 +90,3 @@ def test_too_large_for_e4m3_becomes_the_largest() -> None:
     )
     assert np.isfinite(np.asarray(pool, np.float32)).all()
     assert np.abs(np.asarray(pool, np.float32)[page, :, :, slot]).max() == 448
-
-
-def test_the_next_weight_is_fetched_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(call, "require", lambda kernel: None)
-    monkeypatch.setattr(call, "compile_or_refuse", lambda kernel, source, macros: made.append(macros["AHEAD"]) or "")
-    monkeypatch.setattr(cuda, "FETCHED", ((2, 4, 1),))
-    for tokens in (4, 5):
-        arguments = inputs(tokens, 4, 2, 128, 32, BF16, False)
-        for features in (4096, 64):
-            weight = jnp.zeros((features, 512), BF16)
-            found = api.rope_write(*arguments, following=weight)
-            for a, b in zip(found, api.rope_write(*arguments), strict=True):
-                np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    assert made == [1 << 20, 0, 1 << 16, 0, 0, 0, 0, 0]

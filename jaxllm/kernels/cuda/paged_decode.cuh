@@ -26,7 +26,8 @@ constexpr int CHUNKS = ROW / 16;                  // of 16 bytes
 constexpr int PLANE = TOKENS * ROW;               // a warp's keys, or values, of one block
 constexpr int STAGE = 2 * PLANE;
 constexpr int MAXIMA = WARPS * STAGES * STAGE;     // of each warp, and then their sums
-constexpr int TABLES = MAXIMA + 2 * WARPS * 16 * 4;
+constexpr int ANGLES = MAXIMA + 2 * WARPS * 16 * 4;  // cosines and sines of a row, for each stage of each warp
+constexpr int TABLES = ANGLES + (ROPE ? WARPS * STAGES * H * 4 : 0);
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 static_assert(M <= 16 && H % 32 == 0 && O % TOKENS == 0, "not what this kernel was written for");
 static_assert(8 * H * 4 <= STAGE, "warps leave eight rows of results in a stage");
@@ -52,41 +53,28 @@ DEVICE void rotate(u32& first, u32& second, float2 c, float2 s) {
   second = pack_bf16(x * c.x + a * s.x, y * c.y + b * s.y);
 }
 
-// What brings a row's new key and value to its page: a lane has 16 bytes of both halves of the key.
-struct Arrival {
-  float4 c[2], s[2];
-  int page;
-
-  DEVICE void load(const float* cosine, const float* sine, const int* pages, int row, int last, int lane) {
-    page = pages[(size_t)row * W + last / O];
-    if (lane >= H / 16) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      c[i] = __ldg((const float4*)(cosine + (size_t)row * (H / 2) + lane * 8) + i);
-      s[i] = __ldg((const float4*)(sine + (size_t)row * (H / 2) + lane * 8) + i);
-    }
+// Rotates the new key in a warp's block in shared memory, that of `token`, which is as the projection has it, and brings
+// it and the value to their page, at `to`. A lane has 16 bytes of both halves of the key. angles: cosines, then sines.
+DEVICE void bring_new(u8* keys, const float* angles, u8* to, int token, int lane) {
+  if (lane < H / 16) {
+    uint4* const first = (uint4*)(keys + chunk_at(token, lane));
+    uint4* const second = (uint4*)(keys + chunk_at(token, lane + H / 16));
+    uint4 a = *first, b = *second;
+    const float4* const c = (const float4*)angles + lane * 2;
+    const float4* const s = (const float4*)(angles + H / 2) + lane * 2;
+    rotate(a.x, b.x, make_float2(c[0].x, c[0].y), make_float2(s[0].x, s[0].y));
+    rotate(a.y, b.y, make_float2(c[0].z, c[0].w), make_float2(s[0].z, s[0].w));
+    rotate(a.z, b.z, make_float2(c[1].x, c[1].y), make_float2(s[1].x, s[1].y));
+    rotate(a.w, b.w, make_float2(c[1].z, c[1].w), make_float2(s[1].z, s[1].w));
+    *first = a;
+    *second = b;
+    ((uint4*)to)[lane] = a;
+    ((uint4*)to)[lane + H / 16] = b;
   }
-  // keys: a warp's block in shared memory, of which `token` is the new one, as the projection has it.
-  DEVICE void write(u8* keys, u8* kv, int item, int token, int last, int lane) const {
-    u8* const to = kv + (((size_t)page * 2 * K + item) * O + last % O) * ROW;
-    if (lane < H / 16) {
-      uint4* const first = (uint4*)(keys + chunk_at(token, lane));
-      uint4* const second = (uint4*)(keys + chunk_at(token, lane + H / 16));
-      uint4 a = *first, b = *second;
-      rotate(a.x, b.x, make_float2(c[0].x, c[0].y), make_float2(s[0].x, s[0].y));
-      rotate(a.y, b.y, make_float2(c[0].z, c[0].w), make_float2(s[0].z, s[0].w));
-      rotate(a.z, b.z, make_float2(c[1].x, c[1].y), make_float2(s[1].x, s[1].y));
-      rotate(a.w, b.w, make_float2(c[1].z, c[1].w), make_float2(s[1].z, s[1].w));
-      *first = a;
-      *second = b;
-      ((uint4*)to)[lane] = a;
-      ((uint4*)to)[lane + H / 16] = b;
-    }
-    for (int i = lane; i < CHUNKS; i += 32)
-      ((uint4*)(to + (size_t)K * O * ROW))[i] = *(const uint4*)(keys + PLANE + chunk_at(token, i));
-    __syncwarp();
-  }
-};
+  for (int i = lane; i < CHUNKS; i += 32)
+    ((uint4*)(to + (size_t)K * O * ROW))[i] = *(const uint4*)(keys + PLANE + chunk_at(token, i));
+  __syncwarp();
+}
 
 // The words of the queries that a lane multiplies: of fragment rows lane / 4 and 8 further.
 DEVICE void load_queries(
@@ -270,6 +258,15 @@ DEVICE void decode(
         };
         if (seen >= TOKENS + ROPE) copy_tokens(TOKENS, false);  // almost always, and half the instructions
         else copy_tokens(seen, ROPE);
+        if (ROPE && seen <= TOKENS)
+#pragma unroll
+          for (int i = lane; i < H / 4; i += 32) {
+            const float* const angles = i < H / 8 ? cosine : sine;
+            cp_async_16(
+                shared_address(shared) + ANGLES + (warp * STAGES + stage) * H * 4 + i * 16,
+                angles + (size_t)copied.row * (H / 2) + i % (H / 8) * 4, 16
+            );
+          }
       }
       if (copies++ == 0) {
         next = ahead.take(rows, 32);
@@ -281,7 +278,7 @@ DEVICE void decode(
   u32 query[H / 16][4];
   float o[H / 8][4], top[2], sum[2];
   int highest[2], lowest[2];  // visible keys of a lane's two queries
-  Arrival arrival;
+  int new_page;  // of the run's row
   Run run;
   int done;  // blocks of the run
   auto begin_run = [&]() {
@@ -289,7 +286,7 @@ DEVICE void decode(
     if (!run.blocks) return false;
     done = 0;
     load_queries(query, q, cosine, sine, run.row, run.item, lane);
-    if (ROPE) arrival.load(cosine, sine, pages, run.row, run.last, lane);
+    if (ROPE) new_page = pages[(size_t)run.row * W + run.last / O];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = lane / 4 + half * 8;
@@ -313,7 +310,10 @@ DEVICE void decode(
     if (token <= run.last) {
       const u32 keys = stages + stage * STAGE;
       if (ROPE && run.last < token + TOKENS)
-        arrival.write(shared + (warp * STAGES + stage) * STAGE, kv, run.item, run.last - token, run.last, lane);
+        bring_new(
+            shared + (warp * STAGES + stage) * STAGE, (float*)(shared + ANGLES) + (warp * STAGES + stage) * H,
+            kv + (((size_t)new_page * 2 * K + run.item) * O + run.last % O) * ROW, run.last - token, lane
+        );
       float s[2][4];
       multiply_keys(s, query, keys, lane);
       float high[2] = {top[0], top[1]};

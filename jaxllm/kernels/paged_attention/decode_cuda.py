@@ -25,6 +25,9 @@ TALL = 12
 """Warps of a block for few items: 192 tokens at once."""
 WHOLE = 192 * 1024
 """Bytes of keys and values of one head that one block of threads reads sooner than several could share and merge."""
+MANY = 4
+"""Items for each block of threads, from which on they count what there is in any case; 256 rows of 256 tokens take 66.9
+us so on an H200 (Llama-3.1-8B's heads), and 70.1 otherwise."""
 SM_SHARED = 228 * 1024
 """Bytes of shared memory of a multiprocessor; each block takes 1 KiB more than it asks for."""
 
@@ -53,12 +56,13 @@ def configure(
     scale: float,
     softcap: float | None,
     first: bool,
+    rope: bool = False,
     warps: int | None = None,
     resident: int | None = None,
     min_share: int | None = None,
     whole: int | None = None,
 ) -> Launch:
-    """Macros and sizes for q_RQNH, kv_PYKOH and pages_RW with W = width.
+    """Macros and sizes for q_RQNH, kv_PYKOH and pages_RW with W = width; rope: for the kernel that also rotates.
 
     warps, resident: of a block, and blocks of a multiprocessor; None: what fills its shared memory well, and where each
     item has a multiprocessor of its own, one tall block, which has less to do one after the other. min_share: blocks of
@@ -84,7 +88,8 @@ def configure(
         resident = {8: 4, 16: 3, 24: 2, 32: 2, 64: 1}.get(stage // 1024 * 4 // warps, 3)
     fixed = 2 * warps * 16 * 4 + 8 * warps + 12 * (R + 1)
     room = min(SM_SHARED // resident - 1024, call.MAX_SHARED) - fixed
-    stages = min(6, room // stage)
+    held = stage + rope * warps * H * 4
+    stages = min(6, room // held)
     if stages < 2:
         raise NotImplementedError(f"{R} rows: their tables do not fit into shared memory")
     ctas = call.SMS * resident
@@ -100,13 +105,13 @@ def configure(
         "CTAS": ctas,
         "RESIDENT": resident,
         "MIN_SHARE": min_share or -(-128 // (warps * TOKENS)),
-        "WHOLE": max(2, min(8, WHOLE // stage)) if whole is None else whole,
+        "WHOLE": (0 if MANY * ctas < R * K else max(2, min(8, WHOLE // stage))) if whole is None else whole,
         "SCALE": repr(float(scale)),
         "SOFTCAP": repr(float(softcap)) if softcap else "0",
         "FP8": int(fp8),
         "FIRST": int(first),
     }
-    return Launch(macros, (R, -(-ctas // R)), 32 * warps, stages * stage + fixed)
+    return Launch(macros, (R, -(-ctas // R)), 32 * warps, stages * held + fixed)
 
 
 def choose(

@@ -46,7 +46,7 @@ def implementation(
     if kv_PYKOH.dtype != jnp.bfloat16 or N % K:
         raise NotImplementedError(f"pages in {kv_PYKOH.dtype}")
     launch = decode_cuda.configure(
-        (R, 1, N, H), kv_PYKOH.shape, width, fp8=False, scale=scale, softcap=softcap, first=False
+        (R, 1, N, H), kv_PYKOH.shape, width, fp8=False, scale=scale, softcap=softcap, first=False, rope=True
     )
     ptx = call.compile_or_refuse(KERNEL, KERNEL, launch.macros)
     written = [jax.ShapeDtypeStruct(*result) for result in decode_cuda.results(launch, (R, 1, N, H))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import jax
 from jax import lax
@@ -25,7 +25,6 @@ def rope_write(
     k_norm_H: jax.Array | None = None,
     *,
     eps: float = 0.0,
-    following: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates queries and keys by their positions and stores keys and values in their pages.
 
@@ -35,7 +34,6 @@ def rope_write(
       kv_PYKOH: the page pool of one layer, written in place where the caller gives it away.
       page_T, slot_T: int32, where each token's key and value go; different places, but for page 0, which is nobody's.
       q_norm_H, k_norm_H: float32, weights of a norm (with `eps`) of each head of queries and of keys before rotation.
-      following: the weight that is read after attention, of which a GPU's cache may fetch a part meanwhile.
 
     Returns:
       q_TNH in qkv's dtype, and the pool. To e4m3, what is larger than 448 becomes 448.
@@ -43,14 +41,9 @@ def rope_write(
     if not finishes(qkv.shape[0], scaled=qkv.token_scale is not None):
         qkv = Product.of(qkv.finish())
     arguments = (qkv, cos, sin, kv_PYKOH, page_T, slot_T, q_norm_H, k_norm_H)
-    fetched = 0 if following is None else cuda.fetched(qkv.shape[0], following)
+    default = partial(reference.rope_write, eps=eps)
     try:
-        kernel = cuda.choose(*arguments, eps=eps, fetched=fetched)
+        kernel = cuda.choose(*arguments, eps=eps)
     except NotImplementedError:
-        return reference.rope_write(*arguments, eps=eps)
-
-    def default(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        return reference.rope_write(*arguments[:8], eps=eps)
-
-    more = (following,) if fetched else ()
-    return lax.platform_dependent(*arguments, *more, cuda=kernel, default=default)
+        return default(*arguments)
+    return lax.platform_dependent(*arguments, cuda=kernel, default=default)

@@ -24,24 +24,7 @@ FINISHED: dict[bool, tuple[tuple[int, int], ...]] = {False: (), True: ((33, 255)
 Measured on an H200 (jax 0.11.2), Llama-3.1-8B: in bfloat16 5.36 ms at 64 tokens and 9.70 at 256, where others finish in
 5.34 and 9.57; with fp8 weights 3.60 ms at 64 together with the kernels for rows, see there."""
 
-FETCH = "fetch_ahead"
-"""The name by which fetching the next weight is asked for, or turned off."""
-FETCHED: tuple[tuple[int, int, int], ...] = ()
-"""Tokens, from and to, of which the second-level cache fetches so many MiB of the weight that is read after attention,
-which leaves the memory idle."""
-ASKED = ((1, 32, 16),)
-"""As above, where it is asked for by name."""
-
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
-
-
-def fetched(tokens: int, weight: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes of a weight that is read after attention for the cache to fetch."""
-    if not call.usable(FETCH):
-        return 0
-    ranges = ASKED if call.asked_for(FETCH) else FETCHED
-    size = next((size << 20 for least, most, size in ranges if least <= tokens <= most), 0)
-    return min(size, weight.size * weight.dtype.itemsize // 16 * 16)
 
 
 def finishes(tokens: int, *, scaled: bool) -> bool:
