@@ -13,6 +13,7 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches.
+// IDLE KV: a block for each KV head does nothing but attention, which all wait for.
 // LAYERS and, for each of them, what the kernel takes: LAYER_PARAMETERS and POOL_PARAMETERS are parameters, pointers to the
 // arrays of `Layer` and to the pool, which FILL_TABLE writes to a `table` of Layer.
 #include "moe_layer.cuh"
@@ -112,6 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     timeline.mark_end(0);
     const NormWeight first_weight(of.norm);
     if (part < parts) prefetch_pages(pages, of.pool, tokens, part, parts);
+    if (ROOM && (int)blockIdx.x < IDLE) copy_units(shared, pages, of.pool, tokens, part, parts);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD);
     timeline.mark(1);
     float factor = of_stream.norm(shared, first_weight);

@@ -4,11 +4,11 @@
 // the second come already. A ring can go on with what the second one is followed by.
 //
 // A product is a type with
-//   ITEMS   pairs of rows; warp w of block b has items w * BLOCKS + b, and so on, by WORKERS
+//   ITEMS   pairs of rows; warp w of block b has items w * (BLOCKS - IDLE) + b - IDLE, and so on, by WORKERS
 //   PIECES  of 256 inputs in a row
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
-// Macros: BLOCKS of the grid; WARPS of a block; SLOTS of a ring; DEPTH: stages of a warp on their way while it multiplies
+// Macros: BLOCKS of the grid, the first IDLE (0) of which have no items; WARPS of a block; SLOTS of a ring; DEPTH: stages of a warp on their way while it multiplies
 // the first product (SLOTS - 1), for more of them delay what others read.
 #pragma once
 #include "cluster.cuh"
@@ -17,10 +17,19 @@
 #define DEPTH (SLOTS - 1)
 #endif
 
-constexpr int THREADS = WARPS * 32, WORKERS = WARPS * BLOCKS;
+#ifndef IDLE
+#define IDLE 0
+#endif
+
+constexpr int THREADS = WARPS * 32, WORKERS = WARPS * (BLOCKS - IDLE);
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
 constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
 static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
+
+// Of this warp.
+DEVICE int first_item() {
+  return (int)blockIdx.x < IDLE ? 1 << 30 : (int)threadIdx.x / 32 * (BLOCKS - IDLE) + (int)blockIdx.x - IDLE;
+}
 
 template <class Product>
 DEVICE constexpr int stages_of() { return (Product::PIECES + STAGE - 1) / STAGE; }
@@ -54,7 +63,7 @@ struct Ring : RingPlace {
     const int warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     slots = rings + warp * (SLOTS * SLOT) + lane * 16;
-    item = warp * BLOCKS + blockIdx.x;
+    item = first_item();
     stage = filled = emptied = 0;
     once = read_once();
     on_second = item >= items_of(first);
@@ -113,7 +122,7 @@ struct Ring : RingPlace {
   }
   DEVICE void to_second() {
     on_second = true;
-    item = threadIdx.x / 32 * BLOCKS + blockIdx.x;
+    item = first_item();
   }
   template <int ON_THEIR_WAY>
   DEVICE const uint4* next() {
@@ -141,7 +150,7 @@ DEVICE void multiply(
 ) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int item = threadIdx.x / 32 * BLOCKS + blockIdx.x; item < Product::ITEMS; item += WORKERS) {
+  for (int item = first_item(); item < Product::ITEMS; item += WORKERS) {
     float sum[2] = {};
     const u32 known = before(item);
 #pragma unroll 1

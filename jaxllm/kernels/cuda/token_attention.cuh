@@ -70,6 +70,33 @@ DEVICE void prefetch_pages(const int* pages, const u16* pool, int tokens, int pa
   prefetch(keys + (size_t)KV * O * H, UNIT * H * 2);
 }
 
+// The first IDLE blocks, which have no products (row_pairs.cuh), have room for units where others have their rings: for this
+// many of each warp, after its first. They come while the queries are made, to the lanes that need them.
+constexpr int UNIT_BYTES = 2 * UNIT * H * 2, ROOM = IDLE ? SLOTS * SLOT / UNIT_BYTES : 0;
+static_assert(IDLE == 0 || IDLE == KV, "an idle block for each KV head");
+DEVICE void copy_units(u8* shared, const int* pages, const u16* pool, int tokens, int part, int parts) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  u32 to = shared_address(shared + warp * (SLOTS * SLOT) + lane * 16);
+#pragma unroll 1
+  for (int turn = 1; turn <= ROOM; ++turn) {
+    const int unit = (turn * parts + part) * WARPS + warp;
+    if (unit * UNIT >= tokens) break;
+    const size_t page = __ldg(pages + unit * UNIT / O);
+    const u16* const keys = pool + ((page * 2 * KV + blockIdx.x % KV) * O + unit * UNIT % O) * H;
+    const u16* const values = keys + (size_t)KV * O * H;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < KEY_PARTS; ++i, to += 512) cp_async_16(to, keys + (n * 8 + row) * H + i * 32 + quarter * 8, 16);
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int i = 0; i < VALUE_PARTS; ++i, to += 512)
+        cp_async_16(to, values + (quarter * 2 + t % 2 + t / 2 * 8) * H + i * 64 + row * 8, 16);
+  }
+  cp_async_commit();
+}
+
 // Attention of a KV head's queries over the units of this block: part `part` of `parts`. Where there are no other parts,
 // its result is told; otherwise `found` [BLOCKS, GROUP, H] and `sums` [BLOCKS, GROUP, 2] get this part of it.
 DEVICE void attend(
@@ -97,6 +124,24 @@ DEVICE void attend(
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < KEY_PARTS; ++i) k[n][i] = __ldcg((const uint4*)(keys + (n * 8 + row) * H + i * 32 + quarter * 8));
+  };
+  // What has come to the room of this block; turn: of the warp's units, from 1.
+  const bool has_room = ROOM && (int)blockIdx.x < IDLE;
+  const uint4* const room = (const uint4*)(shared + warp * (SLOTS * SLOT)) + lane;
+  auto take_keys = [&](int turn) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < KEY_PARTS; ++i) k[n][i] = room[(turn - 1) * (UNIT_BYTES / 16) + (n * KEY_PARTS + i) * 32];
+  };
+  auto take_values = [&](int turn, int unit) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int i = 0; i < VALUE_PARTS; ++i) {
+        const uint4 x = room[(turn - 1) * (UNIT_BYTES / 16) + (2 * KEY_PARTS + t * VALUE_PARTS + i) * 32];
+        v[t][i] = unit * UNIT + quarter * 2 + t % 2 + t / 2 * 8 < tokens ? x : zero;
+      }
   };
   auto load_values = [&](const u16* keys, int unit) {
     const u16* const values = keys + (size_t)KV * O * H;
@@ -147,6 +192,7 @@ DEVICE void attend(
       prepare_head(told + 2 * n, to, of < GROUP ? nullptr : new_ones + (of - GROUP) * H, turn[n], of <= GROUP, EPS);
     }
   }
+  if (has_room) cp_async_wait<0>();
   __syncthreads();
   timeline.mark(3);
   uint4 query[KEY_PARTS];
@@ -183,7 +229,8 @@ DEVICE void attend(
     if (unit + step < units) {
       if ((turn + 1) % 32 == 0) batch = page_of(unit + (lane + 1) * step);
       next = keys_of(unit + step, turn + 1);
-      load_keys(next);
+      if (has_room && turn < ROOM) take_keys(turn + 1);
+      else load_keys(next);
       // Of later units the second-level cache has what is not on its way yet; not those of the next batch of pages.
       if (FAR && unit + (1 + FAR) * step < units && (turn + 1) % 32 + FAR < 32) {
         const u16* const later = keys_of(unit + (1 + FAR) * step, turn + 1 + FAR);
@@ -229,7 +276,8 @@ DEVICE void attend(
                  select_bytes(of[2][j / 2], of[3][j / 2], selector));
       }
     }
-    if (next) load_values(next, unit + step);
+    if (next && has_room && turn < ROOM) take_values(turn + 1, unit + step);
+    else if (next) load_values(next, unit + step);
   }
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);

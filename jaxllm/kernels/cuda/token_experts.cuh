@@ -64,7 +64,7 @@ struct Scores {
   float sum[PER_LANE];
 
   DEVICE Scores(const u16* router, const float* norm) : router(router), norm(norm) {
-    mine = threadIdx.x / 32 * BLOCKS + blockIdx.x;
+    mine = first_item();
     const int item = min(mine, WIDTH / 2 - 1);
     weight = __ldg((const float2*)norm + item);
 #pragma unroll

@@ -37,6 +37,8 @@ MOST_LAYERS = 24
 """Of a launch: each has 12 parameters, of which a kernel may have 512 everywhere."""
 DEPTH = 2
 """Stages of a warp on their way while it multiplies: more delay what others read, 4 of them a layer by 1.5 us."""
+PAUSE = 20
+"""Nanoseconds between a warp's looks at what is not told yet: what it does not find, others read sooner."""
 MARKS = 20
 """Of a warp's timeline: see `cuda/timeline.cuh`."""
 
@@ -126,6 +128,7 @@ def launcher(
         "WIDTH": D, "FFN": F, "ATTENDED": A, "EPS": f"{choice.eps!r}f", "GATED": ACTIVATIONS[activation],
         "BLOCKS": call.SMS, "WARPS": WARPS, "SLOTS": slots, "DEPTH": DEPTH,
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(first.q_norm is not None), "SCALE_QK": repr(float(scale)),
+        "IDLE": K if _rounds(first, choice, call.SMS - K) == _rounds(first, choice, call.SMS) else 0, "PAUSE": PAUSE,
         "AHEAD": rows, "ALONE": alone, "TIMELINE": int(timeline), **_parameters(L), **(macros or {}),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, defined)
@@ -182,6 +185,12 @@ def _require_sizes(operands: Operands, choice: Choice, activation: str) -> None:
         raise NotImplementedError("a norm of only queries or keys")
     if first.bias is not None and not choice.sigmoid:
         raise NotImplementedError("a choice by probabilities and a bias")
+
+
+def _rounds(layer: Layer, choice: Choice, blocks: int) -> list[int]:
+    """How many items of each product a warp has at most, if so many blocks have them."""
+    items = len(layer.qkv) // 2, layer.output.shape[0] // 2, choice.chosen * layer.down.shape[2]
+    return [-(-count // max(1, blocks * WARPS)) for count in items]
 
 
 def _parameters(layers: int) -> dict[str, str]:
