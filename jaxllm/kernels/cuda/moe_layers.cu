@@ -112,6 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     timeline.mark(0);
     timeline.mark_end(0);
     const NormWeight first_weight(of.norm);
+    // What comes from memory for the middle of the layer is there before much else is on its way.
+    const NormWeight weight(of.mlp_norm);
+    Scores of_experts(of.router, of.mlp_norm);
     if (part < parts) prefetch_pages(pages, of.pool, tokens, part, parts);
     if (ROOM && (int)blockIdx.x < IDLE) copy_units(shared, pages, of.pool, tokens, part, parts);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD);
@@ -139,9 +142,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     timeline.mark(5);
 
     if (AHEAD && !last && part >= parts) prefetch_rows(table[layer + 1].qkv, blockIdx.x - parts * KV, BLOCKS - parts * KV);
-    // What does not depend on anything is there before the heads are.
-    const NormWeight weight(of.mlp_norm);
-    Scores of_experts(of.router, of.mlp_norm);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
     timeline.mark(6);
     multiply<SLOTS - 1>(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
