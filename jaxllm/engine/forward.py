@@ -197,6 +197,10 @@ class StepFunctions:
                 assert last_token is not None
                 # Not x.at[:decodes].set(): a scatter over all of x, which crashes Shardy in jax 0.11.2.
                 x = jnp.concatenate([last_token[slots_R[:decodes]], x[decodes:]])
+            if shape.bucket.tiles and self.first:
+                # No rank has such a token: padding is embedded as zeros, and stays so. Products of zeros take less
+                # power, which is what bounds the speed of long steps on a GPU.
+                x = jnp.where(batch.positions_T < 0, -1, x)
             exchange = None
             if self.group is not None:
                 *weights, words = weights

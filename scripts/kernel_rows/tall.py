@@ -48,7 +48,7 @@ def options_of(name: str) -> dict[str, Any]:
 def right() -> dict[str, Any]:
     """Distance from float32 with few rows of the weight, and of a whole product from XLA's."""
     found: dict[str, Any] = {}
-    for name in ("gate_up", "o", "qkv"):
+    for name in ("gate_up", "o"):
         D, how = SHAPES[name][1], options_of(name)
         weight = weights(name)[0][:SMALL]
         with ThreadPoolExecutor() as pool:  # they compile side by side

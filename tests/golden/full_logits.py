@@ -79,5 +79,7 @@ class FullLogits:
                 jax.device_put(tokens[:total], everywhere),
                 jax.device_put(packed, everywhere),
             )
+        self.hidden = None if out[2] is None else np.asarray(out[2])
+        self.positions = positions
         logits = np.asarray(out[1])[:total, : self.cfg.vocab_size]
         return np.split(logits, np.cumsum([len(prompt) for prompt in prompts])[:-1])

@@ -63,6 +63,15 @@ def test_every_model_is_stored() -> None:
     assert size < 6 * 2**20
 
 
+def test_padding_is_zeros_all_the_way() -> None:
+    prompts, _, _ = zip(*expected("llama_mha"), strict=True)
+    model = full_logits(ROOT / "llama_mha")
+    model(list(prompts), 16)
+    padding = model.positions < 0
+    assert padding.any() and model.hidden is not None
+    assert not model.hidden[padding].any() and model.hidden[~padding].any(axis=1).all()
+
+
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_logits(name: str, record_property: Any) -> None:
     prompts, wanted, _ = zip(*expected(name), strict=True)
