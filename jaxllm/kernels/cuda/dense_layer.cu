@@ -89,6 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     u16* const pool = (u16*)of_layer[POOL_AT];
     timeline.mark(1);
     if (part < parts) prefetch_pages(pages, pool, tokens, part, parts);
+    // Keys and values of a block that attends alone are not to come after rows of the output product.
+    const bool alone = parts == 1 && part == 0;
+    if (alone) chain.hold = 4 * layer + Output::KIND;
     const u32* const bias = (const u32*)of_layer[BIAS_AT];
     auto bias_of = [&](int item) { return QKV_BIAS ? __ldg(bias + item) : 0u; };
     multiply<Qkv>(chain, layer, inputs, bias_of, [&](int item, float a, float b, u32 known) {
@@ -97,14 +100,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     });
     timeline.mark(2);
 
-    // Keys and values are not to come after the rows of the output product.
-    if (part < parts) {
+    chain.hold = 4 * LAYERS;
+    if (!alone) chain.fill(LOOKAHEAD);
+    if (part < parts)
       attend(shared, told, (const float*)of_layer[Q_NORM_AT], (const float*)of_layer[K_NORM_AT], cosine, sine, page, slot,
              pages, pool, found, sums, tokens, part, parts, timeline);
-    } else {
-      chain.fill(LOOKAHEAD);
-      timeline.mark(3);
-    }
+    else timeline.mark(3);
     timeline.mark(4);
     if (parts > 1) {
       grid_sync((int*)told, 1, BLOCKS, THREADS);
@@ -113,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     timeline.mark(5);
     // What does not depend on anything is there before it is wanted.
     const NormWeight mlp_weight((const float*)of_layer[MLP_NORM_AT]);
-    if (part < parts) chain.fill(0);
+    chain.fill(0);
     wait_for_told(told + TOLD_HEADS);
     fetch_told<ATTENDED>(inputs, told + TOLD_HEADS);
     timeline.mark(6);

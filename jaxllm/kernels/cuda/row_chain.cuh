@@ -42,6 +42,7 @@ struct Chain {
   int filled, emptied, ahead;   // ahead: stages on their way
   int pushed, popped, ticket;   // ticket: what lane 0 was given when it asked for an item without an owner
   bool asked;
+  int hold = 4 * LAYERS;        // nothing of this product and what follows is brought while others are multiplied
 
   // Begins with DEPTH stages.
   DEVICE Chain(const void* const* pointers, u32* words, int* queues, u8* rings) : pointers(pointers), words(words) {
@@ -85,9 +86,10 @@ struct Chain {
     left = of_kind(kind, Qkv::PIECES, Output::PIECES, GateUp::PIECES, Down::PIECES);
     queue[pushed++ % QUEUE] = product << ITEM_BITS | item;  // by all lanes, so that each sees it
   }
-  // One stage; where there is no more, a group of copies that has none.
+  // One stage, unless it is held back; where there is no more, a group of copies that has none.
   DEVICE void copy() {
     if (left == 0 && product < 4 * LAYERS) seek();
+    if (product >= hold && hold < 4 * LAYERS) return;
     if (left) {
       const u32 to = shared_address(slots + filled * SLOT);
 #pragma unroll
@@ -128,7 +130,8 @@ struct Chain {
   }
   // The next stage, which has come; meanwhile another is on its way.
   DEVICE const uint4* next() {
-    cp_async_wait<DEPTH - 1>();
+    if (ahead < DEPTH) cp_async_wait<0>();  // some were held back
+    else cp_async_wait<DEPTH - 1>();
     const uint4* const found = (const uint4*)(slots + emptied * SLOT);
     if (++emptied == SLOTS) emptied = 0;
     --ahead;
