@@ -16,9 +16,7 @@ from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, feed, feeding, la
 
 from jaxllm.kernels.linear import api, narrow_cuda, reference, wide_cuda
 from jaxllm.kernels.linear.narrow_cuda import Split
-from jaxllm.kernels.linear.product import Product, ScaledTokens
-from jaxllm.kernels.paged_attention import decode_cuda
-from jaxllm.kernels.rope_write import cuda as rope_cuda
+from jaxllm.kernels.linear.product import ScaledTokens
 
 O = 32
 """Tokens of a page."""
@@ -155,16 +153,12 @@ def own(
     residual: jax.Array | None = None,
     ahead: jax.Array | None = None,
     stagger: bool = False,
-    fetched: int = 0,
 ) -> jax.Array:
     """As `reference.linear`, by the kernel but for the norm."""
     x = x if norm is None else reference.rms_norm(x, norm)
     split = replace(narrow_cuda.splitting(x.shape[0], *weight.shape), stagger=stagger)
-    ahead = ahead if fetched else None
-    run = narrow_cuda.implementation(
-        x, weight, activation=activation, residual=residual is not None, ahead=ahead, fetched=fetched, split=split
-    )
-    return run(x, weight, residual, ahead)[0]
+    run = narrow_cuda.implementation(x, weight, activation=activation, residual=residual is not None, split=split)
+    return run(x, weight, residual)[0]
 
 
 def xla(x: jax.Array, weight: jax.Array, *, ahead: jax.Array, **options: Any) -> jax.Array:
@@ -183,8 +177,6 @@ def layer(T: int) -> dict[str, Any]:
 
     found: dict[str, Any] = rate(timed(own), moved=sum(weight.nbytes for weight in given[0]))
     found["xla_us"] = timed(xla) * 1e6
-    for megabytes in (10, 20):
-        found[f"ahead_{megabytes}_us"] = timed(partial(own, fetched=megabytes << 20)) * 1e6
     if T in (8, 64):
         found["stagger_us"] = timed(partial(own, stagger=True)) * 1e6
     return found | {f"{name}_us": seconds(name, T, None) * 1e6 for name in names}
@@ -223,52 +215,10 @@ def norms(T: int) -> dict[str, Any]:
     return found
 
 
-def around_attention(T: int, tokens: int) -> dict[str, Any]:
-    """A layer with attention over so many tokens of each row, whose writing of pages lets the second-level cache fetch
-    some megabytes of the output product's weight.
-    """
-    names = ("qkv", "o", "gate_up", "down")
-    given = [[weights(name)[i] for name in names] for i in range(LAYERS)]
-    norm = (jnp.ones(4096, F32), EPS)
-    width = -(-tokens // O)
-    pools = [jnp.full((T * width + 1, 2, 8, O, 128), 0.01 * (i + 1), BF16) for i in range(LAYERS)]
-    pages = 1 + jnp.arange(T * width, dtype=jnp.int32).reshape(T, width)
-    positions = jnp.full((T, 1), tokens - 1, jnp.int32)
-    angle = jnp.ones((T, 1, 64), F32)
-
-    def program(fetched: int, x: jax.Array, given: list[list[jax.Array]], pools: list[jax.Array]) -> Any:
-        written = []
-        for (qkv, o, gate_up, down), pool in zip(given, pools, strict=True):
-            y = Product.of(own(x, qkv, norm=norm))
-            place = (pages[:, -1], jnp.full(T, (tokens - 1) % O, jnp.int32))
-            made = (y, jnp.cos(angle), jnp.sin(angle), pool, *place, None, None)
-            q, pool = rope_cuda.choose(*made, eps=0.0, fetched=fetched)(*made, o)
-            attend = decode_cuda.prepare(q[:, None], pool, pages, scale=128**-0.5, softcap=None)
-            y = attend(q[:, None], pool, pages, positions)[0].reshape(T, 4096)
-            x = own(y, o, residual=x)
-            y = own(x, gate_up, norm=norm, activation="silu")
-            x = own(y, down, residual=x)
-            written.append(pool)
-        return x, written
-
-    x = values(0, T, 4096)
-    found: dict[str, Any] = {}
-    for megabytes in (0, 8, 16, 32):
-        call = jax.jit(partial(program, megabytes << 20), donate_argnums=2)
-        state = [[pool + 0 for pool in pools]]
-
-        def again(call: Any = call, state: list[Any] = state) -> jax.Array:
-            out, state[0] = call(x, given, state[0])
-            return out
-
-        found[f"{megabytes} MiB"] = time_call(again, calls=LAYERS) * 1e6
-    return found
-
-
 def rows() -> Iterator[Row]:
     yield Row("right 8b", partial(right, {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}))
     yield Row("right 70b tp4", partial(right, LLAMA_70B_TP4))
-    for T in (8, 32, 16, 2, 64):
+    for T in (8, 32, 16, 2, 64, 128):
         yield Row(f"norms T={T}", partial(norms, T))
     for T in (64, 8, 32, 16, 1, 128):
         yield Row(f"layer T={T}", partial(layer, T))
@@ -277,5 +227,3 @@ def rows() -> Iterator[Row]:
         for names in (("qkv", "o"), ("gate_up", "down")):
             yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
         yield Row(f"lm_head T={T}", partial(products, ("lm_head",), T))
-    for T in (1, 8):
-        yield Row(f"fetched ahead T={T}", partial(around_attention, T, 256))

@@ -100,13 +100,12 @@ def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.
         activation=case.activation,
         residual=case.residual,
         out_dtype=case.out,
-        ahead=weight if case.residual else None,
         parts=case.parts,
         eps=EPS,
         scaled=case.scaled,
         blocked=case.blocked,
     )
-    return kernel(*arguments[:3], arguments[1], *arguments[3:])
+    return kernel(*arguments)
 
 
 def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:

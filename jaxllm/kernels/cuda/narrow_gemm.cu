@@ -23,8 +23,6 @@
 //   SCALED     1: what the norm after the product needs is a result too: the (rounded) result times its weight, and sums
 //              of squares for each token, [blocks, COLUMNS], of what each block has; only without a gate, for bf16
 //   BLOCKED    how the first of these lies: 0: as the result; else as `BlockedTokens` of product.py, in so many rows
-//   AHEAD AHEAD_ROWS AHEAD_ROW AHEAD_PARTS   bytes, 0 or more, that the second-level cache is let fetch of each part of a
-//              row of `ahead`, the weight that is read next: of so many rows, of so many bytes, in so many parts
 #include "cluster.cuh"
 #include "factors.cuh"
 
@@ -89,8 +87,7 @@ struct Place {
 DEVICE int first_step(int rank) { return STEPS * rank / CLUSTER; }
 
 DEVICE void copy(
-    u32 smem, const u16* __restrict__ x, const u16* __restrict__ weight, const u8* __restrict__ ahead, int cluster,
-    int rank, int thread
+    u32 smem, const u16* __restrict__ x, const u16* __restrict__ weight, int cluster, int rank, int thread
 ) {
   constexpr int PIECES = PANELS * 8, AT_ONCE = 128 / PIECES;  // of 16 bytes in a row of a stage; rows of one turn
   const int first = thread / PIECES, piece = thread % PIECES;
@@ -129,10 +126,6 @@ DEVICE void copy(
     }
   }
   cp_async_wait<0>();
-  // The memory has nothing to do until the next kernel's copies begin: with what those begin with.
-  if (AHEAD)
-    for (int i = blockIdx.x * 128 + thread; i < AHEAD_ROWS * AHEAD_PARTS; i += CLUSTER * CLUSTERS * 128)
-      prefetch(ahead + (size_t)(i / AHEAD_PARTS) * AHEAD_ROW + i % AHEAD_PARTS * (AHEAD_ROW / AHEAD_PARTS), AHEAD);
 }
 
 // Where a lane's numbers of a unit go: two neighbouring features of a token, `half` 1 being 8 rows further.
@@ -312,8 +305,8 @@ DEVICE void multiply(
 // What the macros say there is not is neither read nor written.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) narrow_gemm(
     const u16* __restrict__ x, const u16* __restrict__ weight, const u32* __restrict__ residual,
-    const u8* __restrict__ ahead, const float4* __restrict__ squares, const float* __restrict__ norm,
-    Two* __restrict__ out, u32* __restrict__ scaled, float* __restrict__ sums_of_squares) {
+    const float4* __restrict__ squares, const float* __restrict__ norm, Two* __restrict__ out,
+    u32* __restrict__ scaled, float* __restrict__ sums_of_squares) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
@@ -328,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) nar
   __syncthreads();
   if (CLUSTER > 1) cluster_started();
   if (threadIdx.x < 128) {
-    copy(smem, x, weight, ahead, cluster, rank, threadIdx.x);
+    copy(smem, x, weight, cluster, rank, threadIdx.x);
     if (CLUSTER > 1) cluster_wait();
   } else {
     multiply(

@@ -3,19 +3,12 @@
 // has 8 neighbouring dims of both halves of the head, which rotate against each other. The projection may come
 // unfinished, see rows.cuh.
 //
-// With few tokens neither this nor attention keeps the memory busy: more blocks let the second-level cache fetch AHEAD
-// bytes of `ahead`, the weight that is read after attention.
-//
 // Macros: those of rows.cuh (COLUMNS are (HEADS + 2K) H); HEADS of queries; K KV heads; H head dim; O tokens of a page;
-// FP8 (pages are e4m3); NORM, EPS; AHEAD. Grid: T, and enough for N + 2K heads, and for AHEAD_PIECE bytes of AHEAD for
-// each thread.
-#include "cluster.cuh"
+// FP8 (pages are e4m3); NORM, EPS. Grid: T, and enough for N + 2K heads.
 #include "rows.cuh"
 
 constexpr int N = HEADS, UNITS = H / 16;  // of a half
 constexpr int LANES = UNITS > 8 ? 16 : UNITS > 4 ? 8 : 4;
-constexpr int HEAD_BLOCKS = ((N + 2 * K) * LANES + THREADS - 1) / THREADS;
-constexpr u32 AHEAD_PIECE = 2048;
 static_assert(H % 16 == 0 && UNITS <= 16 && COLUMNS == (N + 2 * K) * H, "sizes");
 
 extern "C" __global__ void __launch_bounds__(THREADS) rope_write(
@@ -26,18 +19,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_write(
     const float* sine,          // [T, H / 2]
     const int* page, const int* slot,          // [T]
     const float* q_norm, const float* k_norm,  // [H]
-    const u8* ahead,            // [AHEAD] and more
     const u8*,                  // the pool, which is written in place
     u16* q,                     // [T, N, H]
     u8* kv                      // [P, 2, K, O, H]
 ) {
   const int token = blockIdx.x, part = threadIdx.x % LANES;
-  if (AHEAD && blockIdx.y >= HEAD_BLOCKS) {
-    const size_t block = (blockIdx.y - HEAD_BLOCKS) * (size_t)gridDim.x + token;
-    const size_t at = (block * THREADS + threadIdx.x) * AHEAD_PIECE;
-    if (at < AHEAD) prefetch(ahead + at, AHEAD - at < AHEAD_PIECE ? AHEAD - at : AHEAD_PIECE);
-    return;
-  }
   const int head = blockIdx.y * (THREADS / LANES) + threadIdx.x / LANES;
   const bool mine = head < N + 2 * K && part < UNITS, is_value = head >= N + K;
   float a[8], b[8], c[8], s[8], p[8], r[8];  // the halves; cosine and sine; the halves' norm

@@ -25,9 +25,6 @@ KERNEL = "narrow_gemm"
 COLUMNS = (8, 16, 32, 64, 128)
 """Tokens that a product is made for."""
 
-AHEAD = 10 << 20
-"""Bytes of the weight that is read next, for the second-level cache to fetch between two kernels."""
-
 MEGABYTES: dict[str, tuple[tuple[int, int, int], ...]] = {"plain": ((2, 64, 240),), "gated": ((2, 64, 240),)}
 """Where the kernel is used: for so many tokens and more, up to so many, weights of up to so many megabytes. "gated":
 products that save a kernel for an activation.
@@ -52,7 +49,7 @@ needs of the sum, and those that follow the rest, so that there is no kernel for
 
 Measured on an H200 (jax 0.11.2) in the engine with Llama-3.1-8B's shapes: 8 requests decode in 4.17 ms, not 4.30, and
 32 in 4.46, not 4.58; 64 take 5.05 both ways."""
-ASKED_SCALED = ((2, 64),)
+ASKED_SCALED = ((2, 128),)
 """As above, where they are asked for by name."""
 
 Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -125,21 +122,18 @@ def implementation(
     activation: str | None = None,
     residual: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    ahead: jax.Array | jax.ShapeDtypeStruct | None = None,
-    fetched: int = AHEAD,
     split: Split | None = None,
     parts: int = 0,
     eps: float = 0.0,
     scaled: bool = False,
     blocked: int = 0,
 ) -> Callable[..., list[jax.Array]]:
-    """The kernel for these shapes, as a function of (x, weight, residual_TF, ahead, squares_PC, norm_F) that returns a
+    """The kernel for these shapes, as a function of (x, weight, residual_TF, squares_PC, norm_F) that returns a
     list of one, or with `scaled` of three, in a program for an H100 or H200.
 
     It computes what `api.linear` does, [T, F] (half of F with an activation). Operands are bfloat16; a residual that
     there is not is None. Sums are float32, and rounded once, to out_dtype (bfloat16 or float32). A token's result does
-    not depend on the others. ahead: the weight [F, D] that is read next, of which the second-level cache fetches about
-    `fetched` bytes that the product, by this kernel too, begins with. parts: of the sums of squares of x where that is
+    not depend on the others. parts: of the sums of squares of x where that is
     `ScaledTokens.values`, with the norm's eps. scaled: also the values and sums of squares for a norm of the result;
     blocked: these values are blocked, in so many rows.
 
@@ -165,7 +159,6 @@ def implementation(
         "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual), "OUT_FLOAT": int(out_dtype == jnp.float32),
         "SHARED": shared, "PARTS": parts, "EPS": repr(float(eps)), "SCALED": int(scaled),
         "BLOCKED": blocked,
-        **ahead_of(T, ahead, fetched),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, macros)
     grid, threads = split.clusters(F) * split.cluster, 128 + 2 * split.rows
@@ -180,25 +173,14 @@ def implementation(
         x: jax.Array,
         weight: jax.Array,
         residual_TF: jax.Array | None = None,
-        following: jax.Array | None = None,
         squares_PC: jax.Array | None = None,
         norm_F: jax.Array | None = None,
     ) -> list[jax.Array]:
-        others = [x if other is None else other for other in (residual_TF, following, squares_PC, norm_F)]
+        others = [x if other is None else other for other in (residual_TF, squares_PC, norm_F)]
         made = call.launch(KERNEL, ptx, [x, weight, *others], results, grid=(grid,), threads=threads, shared=shared)
         return made if scaled else made[:1]
 
     return run
-
-
-def ahead_of(tokens: int, ahead: jax.Array | jax.ShapeDtypeStruct | None, fetched: int) -> dict[str, int]:
-    """Macros for the weight that is read next: about so many bytes of it, evenly from what its blocks read first."""
-    if ahead is None:
-        return {"AHEAD": 0, "AHEAD_ROWS": 0, "AHEAD_ROW": 0, "AHEAD_PARTS": 1}
-    F, D = ahead.shape
-    row, parts = D * ahead.dtype.itemsize, splitting(tokens, F, D).cluster
-    piece = min(row // parts, max(128, fetched // (F * parts) // 128 * 128))
-    return {"AHEAD": piece, "AHEAD_ROWS": F, "AHEAD_ROW": row, "AHEAD_PARTS": parts}
 
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -253,7 +235,7 @@ def linear(
 
     def kernel(operands: Operands) -> jax.Array:
         x, weight, residual, squares = operands
-        return run(x, weight, residual, None, squares)[0]
+        return run(x, weight, residual, squares)[0]
 
     def composed(operands: Operands) -> jax.Array:
         x, weight, residual, squares = operands
@@ -300,7 +282,7 @@ def add_scaled(
     parts = split.clusters(weight_FD.shape[0]) * split.cluster, columns
 
     def kernel(x: jax.Array, weight: jax.Array, residual: jax.Array, norm: jax.Array) -> tuple[jax.Array, ScaledTokens]:
-        out, values, squares = run(x, weight, residual, None, None, norm)
+        out, values, squares = run(x, weight, residual, None, norm)
         return out, ScaledTokens(BlockedTokens(values, x.shape[0]) if blocked else values, squares, eps)
 
     def composed(
@@ -345,8 +327,8 @@ def check_norms() -> None:
 
         @jax.jit
         def both(x: jax.Array, residual: jax.Array, norm_F: jax.Array) -> jax.Array:
-            _, values, squares = add(x, first, residual, None, None, norm_F)  # noqa: B023
-            return product(values, second, None, None, squares)[0]  # noqa: B023
+            _, values, squares = add(x, first, residual, None, norm_F)  # noqa: B023
+            return product(values, second, None, squares)[0]  # noqa: B023
 
         total = reference.linear(x, first, residual=residual)
         wanted = reference.linear(total, second, norm=(norm_F, 1e-5), activation="silu")

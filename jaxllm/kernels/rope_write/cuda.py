@@ -16,7 +16,6 @@ from jaxllm.kernels.rope_write import reference
 
 KERNEL = "rope_write"
 THREADS = 128
-AHEAD_PIECE = 2048
 HEAD_DIMS = (64, 96, 128, 256)
 FINISHED: dict[bool, tuple[tuple[int, int], ...]] = {False: (), True: ((33, 255),)}
 """Tokens, from and to, for which the kernel also finishes the projection, by whether that has scales.
@@ -36,8 +35,8 @@ def finishes(tokens: int, *, scaled: bool) -> bool:
     return any(low <= tokens <= high for low, high in FINISHED[scaled]) or call.asked_for(KERNEL)
 
 
-def macros_of(qkv: Product, kv_PYKOH: jax.Array, *, norm: bool, eps: float, fetched: int = 0) -> dict[str, object]:
-    """fetched: see `choose`. Raises NotImplementedError for what the kernel cannot do."""
+def macros_of(qkv: Product, kv_PYKOH: jax.Array, *, norm: bool, eps: float) -> dict[str, object]:
+    """Raises NotImplementedError for what the kernel cannot do."""
     _, _, K, O, H = kv_PYKOH.shape
     if qkv.dtype != jnp.bfloat16 or kv_PYKOH.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
         raise NotImplementedError(f"heads in {qkv.dtype} and pages in {kv_PYKOH.dtype}")
@@ -49,14 +48,13 @@ def macros_of(qkv: Product, kv_PYKOH: jax.Array, *, norm: bool, eps: float, fetc
     }  # fmt: skip
     sizes = {"HEADS": qkv.shape[1] // H - 2 * K, "K": K, "H": H, "O": O}
     fp8 = int(kv_PYKOH.dtype == jnp.float8_e4m3fn)
-    return {**product, **sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps)), "AHEAD": fetched}
+    return {**product, **sizes, "FP8": fp8, "NORM": int(norm), "EPS": repr(float(eps))}
 
 
 def grid_of(tokens: int, macros: Mapping[str, Any]) -> tuple[int, int]:
-    """A group of lanes takes a head of a token, each lane 8 dims of both of its halves; a thread a piece of `ahead`."""
+    """A group of lanes takes a head of a token, each lane 8 dims of both of its halves."""
     lanes = next(lanes for lanes in (4, 8, 16) if 16 * lanes >= macros["H"])
-    heads = -(-macros["COLUMNS"] // macros["H"] * lanes // THREADS)
-    return tokens, heads + -(-macros["AHEAD"] // (AHEAD_PIECE * THREADS * tokens))
+    return tokens, -(-macros["COLUMNS"] // macros["H"] * lanes // THREADS)
 
 
 def choose(
@@ -70,14 +68,10 @@ def choose(
     k_norm_H: jax.Array | None,
     *,
     eps: float,
-    fetched: int = 0,
 ) -> Kernel:
-    """The kernel for these arguments, compiled. Raises NotImplementedError where XLA must do the work.
-
-    fetched: bytes, a multiple of 16, of the weight `ahead` that the second-level cache fetches meanwhile.
-    """
+    """The kernel for these arguments, compiled. Raises NotImplementedError where XLA must do the work."""
     call.require(KERNEL)
-    macros = macros_of(qkv, kv_PYKOH, norm=q_norm_H is not None, eps=eps, fetched=fetched)
+    macros = macros_of(qkv, kv_PYKOH, norm=q_norm_H is not None, eps=eps)
     return partial(run, ptx=call.compile_or_refuse(KERNEL, KERNEL, macros), grid=grid_of(qkv.shape[0], macros))
 
 
@@ -90,7 +84,6 @@ def run(
     slot_T: jax.Array,
     q_norm_H: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
-    ahead: jax.Array | None = None,
     *,
     ptx: str,
     grid: tuple[int, int],
@@ -106,7 +99,7 @@ def run(
             qkv.sums,
             *(cos if scale is None else scale for scale in scales),
             *(cos, sin, page_T, slot_T),
-            *(cos if weight is None else weight for weight in (*norms, ahead)),
+            *(cos if weight is None else weight for weight in norms),
             kv_PYKOH,
         ],
         [
@@ -115,7 +108,7 @@ def run(
         ],
         grid=grid,
         threads=THREADS,
-        aliases={10: 1},
+        aliases={9: 1},
     )
     return q_TNH, kv_PYKOH
 
