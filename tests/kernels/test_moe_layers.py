@@ -75,8 +75,8 @@ def test_layers_equal_xla(case, seed: int, emulated) -> None:
         given = reference.Operands(token, (empty,))
         x, (alone_pool,) = cuda.implementation(given, choice, alone=alone, **how)(given)
         wanted, (wanted_pool,) = reference.exact(
-                reference.Operands(token, (layer,)), choice, activation="silu", scale=0.1
-            )
+            reference.Operands(token, (layer,)), choice, activation="silu", scale=0.1
+        )
         assert np.array_equal(np.asarray(pool), np.asarray(alone_pool), equal_nan=True)
         a, b, start = (np.asarray(array, np.float32) for array in (x, wanted, token.x))
         if tokens and layer is operands.layers[0]:

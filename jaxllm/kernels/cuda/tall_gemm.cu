@@ -5,13 +5,11 @@
 // One block stays on each multiprocessor and takes tile after tile. One warp lets tokens and weight be copied by the tensor
 // memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. The second is some stages
 // behind the first: while the one makes the result of its half of a tile, the other has products to do, and the copies
-// for the next tile come. Blocks of a cluster have tiles side by side: each fetches its part of what all need for all of
-// them, because the second-level cache could not give it so often.
+// for the next tile come. Blocks of a cluster have tiles of other tokens by the same rows of the weight: each fetches its
+// part of these for all of them, because the second-level cache could not give them so often.
 //
 //   OUT_FEATURES INPUTS    F, or F / 2, a multiple of a tile's; D, a multiple of 64
 //   CLUSTER                2 or 4
-//   STACKED                1: a cluster has tiles of other tokens by the same rows; 0: of the same tokens by other rows, of
-//                          which there is a multiple of its tiles
 //   ACROSS                 clusters' tiles of tokens that are done side by side, with the same rows
 //   STAGES                 of 64 inputs
 //   LAG                    by how many stages the second warpgroup begins later
@@ -27,11 +25,10 @@ constexpr int ROWS = GROUPS * 64, COLUMNS = 256, TILE = GATED ? COLUMNS / 2 : CO
 constexpr int X_BYTES = ROWS * 128, W_BYTES = COLUMNS * 128, STAGE = X_BYTES + W_BYTES;
 constexpr int PART = 128, PARTS = TILE / PART;  // columns of the result that go out together
 constexpr int PITCH = PART * 2 + 16, OUT_AT = STAGES * STAGE, BARRIERS_AT = OUT_AT + WARPS * 16 * PITCH;
-// What a copy brings: all of what is this block's own, and a part of what all need.
-constexpr int X_BOX = STACKED ? ROWS : ROWS / CLUSTER, W_BOX = (GATED ? TILE / 8 : TILE) / (STACKED ? CLUSTER : 1);
+constexpr int W_BOX = (GATED ? TILE / 8 : TILE) / CLUSTER;  // of the weight, what one block copies to all
 constexpr int MAPS = 2;
 constexpr u32 ALL = (1 << CLUSTER) - 1;  // blocks of the cluster
-static_assert(OUT_FEATURES % (STACKED ? TILE : TILE * CLUSTER) == 0 && INPUTS % 64 == 0, "tiles");
+static_assert(OUT_FEATURES % TILE == 0 && INPUTS % 64 == 0, "tiles");
 static_assert(BARRIERS_AT + STAGES * 16 <= SHARED, "shared memory");
 static_assert(STAGES > LAG + 1 && STEPS > LAG + 1, "the first warpgroup must not wait for stages that the second holds");
 
@@ -43,7 +40,7 @@ DEVICE float activation(float x) {
 // Tokens, and the rows of the weight; where it is gated 8 of the gate, the same 8 of up, the next 8.
 DEVICE Array4 tokens_of(const u8* x, u32 tokens) {
   const u64 row = INPUTS * 2;
-  return {x, {INPUTS, tokens, 1, 1}, {row, row, row}, {64, X_BOX, 1, 1}};
+  return {x, {INPUTS, tokens, 1, 1}, {row, row, row}, {64, ROWS, 1, 1}};
 }
 DEVICE Array4 rows_of(const u8* weight) {
   const u64 row = INPUTS * 2;
@@ -57,16 +54,16 @@ struct Work {
   int across, down, item, rank;  // units of a cluster: of tokens, of rows of the weight
 
   DEVICE explicit Work(int tokens)
-      : across((tokens + (STACKED ? CLUSTER * ROWS : ROWS) - 1) / (STACKED ? CLUSTER * ROWS : ROWS)),
-        down(OUT_FEATURES / (STACKED ? TILE : TILE * CLUSTER)), item(blockIdx.x / CLUSTER), rank(blockIdx.x % CLUSTER) {}
+      : across((tokens + CLUSTER * ROWS - 1) / (CLUSTER * ROWS)), down(OUT_FEATURES / TILE),
+        item(blockIdx.x / CLUSTER), rank(blockIdx.x % CLUSTER) {}
   DEVICE bool more() const { return item < across * down; }
   DEVICE void advance() { item += gridDim.x / CLUSTER; }
   DEVICE int width() const { return min(ACROSS, across - item / (ACROSS * down) * ACROSS); }
   DEVICE int unit_across() const { return item / (ACROSS * down) * ACROSS + item % (ACROSS * down) % width(); }
   DEVICE int unit_down() const { return item % (ACROSS * down) / width(); }
   // First token and first column of the result of this block's tile.
-  DEVICE int token() const { return STACKED ? (unit_across() * CLUSTER + rank) * ROWS : unit_across() * ROWS; }
-  DEVICE int column() const { return STACKED ? unit_down() * TILE : (unit_down() * CLUSTER + rank) * TILE; }
+  DEVICE int token() const { return (unit_across() * CLUSTER + rank) * ROWS; }
+  DEVICE int column() const { return unit_down() * TILE; }
 };
 
 // The ring: of each stage two barriers, `full` of what is copied here and `freed` by the warps of all blocks.
@@ -87,20 +84,15 @@ DEVICE void copy(u32 smem, Stage stage, const u8* maps, Work work) {
   const u8 *x_map = maps, *w_map = maps + 128;
   for (; work.more(); work.advance()) {
     const int token = work.token(), rank = work.rank;
-    const int row = GATED ? 0 : work.column() + STACKED * rank * W_BOX;  // places of a box of the weight
-    const int group = GATED ? work.column() / 8 + STACKED * rank * W_BOX : 0;
+    // Places of a box of the weight.
+    const int row = GATED ? 0 : work.column() + rank * W_BOX, group = GATED ? work.column() / 8 + rank * W_BOX : 0;
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
       const u32 x = smem + stage.slot * STAGE, w = x + X_BYTES, full = stage.full();
       cluster_barrier_wait(stage.freed(), stage.phase ^ 1);
       barrier_expect(full, STAGE);
-      if (STACKED) {
-        copy_box(x, x_map, step * 64, token, 0, 0, full);
-        copy_box_to_blocks(w + rank * (W_BYTES / CLUSTER), w_map, step * 64, row, 0, group, full, ALL);
-      } else {
-        copy_box(w, w_map, step * 64, row, 0, group, full);
-        copy_box_to_blocks(x + rank * (X_BYTES / CLUSTER), x_map, step * 64, token + rank * X_BOX, 0, 0, full, ALL);
-      }
+      copy_box(x, x_map, step * 64, token, 0, 0, full);
+      copy_box_to_blocks(w + rank * (W_BYTES / CLUSTER), w_map, step * 64, row, 0, group, full, ALL);
       stage.advance();
     }
   }

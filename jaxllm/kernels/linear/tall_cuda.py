@@ -53,7 +53,6 @@ def implementation(
     activation: str | None = None,
     *,
     residual: bool = False,
-    stacked: bool = True,
     lag: int = 0,
     cluster: int = 2,
     across: int = 8,
@@ -64,7 +63,6 @@ def implementation(
     token's result does not depend on the others.
 
     Args:
-      stacked: a cluster has several tiles of tokens by the same rows of the weight, not one by several times as many.
       lag: stages by which one warpgroup is behind the other.
       cluster: blocks that share copies. across: clusters' tiles of tokens that are done side by side.
 
@@ -76,11 +74,11 @@ def implementation(
     if activation not in ACTIVATIONS or (residual and activation is not None):
         raise NotImplementedError(f"activation {activation}, residual {residual}")
     steps = D // 64
-    if D % 64 or steps < lag + 2 or F % (COLUMNS if stacked else COLUMNS * cluster):
+    if D % 64 or steps < lag + 2 or F % COLUMNS:
         raise NotImplementedError(f"{F} features of {D} inputs")
     features = F if activation is None else F // 2
     macros = {
-        "OUT_FEATURES": features, "INPUTS": D, "CLUSTER": cluster, "STACKED": int(stacked), "ACROSS": across,
+        "OUT_FEATURES": features, "INPUTS": D, "CLUSTER": cluster, "ACROSS": across,
         "STAGES": STAGES, "LAG": lag, "GATED": ACTIVATIONS[activation], "RESIDUAL": int(residual),
         "SHARED": call.MAX_SHARED,
     }  # fmt: skip
