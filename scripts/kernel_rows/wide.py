@@ -18,7 +18,7 @@ from kernel_rows.linear import BF16, EPS, F32, LAYERS, SHAPES, values, weights
 
 from jaxllm.bench.profile import record
 from jaxllm.kernels.linear import reference, wide_cuda
-from jaxllm.kernels.linear.parts import partial_sums, parts_of
+from jaxllm.kernels.linear.parts import dtype_of, partial_sums, parts_of
 from jaxllm.kernels.linear.product import BlockedTokens, Product
 from jaxllm.kernels.rows import cuda as rows_cuda
 
@@ -141,7 +141,7 @@ def layer(T: int) -> dict[str, Any]:
 
     def added(x: jax.Array, weight: jax.Array) -> Product:
         parts = parts_of(T, *weight.shape)
-        return Product(partial_sums(x, weight, parts), None, None, x.dtype)
+        return Product(partial_sums(x, weight, parts, dtype_of(x)), None, None, x.dtype)
 
     def program(half: Any, x: jax.Array, given: list[list[jax.Array]]) -> jax.Array:
         product = Product.of(x)

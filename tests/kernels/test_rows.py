@@ -93,6 +93,18 @@ def test_residual_and_norm(on_emulator: None, sizes: tuple) -> None:
     close(out, wanted, 2**-7 if dtype == BF16 else 1e-5)
 
 
+def test_sums_of_parts_that_were_rounded(on_emulator: None) -> None:
+    """Are added in float32, and rounded once more with the residual."""
+    rng = np.random.default_rng(0)
+    parts, residual_TD = (jnp.asarray(rng.standard_normal(s), BF16) for s in ((3, 5, 512), (5, 512)))
+    product = Product(parts, None, None, np.dtype(BF16))
+    run = cuda.norm_kernel(product, eps=EPS, residual=True, quantised=False)
+    sum_TD, out = run(product, residual_TD, jnp.ones(512, F32))
+    wanted = (parts.astype(F32).sum(axis=0) + residual_TD.astype(F32)).astype(BF16)
+    close(sum_TD, wanted)
+    close(out, rms_norm(jnp.asarray(sum_TD), (jnp.ones(512), EPS)))
+
+
 def test_norm_in_blocks(on_emulator: None) -> None:
     T, D = 9, 320
     rng = np.random.default_rng(0)

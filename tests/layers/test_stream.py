@@ -68,10 +68,13 @@ def test_parts_are_as_many_as_keep_a_gpu_busy() -> None:
     assert parts_of(1, 64, 576) == 1 and parts_of(8, 576, 1536) == 2
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(s), BF16) for s in ((3, 1024), (40, 1024)))
-    sums = partial_sums(x, weight, 4)
+    sums = partial_sums(x, weight, 4, F32)
     assert (sums.shape, sums.dtype) == ((4, 3, 40), F32)
     found = Product(sums, None, None, np.dtype(BF16)).finish()
     np.testing.assert_allclose(found.astype(F32), reference.matmul(x, weight), rtol=2**-7, atol=0.1)
+    rounded = Product(partial_sums(x, weight, 4, BF16), None, None, np.dtype(BF16))
+    assert rounded.sums.dtype == BF16
+    np.testing.assert_allclose(rounded.finish().astype(F32), reference.matmul(x, weight), rtol=2**-6, atol=0.3)
 
 
 def test_activations_that_come_quantised() -> None:

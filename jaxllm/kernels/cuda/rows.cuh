@@ -5,7 +5,8 @@
 // up in their order, or with scales of its rows and columns (SCALED). Finished it is rounded to the activations' dtype.
 //
 // Macros: COLUMNS of the product; THREADS; BLOCKS that a multiprocessor shall have at once; FLOAT (activations are float32,
-// else bfloat16); SPLITS (0: the product is in the activations' dtype); SCALED.
+// else bfloat16); SPLITS (0: the product is in the activations' dtype); ROUNDED (the sums of its parts are in that dtype,
+// too, and theirs is not rounded again before something is added); SCALED.
 #pragma once
 #include "quantize.cuh"
 #include "stream.cuh"
@@ -59,7 +60,8 @@ DEVICE void load_product(
     float part[SPLITS > 0 ? SPLITS : 1][8];
 #pragma unroll
     for (int split = 0; split < SPLITS; ++split)
-      load_floats(product, (size_t)split * rows * (COLUMNS / 8) + at, part[split]);
+      if (ROUNDED) load_unit(product, (size_t)split * rows * (COLUMNS / 8) + at, part[split]);
+      else load_floats(product, (size_t)split * rows * (COLUMNS / 8) + at, part[split]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       v[j] = part[0][j];
@@ -74,7 +76,7 @@ DEVICE void load_product(
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = v[j] * of_row * scale[j];
   }
-  if (SPLITS || SCALED) round_unit(v);
+  if ((SPLITS && !ROUNDED) || SCALED) round_unit(v);
 }
 
 // The sum, and the largest, of what the threads of the block have, or one of them; to be called once. Shared memory: 8

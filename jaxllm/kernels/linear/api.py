@@ -18,7 +18,7 @@ from jaxllm.kernels.linear import (
     wide_cuda,
 )
 from jaxllm.kernels.linear.blocks import ROWS
-from jaxllm.kernels.linear.parts import partial_sums
+from jaxllm.kernels.linear.parts import dtype_of, partial_sums
 from jaxllm.kernels.linear.product import Activations, BlockedTokens, Product, QuantizedTokens, ScaledTokens
 from jaxllm.kernels.linear.quantized import QuantizedWeight, Weight
 from jaxllm.kernels.linear.reference import Norm
@@ -158,7 +158,7 @@ def product(
         except NotImplementedError:
             made = quantized.product(x_TD, weight_FD)
     elif parts > 1 and not isinstance(weight_FD, QuantizedWeight):
-        made = Product(partial_sums(x_TD, weight_FD, parts), None, None, x_TD.dtype)
+        made = Product(partial_sums(x_TD, weight_FD, parts, dtype_of(x_TD)), None, None, x_TD.dtype)
     else:
         try:
             made = Product.of(tall_cuda.linear(x_TD, weight_FD))

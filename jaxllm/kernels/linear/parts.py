@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.kernels.cuda.call import SMS
+from jaxllm.kernels.cuda.call import SMS, asked_for
 
 TILE = 64
 """Tokens and features of a block's work."""
 SHORTEST = 512
 """Inputs of a part."""
+
+
+ROUNDED = "rounded_parts"
+"""The name by which sums of parts are asked for in the activations' dtype."""
+
+
+def dtype_of(x_TD: jax.Array) -> jax.typing.DTypeLike:
+    """The dtype of the sums of x's parts. Those of S parts, each rounded, are together as far off as one of all."""
+    return x_TD.dtype if asked_for(ROUNDED) else jnp.float32
 
 
 def parts_of(tokens: int, features: int, inputs: int) -> int:
@@ -26,7 +35,7 @@ def parts_of(tokens: int, features: int, inputs: int) -> int:
     return parts
 
 
-def partial_sums(x_TD: jax.Array, weight_FD: jax.Array, parts: int) -> jax.Array:
-    """The product with so many parts of the inputs each, float32 [parts, T, F]."""
+def partial_sums(x_TD: jax.Array, weight_FD: jax.Array, parts: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The product with so many parts of the inputs each, [parts, T, F], summed in float32."""
     x_TSD, weight_FSD = (a.reshape(a.shape[0], parts, -1) for a in (x_TD, weight_FD))
-    return lax.dot_general(x_TSD, weight_FSD, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
+    return lax.dot_general(x_TSD, weight_FSD, (((2,), (2,)), ((1,), (1,))), preferred_element_type=dtype)

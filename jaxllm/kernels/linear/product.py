@@ -14,8 +14,8 @@ import jax.numpy as jnp
 class Product:
     """A product [T, F] in `dtype`, which its consumer finishes in its own pass over it; `finish` says how.
 
-    sums: [T, F] in `dtype`, or float32 [S, T, F], sums over S parts of the inputs. token_scale: float32 [T, 1], and
-    column_scale: float32 [F], of operands that were quantised; both or none.
+    sums: [T, F] in `dtype`, or [S, T, F], sums over S parts of the inputs, in float32 or `dtype`. token_scale: float32
+    [T, 1], and column_scale: float32 [F], of operands that were quantised; both or none.
     """
 
     sums: jax.Array
@@ -34,7 +34,7 @@ class Product:
 
     def finish(self) -> jax.Array:
         """The product, [T, F]."""
-        y = self.sums if self.sums.ndim == 2 else self.sums.sum(axis=0)
+        y = self.sums if self.sums.ndim == 2 else self.sums.astype(jnp.float32).sum(axis=0)
         if self.token_scale is not None and self.column_scale is not None:
             y = y.astype(jnp.float32) * self.token_scale * self.column_scale
         return y.astype(self.dtype)

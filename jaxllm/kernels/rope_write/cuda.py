@@ -45,6 +45,7 @@ def macros_of(qkv: Product, kv_PYKOH: jax.Array, *, norm: bool, eps: float) -> d
     product = {
         "COLUMNS": qkv.shape[1], "THREADS": THREADS, "FLOAT": 0,
         "SPLITS": qkv.sums.shape[0] if qkv.sums.ndim == 3 else 0, "SCALED": int(qkv.token_scale is not None),
+        "ROUNDED": int(qkv.sums.dtype == jnp.bfloat16),
     }  # fmt: skip
     sizes = {"HEADS": qkv.shape[1] // H - 2 * K, "K": K, "H": H, "O": O}
     fp8 = int(kv_PYKOH.dtype == jnp.float8_e4m3fn)

@@ -64,7 +64,8 @@ def macros_of(
     """
     (T, F), S = product.shape, product.sums.shape[0] if product.sums.ndim == 3 else 0
     dtype = product.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32) or product.sums.dtype != (jnp.float32 if S else dtype):
+    rounded = S > 0 and product.sums.dtype != jnp.float32
+    if dtype not in (jnp.bfloat16, jnp.float32) or product.sums.dtype not in (dtype, jnp.float32 if S else dtype):
         raise NotImplementedError(f"{product.sums.dtype} products in {dtype}")
     if columns % 8 or columns < SMALLEST or S > MOST_SPLITS or not T:
         raise NotImplementedError(f"{T} rows of {columns} columns in {S} parts")
@@ -80,6 +81,7 @@ def macros_of(
     scaled = int(product.token_scale is not None)
     together = max(1, 896 // threads) if T > FEW else 1  # with registers for all loads of a thread at once
     sizes = {"COLUMNS": F, "THREADS": threads, "BLOCKS": together, "PER": per, "SPLITS": S, "SCALED": scaled}
+    sizes["ROUNDED"] = int(rounded)
     return {**sizes, "FLOAT": int(dtype == jnp.float32), "QUANT": int(quantised)}
 
 
