@@ -126,10 +126,12 @@ def rows() -> Iterator[Row]:
         {"owned": 100},
         {"owned": 90},
         {"owned": 60},
+        {"depth": 2},
         {"depth": 3},
         {"depth": 5},
         {"lookahead": 0},
-        {"owned": 60, "depth": 5},
+        {"pause": 0},
+        {"pause": 200},
     ):
         name = ", ".join(f"{key} {value}" for key, value in options.items())
         yield Row(f"sweep {name}", partial(speed, llama, 192, 4, **options))

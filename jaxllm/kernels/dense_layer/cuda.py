@@ -123,6 +123,7 @@ def launcher(
     alone: int = ALONE,
     far: int = FAR,
     owned: int = OWNED,
+    pause: int = PAUSE,
     timeline: bool = False,
 ) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted.
@@ -162,7 +163,7 @@ def launcher(
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
         "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
-        "FAR": far, "OWNED": owned, "PAUSE": PAUSE,
+        "FAR": far, "OWNED": owned, "PAUSE": pause,
         "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
         "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
