@@ -34,19 +34,18 @@ def inputs(R, N, O, W, seed=0):
     return q, kv.at[0].set(float("nan")), pages, positions
 
 
-def emulate(q, kv, pages, positions, first, *, scale, seed, ctas, **tuning):
-    """As `decode_cuda.attend`, on a GPU with `ctas` multiprocessors."""
+def emulate(q, kv, pages, positions, first, *, scale, seed, **tuning):
+    """As `decode_cuda.attend`."""
     launch = latent_cuda.configure(
         q.shape, kv.shape, pages.shape[1], VALUES, scale=scale, first=first is not None, **tuning
     )
-    launch.macros["CTAS"] = ctas
     arguments = [np.asarray(a) for a in (q, kv, pages, positions, positions if first is None else first)]
     kernel, written = latent_cuda.source_of(launch), latent_cuda.results(launch, q.shape)
     return Kernels(rtc.SOURCES / f"{kernel}.cu", launch.macros).run(
         kernel,
         [*arguments, np.zeros(written[4][0], np.int32)],
         written,
-        grid=(launch.grid[0], -(-ctas // q.shape[0])),
+        grid=launch.grid,
         threads=launch.threads,
         shared=launch.shared,
         aliases={5: 4},
@@ -56,18 +55,21 @@ def emulate(q, kv, pages, positions, first, *, scale, seed, ctas, **tuning):
 
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     # R, N, O, W
-    "whole_rows": ((4, 16, 32, 5), {"ctas": 3}),
-    "shared_window": ((4, 5, 32, 13), {"ctas": 5, "whole": 1, "window": 150, "min_share": 2}),
-    "many_parts": ((1, 12, 64, 11), {"ctas": 9, "whole": 1}),
-    "two_tiles_shared": ((3, 128, 64, 5), {"ctas": 4, "whole": 1, "min_share": 2}),
-    "many_whole": ((3, 128, 32, 9), {"ctas": 2, "source": "latent_many", "whole": 5}),
-    "many_shared": ((3, 128, 64, 7), {"ctas": 3, "whole": 1, "min_share": 2, "source": "latent_many"}),
-    "many_window": ((3, 20, 16, 23), {"ctas": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_many"}),
+    "whole_rows": ((4, 16, 32, 5), {"processors": 3}),
+    "shared_window": ((4, 5, 32, 13), {"processors": 5, "whole": 1, "window": 150, "min_share": 2}),
+    "many_parts": ((1, 12, 64, 11), {"processors": 9, "whole": 1}),
+    "two_tiles_shared": ((3, 128, 64, 5), {"processors": 4, "whole": 1, "min_share": 2}),
+    "many_whole": ((3, 128, 32, 9), {"processors": 4, "source": "latent_many", "whole": 5}),
+    "many_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2, "source": "latent_many"}),
+    "many_window": (
+        (3, 20, 16, 23),
+        {"processors": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_many"},
+    ),
     "many_other_order": (
         (4, 64, 8, 37),
-        {"ctas": 3, "whole": 1, "min_share": 1, "source": "latent_many", "values_first": True},
+        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many", "values_first": True},
     ),
-    "tall_blocks": ((3, 64, 16, 23), {"ctas": 4, "whole": 1, "block": 64, "min_share": 1}),
+    "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
 
 

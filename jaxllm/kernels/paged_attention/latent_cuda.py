@@ -54,13 +54,14 @@ def configure(
     cluster: int | None = None,
     ahead: int = AHEAD,
     values_first: bool = False,
+    processors: int = call.SMS,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, values_first: see `latent_many.cu`.
+    ahead, values_first: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -76,7 +77,7 @@ def configure(
     source = source or (FEW_HEADS if N <= FEW else MANY if call.asked_for(MANY) and call.usable(MANY) else KERNEL)
     few, many = source == FEW_HEADS, source == MANY
     cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
-    ctas = call.SMS // cluster
+    ctas = processors // cluster
     macros: dict[str, object] = {
         "HEADS": N,
         "H": H,
