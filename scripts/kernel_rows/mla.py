@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_rows._measure import BANDWIDTH, FLOPS, Row, all_right, decode_errors, time_call
 
+from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.paged_attention import latent_cuda, reference
 
 O, VALUES, H = 32, latent_cuda.VALUES, latent_cuda.VALUES + 64
@@ -125,10 +126,64 @@ def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: Any
     return found
 
 
+PHASES = (
+    "start",
+    "queries",
+    "keys",
+    "their_weights",
+    "scores",
+    "softmax",
+    "their_values",
+    "values",
+    "results",
+    "merge",
+)
+
+
+def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
+    """Median cycles of the phases of `latent_many.cu`, of all blocks of threads that had work, for a warp of either
+    warpgroup; of those of the loop, for a block of 64 tokens."""
+    used, kv = -(-tokens // O), latents()
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
+    pages = jnp.asarray(rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used), jnp.int32)
+    positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
+    launch = latent_cuda.configure(
+        q.shape, kv.shape, used, VALUES, scale=SCALE, first=False, source=latent_cuda.MANY, timeline=True, **tuning
+    )
+    ptx = rtc.compile_ptx(latent_cuda.MANY, launch.macros)
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in latent_cuda.results(launch, q.shape)]
+
+    @jax.jit
+    def run(*arguments: jax.Array) -> jax.Array:
+        arguments = (*arguments, positions, jnp.zeros(shapes[4].shape, jnp.int32))
+        return call.launch(
+            latent_cuda.MANY,
+            ptx,
+            arguments,
+            shapes,
+            grid=launch.grid,
+            threads=launch.threads,
+            shared=launch.shared,
+            aliases={5: 4},
+        )[-1]
+
+    for _ in range(3):
+        times = np.asarray(run(q, kv, pages, positions), np.int64)
+    worked = times[times[:, 0, 2] > 0]
+    blocks = rows * -(-tokens // 64) * (2 if heads > 64 else 1) / max(1, len(worked))
+    found: dict[str, Any] = {"worked": len(worked), "blocks": blocks}
+    for warp in (0, 4):
+        for which, name in enumerate(PHASES):
+            each = blocks if 2 <= which <= 7 else 1
+            found[f"{name}_{warp // 4}"] = int(np.median(worked[:, warp, which]) / each)
+    return found
+
+
 MANY: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
     (64, 4096, 128, {}),
     (64, 4096, 128, {"values_first": True}),
-    (64, 4096, 128, {"ahead": 0}),
+    (64, 4096, 128, {"ahead": 4}),
     (64, 4096, 128, {"cluster": 1}),
     (8, 4096, 128, {}),
     (64, 4096, 16, {}),
@@ -144,6 +199,8 @@ def rows() -> Iterator[Row]:
     yield Row("right many", partial(right, **many))
     yield Row("right large many", partial(right_large, **many))
     yield Row("right large many, values first", partial(right_large, values_first=True, **many))
+    for count, tokens, heads in ((64, 4096, 128), (8, 4096, 128), (64, 4096, 16)):
+        yield Row(f"phases of many B={count} x {tokens}, {heads} heads", partial(phases, count, tokens, heads))
     for count, tokens, heads, tuning in MANY:
         name = ", ".join([f"many B={count} x {tokens}, {heads} heads", *(f"{k} {v}" for k, v in tuning.items())])
         yield Row(name, partial(speed, count, tokens, heads, False, **many, **tuning))

@@ -106,6 +106,17 @@ DEVICE void merge_share(
 #pragma unroll 1
     for (int base = busy ? member : parts; base < parts; base += 32 * split) {
       const int at = base + lane * split;
+      float4 four[AT_ONCE];
+      auto load = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const int from = base + (i + j) * split;
+          four[j] = {0.f, 0.f, 0.f, 0.f};
+          if (from < parts)
+            four[j] = __ldcg((const float4*)(part_out + ((size_t)part.slot_of(from) * MROWS + m) * DIMS + dim));
+        }
+      };
+      load(0);
       const float log = at < parts ? __ldcg(part_lse + (size_t)part.slot_of(at) * MROWS + m) : MASKED;
       float top = fmaxf(high, log);
 #pragma unroll
@@ -115,15 +126,12 @@ DEVICE void merge_share(
       const float weight = at < parts ? fast_exp2(log - high) : 0.f;
       total += weight;
 #pragma unroll 1
-      for (int i = 0; i < 32 && base + i * split < parts; i += AT_ONCE) {
-        float4 four[AT_ONCE];
+      for (int i = 0;;) {
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-          const size_t slot = part.slot_of(min(base + (i + j) * split, parts - 1));
-          four[j] = __ldcg((const float4*)(part_out + (slot * MROWS + m) * DIMS + dim));
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) add(__shfl_sync(~0u, weight, i + j), four[j]);  // 0 past the end
+        for (int j = 0; j < AT_ONCE; ++j) add(__shfl_sync(~0u, weight, i + j), four[j]);
+        i += AT_ONCE;
+        if (i >= 32 || base + i * split >= parts) break;
+        load(i);
       }
     }
 #pragma unroll

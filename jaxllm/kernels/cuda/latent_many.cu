@@ -6,8 +6,8 @@
 // 64 heads fill half of a multiprocessor's registers, so that two tiles cannot take turns at the tensor cores, as in
 // FlashAttention-3: instead the two halves of one tile's results do ("seesaw", FlashMLA).
 //
-// A CTA has 64 query heads and two warpgroups, each with half of the VALUES numbers of the results. Warpgroup w makes the
-// weights of blocks w, w + 2, ... of BLOCK tokens, for both: those of a block follow from the highest scores of the blocks
+// A CTA has 64 query heads and two warpgroups, each with half of the VALUES numbers of the results. Each makes the
+// weights of every other block of BLOCK tokens, for both: those of a block follow from the highest scores of the blocks
 // before, so that they come in turn, and while one warpgroup has a softmax, the other has products. A warp more lets the
 // tensor memory accelerator bring block b to stage b mod 2, as soon as its half of the block before there is free.
 //
@@ -15,11 +15,12 @@
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
-// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; VALUES_FIRST:
+// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; VALUES_FIRST:
 // whether products with the values of a block come before those with the keys of the next; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
 #define BLOCK 64
+#define ITEMS_IN_EQUAL_PARTS
 
 constexpr int TILE = 64, STAGES = 2, Q = 1;
 constexpr int ITEMS = (HEADS + TILE * CLUSTER - 1) / (TILE * CLUSTER), M = HEADS < TILE ? HEADS : TILE;
@@ -30,12 +31,22 @@ constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 
 constexpr int TOLD_AT = KV_AT + STAGES * STAGE, SUMS_AT = TOLD_AT + STAGES * TILE * 8;
 constexpr int BARRIERS_AT = SUMS_AT + 2 * TILE * 4, READY_AT = BARRIERS_AT + STAGES * PANELS * 8;
-constexpr int FREED_AT = READY_AT + STAGES * 8, UNMERGED_AT = FREED_AT + STAGES * 16, TABLES_AT = UNMERGED_AT + 48;
+constexpr int FREED_AT = READY_AT + STAGES * 8, UNMERGED_AT = FREED_AT + STAGES * 16, TIMES_AT = UNMERGED_AT + 48;
+constexpr int PHASES = 16, TABLES_AT = TIMES_AT + TIMELINE * WARPS * PHASES * 4;
 constexpr float TO_EXPONENT = (float)(SCALE * LOG2E), NOTHING = (float)(MASKED / (SCALE * LOG2E));
 static_assert(VALUES == 512 && H == 576 && HEADS % M == 0 && O % BOX == 0, "not what this kernel was written for");
 static_assert(ITEMS * CLUSTER * M == HEADS && BLOCK % (BOX * CLUSTER) == 0, "not what this kernel was written for");
 
 #include "latent_copies.cuh"
+
+// Cycles of each warp's phases, of which the last slot has the clock at the end of the latest; nothing without TIMELINE.
+DEVICE void phase_ends(u8* shared, int which) {
+  if (!TIMELINE || threadIdx.x % 32) return;
+  u32* const times = (u32*)(shared + TIMES_AT) + threadIdx.x / 32 * PHASES;
+  const u32 now = cycles();
+  times[which] += now - times[PHASES - 1];
+  times[PHASES - 1] = now;
+}
 
 // A warpgroup: half of the results, and the weights of every other block.
 struct Attention {
@@ -191,19 +202,24 @@ struct Attention {
 
   // Block `block` of a run, of this warpgroup, and the values of the one before, of the other; BEFORE: whether there is one.
   template <bool BEFORE>
-  DEVICE void step(const Uses& uses, const Run& run, int block, int lowest) {
+  DEVICE void step(int before, const Run& run, int block, int lowest) {
+    const u32 phase = phase_of(before + block), phase_before = phase_of(before + block - 1);
     if (BEFORE && VALUES_FIRST) {
-      take_weights(uses.phase(block - 1));
+      take_weights(phase_before);
+      phase_ends(shared, 3);
       multiply_values(1 - group, theirs);
-      multiply_keys(uses.phase(block));
+      multiply_keys(phase);
+      phase_ends(shared, 2);
       wgmma_wait<1>();
       keep_weights(theirs);
       free(1 - group);
       wgmma_wait<0>();
     } else {
-      multiply_keys(uses.phase(block));
+      multiply_keys(phase);
+      phase_ends(shared, 2);
       if (BEFORE) {
-        take_weights(uses.phase(block - 1));
+        take_weights(phase_before);
+        phase_ends(shared, 3);
         multiply_values(1 - group, theirs);
         wgmma_wait<1>();
       } else {
@@ -211,18 +227,22 @@ struct Attention {
       }
     }
     wgmma_pin(s);
+    phase_ends(shared, 4);
     float keep[2];
     make_weights(run.token + block * BLOCK, lowest, run.last, keep);
+    phase_ends(shared, 5);
     if (BEFORE && !VALUES_FIRST) {
       wgmma_wait<0>();
       keep_weights(theirs);
       free(1 - group);
+      phase_ends(shared, 6);
     }
     shrink(keep[0], keep[1]);
     multiply_values(group, mine);
     wgmma_wait<0>();
     keep_weights(mine);
     free(group);
+    phase_ends(shared, 7);
   }
 
   // Products read registers behind the compiler's back: until here they hold the weights.
@@ -231,17 +251,17 @@ struct Attention {
     for (int i = 0; i < BLOCK / 16; ++i) wgmma_pin(p[i]);
   }
 
-  // All blocks of a run.
-  DEVICE void attend(const Uses& uses, const Run& run, int lowest) {
-    int block = group;
-    if (group == 0) {
-      step<false>(uses, run, block, lowest);
+  // All blocks of a run. before: blocks of the runs before it.
+  DEVICE void attend(int before, const Run& run, int lowest) {
+    int block = (group ^ before) & 1;
+    if (block == 0) {
+      step<false>(before, run, block, lowest);
       block += 2;
     }
 #pragma unroll 1
-    for (; block < run.blocks; block += 2) step<true>(uses, run, block, lowest);
+    for (; block < run.blocks; block += 2) step<true>(before, run, block, lowest);
     if (block > run.blocks) return;
-    take_weights(uses.phase(block - 1));  // the last block is the other's
+    take_weights(phase_of(before + block - 1));  // the last block is the other's
     multiply_values(1 - group, theirs);
     wgmma_wait<0>();
     keep_weights(theirs);
@@ -273,16 +293,19 @@ DEVICE void attend(
   float* const sums = (float*)(shared + SUMS_AT);
   Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
   Walk walk = work.walk;
-  Uses uses;
+  int blocks = 0;
 #pragma unroll 1
   for (;;) {
     const Run run = walk.take(rows, 0x7fffffff);
     if (!run.blocks) break;
     const size_t target = (size_t)run.row * HEADS + (run.item * CLUSTER + rank) * TILE;
+    phase_ends(shared, 0);
     attention.load_queries(q + target * H);
+    phase_ends(shared, 1);
     attention.clear();
-    attention.attend(uses, run, FIRST ? first[run.row] : 0);
-    uses.add(run.blocks);
+    attention.attend(blocks, run, FIRST ? first[run.row] : 0);
+    blocks += run.blocks;
+    phase_ends(shared, 3);
     float total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -322,6 +345,7 @@ DEVICE void attend(
         else part_lse[slot] = log;
       }
     }
+    phase_ends(shared, 8);
     if (part.complete()) continue;
     __threadfence();
     named_sync(3, 256);
@@ -337,6 +361,7 @@ DEVICE void attend(
         part_out, part_lse, out, lse, finished, unmerged[i], work.cta, shared, group * 4 + thread / 32, lane,
         [] { named_sync(3, 256); }
     );
+  phase_ends(shared, 9);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) latent_many(
@@ -351,7 +376,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     float* part_out,       // [CLUSTER, 2 CTAS, M, VALUES]
     float* part_lse,       // [CLUSTER, 2 CTAS, M], to the base 2
     int* finished,         // [CLUSTER, CTAS], of the item that begins in the cluster and does not end there: parts
-    u8* maps               // [CLUSTER, CTAS, 128], of the latents
+    u8* maps,              // [CLUSTER, CTAS, 128], of the latents
+  u32* times             // [CLUSTER, CTAS, WARPS, PHASES]: see `phase_ends`
 ) {
   DYNAMIC_SHARED(shared);
   const u32 smem = shared_address(shared);
@@ -359,6 +385,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   if (cluster >= CTAS) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u8* const map = maps + block * 128;
+  if (TIMELINE && lane < PHASES) ((u32*)(shared + TIMES_AT))[warp * PHASES + lane] = lane < PHASES - 1 ? 0 : cycles();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       for (int panel = 0; panel < PANELS; ++panel) barrier_init(panel_full(smem, stage, panel), 1);
@@ -370,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
   if (warp == 8)  // the queries' room is scratch: they come after the barriers below
-    make_map(smem, map, {kv, {H, O, 1 << 30, 1}, {H * 2, O * H * 2, O * H * 2}, {64, BOX, 1, 1}}, lane);
+    make_map(smem, map, {kv, {H, 1 << 30, 1, 1}, {H * 2, H * 2, H * 2}, {64, BOX, 1, 1}}, lane);
   const Rows rows(shared + TABLES_AT, gridDim.x / CLUSTER);
   const Work work(rows, positions, first, cluster);  // its barriers show the block what was written above, too
   if (CLUSTER > 1) cluster_sync();
@@ -384,14 +411,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     for (int i = threadIdx.x; i < HEADS; i += THREADS) lse[r * HEADS + i] = MASKED;
   }
   if (warp >= 8) {
-    registers_fewer<24>();
+    registers_fewer<40>();
     if (warp == 8) bring(smem, rows, work.walk, kv, map, pages, rank, lane);
   } else {
-    registers_more<240>();
+    registers_more<232>();
     attend(
         shared, smem, rows, work, q, first, out, lse, part_out + (size_t)rank * 2 * CTAS * M * VALUES,
         part_lse + rank * 2 * CTAS * M, finished + rank * CTAS, rank, warp / 4, threadIdx.x % 128
     );
   }
   if (CLUSTER > 1) cluster_sync();  // others still send to this one's shared memory
+  if (TIMELINE && lane < PHASES)
+    times[(block * WARPS + warp) * PHASES + lane] = ((u32*)(shared + TIMES_AT))[warp * PHASES + lane];
 }

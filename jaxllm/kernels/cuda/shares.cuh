@@ -8,6 +8,8 @@
 //     leave part of the GPU idle. CTAs that share an item leave partial results, each at most two, and the last of them
 //     to finish merges those of the item.
 //
+// With ITEMS_IN_EQUAL_PARTS, items of one length are shared so that no CTA has parts of two, where nearly all CTAs have one.
+//
 // Macros: CTAS; MIN_SHARE, the fewest blocks worth a CTA; WHOLE; FIRST (queries have a first visible key).
 // Constants of the includer: ITEMS of a row, BLOCK, Q query tokens of a row, WARPS and THREADS.
 #pragma once
@@ -97,6 +99,14 @@ struct Work {
     walk.whole = 0.95f * turns * longest * CTAS <= total;
     if (walk.whole) return;
     ctas = min(CTAS, (total + MIN_SHARE - 1) / MIN_SHARE);
+#ifdef ITEMS_IN_EQUAL_PARTS
+    const int items = rows.count * ITEMS;
+    if (total == items * longest) {
+      int each = ctas / items;
+      while (each > 1 && longest % each) --each;
+      if (each * items >= 0.95f * ctas) ctas = each * items;
+    }
+#endif
     if (cta >= ctas) {
       walk.budget = 0;
       return;

@@ -55,6 +55,7 @@ def configure(
     ahead: int = AHEAD,
     values_first: bool = False,
     processors: int = call.SMS,
+    timeline: bool = False,
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
@@ -62,6 +63,7 @@ def configure(
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
     ahead, values_first: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
+    timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -93,8 +95,9 @@ def configure(
     tables = (12 if first else 8) * R + 4
     if many:
         macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead}
-        macros |= {"VALUES_FIRST": int(values_first)}
+        macros |= {"VALUES_FIRST": int(values_first), "TIMELINE": int(timeline)}
         shared = 2 * (TILE + 2 * BLOCK) * H + 24 * TILE + 8 * (2 * 9 + 2 + 4) + 48 + 2 * 12 * 4 + tables
+        shared += 12 * 16 * 4 * timeline
         return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
     macros["BLOCK"] = block
     if few:
@@ -172,7 +175,7 @@ def prepare(
 
 
 def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], Any]]:
-    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, counts of finished parts, and maps."""
+    """Shapes and dtypes of what the kernel writes: out, lse, parts of both, counts of finished parts; maps, times."""
     R, Q, N, _ = q_shape
     values, ctas = int(str(launch.macros["VALUES"])), launch.ctas * int(str(launch.macros.get("CLUSTER", 1)))
     parts = (2 * ctas, min(N, TILE))
@@ -183,7 +186,10 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
         (parts, jnp.float32),
         ((ctas,), jnp.int32),
     ]
-    return [*written, ((ctas, 128), jnp.uint8)] if source_of(launch) == MANY else written
+    if source_of(launch) == MANY:
+        timed = ctas if launch.macros["TIMELINE"] else 1
+        written += [((ctas, 128), jnp.uint8), ((timed, 12, 16), jnp.uint32)]
+    return written
 
 
 def check_many() -> None:
