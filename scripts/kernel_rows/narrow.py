@@ -30,14 +30,15 @@ LLAMA_70B_TP4 = {
 }
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {
     # rows of a tile, blocks of a cluster, panels of 64 inputs: beside the default
-    ("qkv", 8): (Split(192, 4, 1), Split(128, 2, 2)),
-    ("o", 8): (Split(128, 4, 2), Split(64, 2, 4, stagger=True), Split(64, 2, 4, fetch=128)),
-    ("gate_up", 8): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(64, 2, 4), Split(128, 1, 2)),
-    ("down", 8): (Split(128, 4, 2), Split(64, 2, 4, stagger=True)),
+    ("qkv", 8): (Split(64, 1, 4, fetch=128), Split(192, 4, 1)),
+    ("o", 8): (Split(64, 2, 4, fetch=128), Split(128, 4, 2)),
+    ("gate_up", 8): (Split(64, 1, 4), Split(128, 1, 2), Split(64, 2, 4), Split(64, 1, 4, fetch=128)),
+    ("down", 8): (Split(64, 2, 4, fetch=128), Split(128, 2, 2)),
+    ("gate_up", 32): (Split(64, 1, 4), Split(128, 1, 2), Split(64, 2, 4)),
+    ("down", 32): (Split(128, 2, 2),),
     ("qkv", 64): (Split(192, 4, 1), Split(64, 1, 2)),
     ("o", 64): (Split(128, 4, 2), Split(128, 2, 2)),
-    ("gate_up", 64): (Split(256, 1, 1, stagger=True), Split(256, 1, 1, fetch=128), Split(128, 1, 2)),
-    ("down", 64): (Split(128, 4, 2), Split(128, 2, 2), Split(256, 8, 1)),
+    ("down", 64): (Split(128, 4, 2), Split(128, 2, 2)),
 }
 
 
@@ -222,8 +223,9 @@ def rows() -> Iterator[Row]:
         yield Row(f"norms T={T}", partial(norms, T))
     for T in (64, 8, 32, 16, 1, 128):
         yield Row(f"layer T={T}", partial(layer, T))
+    for T in (8, 32, 64):
+        for names in (("gate_up", "down"), ("qkv", "o")):
+            yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
     for T in (8, 64):
         yield Row(f"cached T={T}", partial(cached, T))
-        for names in (("qkv", "o"), ("gate_up", "down")):
-            yield Row(f"products T={T} {' '.join(names)}", partial(products, names, T))
         yield Row(f"lm_head T={T}", partial(products, ("lm_head",), T))
