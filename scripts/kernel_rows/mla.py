@@ -182,7 +182,8 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
 
 MANY: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
     (64, 4096, 128, {}),
-    (64, 4096, 128, {"values_first": True}),
+    (64, 4096, 128, {"order": 1}),
+    (64, 4096, 128, {"order": 2}),
     (64, 4096, 128, {"ahead": 4}),
     (64, 4096, 128, {"cluster": 1}),
     (8, 4096, 128, {}),
@@ -198,7 +199,7 @@ def rows() -> Iterator[Row]:
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
     yield Row("right large many", partial(right_large, **many))
-    yield Row("right large many, values first", partial(right_large, values_first=True, **many))
+    yield Row("right large many, order 2", partial(right_large, order=2, **many))
     for count, tokens, heads in ((64, 4096, 128), (8, 4096, 128), (64, 4096, 16)):
         yield Row(f"phases of many B={count} x {tokens}, {heads} heads", partial(phases, count, tokens, heads))
     for count, tokens, heads, tuning in MANY:

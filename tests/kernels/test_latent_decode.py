@@ -67,7 +67,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "many_other_order": (
         (4, 64, 8, 37),
-        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many", "values_first": True},
+        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many", "order": 2},
     ),
     "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
@@ -135,10 +135,10 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "half_freed_early": (
         "many_whole",
         "latent_many.cu",
-        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !VALUES_FIRST) {\n"
+        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !FIRST_VALUES) {\n"
         "      wgmma_wait<0>();\n      keep_weights(theirs);\n      free(1 - group);\n",
-        "    if (BEFORE && !VALUES_FIRST) free(1 - group);\n"
-        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !VALUES_FIRST) {\n"
+        "    if (BEFORE && !FIRST_VALUES) free(1 - group);\n"
+        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !FIRST_VALUES) {\n"
         "      wgmma_wait<0>();\n",
     ),
     "other_weights_not_awaited": (

@@ -15,8 +15,9 @@
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
-// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; VALUES_FIRST:
-// whether products with the values of a block come before those with the keys of the next; MIN_SHARE; WHOLE; SCALE; FIRST.
+// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; ORDER of
+// products: 0: keys of a block before values of the one before; 1: after them; 2: after them if they are not there yet and
+// those can begin; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
 #define BLOCK 64
@@ -201,10 +202,10 @@ struct Attention {
   }
 
   // Block `block` of a run, of this warpgroup, and the values of the one before, of the other; BEFORE: whether there is one.
-  template <bool BEFORE>
+  template <bool BEFORE, bool FIRST_VALUES>
   DEVICE void step(int before, const Run& run, int block, int lowest) {
     const u32 phase = phase_of(before + block), phase_before = phase_of(before + block - 1);
-    if (BEFORE && VALUES_FIRST) {
+    if (BEFORE && FIRST_VALUES) {
       take_weights(phase_before);
       phase_ends(shared, 3);
       multiply_values(1 - group, theirs);
@@ -231,7 +232,7 @@ struct Attention {
     float keep[2];
     make_weights(run.token + block * BLOCK, lowest, run.last, keep);
     phase_ends(shared, 5);
-    if (BEFORE && !VALUES_FIRST) {
+    if (BEFORE && !FIRST_VALUES) {
       wgmma_wait<0>();
       keep_weights(theirs);
       free(1 - group);
@@ -255,11 +256,20 @@ struct Attention {
   DEVICE void attend(int before, const Run& run, int lowest) {
     int block = (group ^ before) & 1;
     if (block == 0) {
-      step<false>(before, run, block, lowest);
+      step<false, false>(before, run, block, lowest);
       block += 2;
     }
 #pragma unroll 1
-    for (; block < run.blocks; block += 2) step<true>(before, run, block, lowest);
+    for (; block < run.blocks; block += 2) {
+      bool values_first = ORDER == 1;
+      if (ORDER == 2) {
+        const bool weights = barrier_is_over(weights_ready(smem, 1 - group), phase_of(before + block - 1));
+        const bool keys = barrier_is_over(panel_full(smem, group, PANELS - 1), phase_of(before + block));
+        values_first = named_all(1 + group, 128, weights && !keys);
+      }
+      if (values_first) step<true, true>(before, run, block, lowest);
+      else step<true, false>(before, run, block, lowest);
+    }
     if (block > run.blocks) return;
     take_weights(phase_of(before + block - 1));  // the last block is the other's
     multiply_values(1 - group, theirs);

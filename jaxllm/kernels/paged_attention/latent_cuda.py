@@ -53,7 +53,7 @@ def configure(
     source: str | None = None,
     cluster: int | None = None,
     ahead: int = AHEAD,
-    values_first: bool = False,
+    order: int = 0,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -62,7 +62,7 @@ def configure(
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, values_first: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
+    ahead, order: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
     timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -95,7 +95,7 @@ def configure(
     tables = (12 if first else 8) * R + 4
     if many:
         macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead}
-        macros |= {"VALUES_FIRST": int(values_first), "TIMELINE": int(timeline)}
+        macros |= {"ORDER": order, "TIMELINE": int(timeline)}
         shared = 2 * (TILE + 2 * BLOCK) * H + 24 * TILE + 8 * (2 * 9 + 2 + 4) + 48 + 2 * 12 * 4 + tables
         shared += 12 * 16 * 4 * timeline
         return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
