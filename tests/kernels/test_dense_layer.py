@@ -46,7 +46,7 @@ CASES = [
         (256, 2, 2, 128, 2304, 0, 16, 1, True, {"slots": 6, "depth": 3, "lookahead": 0}), marks=pytest.mark.slow
     ),
     pytest.param(
-        (512, 8, 2, 128, 1024, 300, 32, 3, False, {"slots": 4, "depth": 1, "alone": 1, "far": 1}),
+        (512, 8, 2, 128, 1024, 300, 32, 3, False, {"slots": 4, "depth": 1, "alone": 1}),
         marks=pytest.mark.slow,
     ),
     pytest.param((512, 8, 2, 64, 256, 55, 16, 1, True, {"slots": 4, "alone": 1}), marks=pytest.mark.slow),

@@ -1,6 +1,5 @@
 // Attention of one token, in the middle of a layer that is one launch. Sizes come from the header before it: moe_layer.cuh
-// or dense_layer.cuh. Macro FAR: units of a warp between the one whose keys it reads and the one that the second-level cache
-// fetches; 0: it fetches none.
+// or dense_layer.cuh.
 //
 // Attention reads pages straight to registers. A unit is 16 tokens of a KV head, with all its query heads, for one warp;
 // heads are the rows of products. A contraction may take its numbers in any order as long as both sides take the same, so
@@ -8,10 +7,6 @@
 // has units of one KV head. A short context is one block's; a long one's parts are merged by one block for each head.
 #pragma once
 #include "one_token.cuh"
-
-#ifndef FAR
-#define FAR 0
-#endif
 
 constexpr float MASKED = -1e30f;
 constexpr int KEY_PARTS = H / 32, VALUE_PARTS = H / 64;  // of 16 bytes for a lane
@@ -231,11 +226,6 @@ DEVICE void attend(
       next = keys_of(unit + step, turn + 1);
       if (has_room && turn < ROOM) take_keys(turn + 1);
       else load_keys(next);
-      // Of later units the second-level cache has what is not on its way yet; not those of the next batch of pages.
-      if (FAR && unit + (1 + FAR) * step < units && (turn + 1) % 32 + FAR < 32) {
-        const u16* const later = keys_of(unit + (1 + FAR) * step, turn + 1 + FAR);
-        if (lane < 2) prefetch(later + (size_t)lane * KV * O * H, UNIT * H * 2);
-      }
     }
     float high = top;
 #pragma unroll

@@ -36,8 +36,6 @@ PAUSE = 40
 """Nanoseconds between the looks of who waits: the GPU's power goes to what is multiplied."""
 OWNED = 75
 """Percent of a product's rows that a warp has from the start; the others go to who is fast."""
-FAR = 0
-"""Units of a warp beyond the next, of a long context, that the second-level cache fetches."""
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 """Query heads of a KV head: half of the rows of a product."""
@@ -121,7 +119,6 @@ def launcher(
     depth: int = DEPTH,
     lookahead: int = LOOKAHEAD,
     alone: int = ALONE,
-    far: int = FAR,
     owned: int = OWNED,
     pause: int = PAUSE,
     timeline: bool = False,
@@ -163,7 +160,7 @@ def launcher(
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
         "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
-        "FAR": far, "OWNED": owned, "PAUSE": pause,
+        "OWNED": owned, "PAUSE": pause,
         "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
         "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
