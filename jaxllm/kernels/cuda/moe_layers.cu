@@ -98,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const Qkv qkv = {table->qkv, Qkv::ITEMS};
     const Output output = {table->output};
     Ring<Qkv, Output> ring(qkv, output, shared);
-#pragma unroll 1
-    for (int i = DEPTH; i < SLOTS - 1; ++i) ring.bring();
+    ring.most = SLOTS - 1;
+    ring.top();
     place = ring;
   }
 
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const Qkv qkv = {of.qkv, Qkv::ITEMS};
     const Output output = {of.output};
     Ring<Qkv, Output> ring(qkv, output, place);
-    multiply<SLOTS - 1>(qkv, ring, normed, one, none, [&](int item, float a, float b, u32) {
+    multiply(qkv, ring, normed, one, none, [&](int item, float a, float b, u32) {
       if (lane) return;
       if (item < Qkv::PAIRS) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a * factor, b * factor), mark));
       else tell(words + TOLD_QKV + Qkv::PAIRS + item, word_of(pack_bf16((a + b) * factor, 0.f), mark));
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     if (AHEAD && !last && part >= parts) prefetch_rows(table[layer + 1].qkv, blockIdx.x - parts * KV, BLOCKS - parts * KV);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
     timeline.mark(6);
-    multiply<SLOTS - 1>(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
+    multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
       const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
       if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(two, mark));
       of_experts.add(item, two);
@@ -186,13 +186,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
     const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
     Ring<Down, Qkv> end(down, next, experts);
-    multiply<SLOTS - 1>(down, end, inputs, weight_of, before, [&](int item, float a, float b, u32 known) {
+    multiply(down, end, inputs, weight_of, before, [&](int item, float a, float b, u32 known) {
       const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
       if (lane) return;
       if (last) ((u32*)out)[item] = two;
       else tell(words + TOLD_NEXT + 2 * item, words_of(two, mark));
     }, ready);
     ready(Down::PIECES);  // with warps that have nothing to multiply
+    end.top();
     place = end;
     timeline.mark(15);
     timeline.mark_end(1);

@@ -48,6 +48,7 @@ struct RingPlace {
   u8* slots;       // of this warp
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
+  int ahead, most;  // stages on their way, and how many there may be
   bool on_second;
   u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
@@ -64,11 +65,11 @@ struct Ring : RingPlace {
     lane = threadIdx.x % 32;
     slots = rings + warp * (SLOTS * SLOT) + lane * 16;
     item = first_item();
-    stage = filled = emptied = 0;
+    stage = filled = emptied = ahead = 0;
+    most = DEPTH;
     once = read_once();
     on_second = item >= items_of(first);
-#pragma unroll 1
-    for (int i = 0; i < DEPTH; ++i) bring();
+    top();
   }
   // Goes on where a ring of what was before `first`, and of `first`, has come to, once what was before is multiplied.
   DEVICE Ring(const First& first, const Second& second, const RingPlace& place)
@@ -76,18 +77,23 @@ struct Ring : RingPlace {
     on_second = false;
     if (item >= items_of(first)) to_second();
   }
+  // From now on all slots but one.
+  DEVICE void top() {
+#pragma unroll 1
+    while (bring()) continue;
+  }
   // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
   DEVICE void fill() {
-#pragma unroll 1
-    for (int i = DEPTH; i < SLOTS - 1; ++i) bring();
+    most = SLOTS - 1;
+    top();
     if (item >= Second::ITEMS) return;
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
       prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
   }
 
+  // One stage. Returns whether it was the product's last.
   template <class Product>
   DEVICE bool copy(const Product& product) {
-    if (item >= items_of(product)) return true;
     const u32 to = shared_address(slots + filled * SLOT);
     if (stage == 0)
 #pragma unroll
@@ -111,22 +117,27 @@ struct Ring : RingPlace {
     }
     return item >= items_of(product);
   }
-  // Copies one stage; where there is no more, a group of copies that has none.
-  DEVICE void bring() {
-    if (on_second) {
-      copy(second);
-    } else if (copy(first)) {
-      to_second();
-    }
+  // Copies one stage, if there is one and room for it. Returns whether it did.
+  DEVICE bool bring() {
+    if (ahead >= most || (on_second && item >= items_of(second))) return false;
+    if (on_second) copy(second);
+    else if (copy(first)) to_second();
     cp_async_commit();
+    ++ahead;
+    return true;
   }
   DEVICE void to_second() {
     on_second = true;
     item = first_item();
   }
-  template <int ON_THEIR_WAY>
+  // Waits for the next stage, which the copies after it need not have landed for.
   DEVICE const uint4* next() {
-    cp_async_wait<ON_THEIR_WAY - 1>();
+    --ahead;
+    if (ahead >= 4 && SLOTS > 5) cp_async_wait<4>();
+    else if (ahead >= 3) cp_async_wait<3>();
+    else if (ahead == 2) cp_async_wait<2>();
+    else if (ahead == 1) cp_async_wait<1>();
+    else cp_async_wait<0>();
     const uint4* const found = (const uint4*)(slots + emptied * SLOT);
     if (++emptied == SLOTS) emptied = 0;
     return found;
@@ -140,11 +151,11 @@ DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y,
 
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
 // part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
-// ready(stage) is called before the inputs of a stage are read. ON_THEIR_WAY: stages of the ring.
+// ready(stage) is called before the inputs of a stage are read.
 struct Always {
   DEVICE void operator()(int) const {}
 };
-template <int ON_THEIR_WAY = DEPTH, class Product, class Source, class Factor, class Before, class Finish, class Ready = Always>
+template <class Product, class Source, class Factor, class Before, class Finish, class Ready = Always>
 DEVICE void multiply(
     const Product& product, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish, Ready ready = {}
 ) {
@@ -156,7 +167,7 @@ DEVICE void multiply(
 #pragma unroll 1
     for (int stage = 0; stage < stages_at(product, item); ++stage) {
       ready(stage);
-      const uint4* const weights = ring.template next<ON_THEIR_WAY>();
+      const uint4* const weights = ring.next();
       ring.bring();  // into the slot that was read before this one
 #pragma unroll
       for (int i = 0; i < STAGE; ++i) {
