@@ -95,9 +95,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
   __syncthreads();
   RingPlace place;
   {
-    const Qkv qkv = {table->qkv, Qkv::ITEMS};
-    const Output output = {table->output};
-    Ring<Qkv, Output> ring(qkv, output, shared);
+    const Qkv nothing = {table->qkv, 0}, qkv = {table->qkv, Qkv::ITEMS};
+    Ring<Qkv, Qkv> ring(nothing, qkv, shared);  // as at the end of a layer before
     ring.most = SLOTS - 1;
     ring.top();
     place = ring;
