@@ -69,6 +69,57 @@ struct Unmerged {
   size_t target;
 };
 
+// Slices of items of few parts, some at once, so that the loads of all are under way together.
+constexpr int FEW_PARTS = 4, SLICES_AT_ONCE = 4;
+template <int DIMS, int MROWS>
+struct SliceMerge {
+  const float *part_out, *part_lse;
+  u16* out;
+  float* lse;
+  const Part& part;
+  size_t target;
+  int lane;
+
+  // Slices first, first + step, ... of those before `end`; by a warp.
+  DEVICE void run(int first, int step, int end) const {
+    const int parts = part.count();
+    float4 four[SLICES_AT_ONCE][FEW_PARTS];
+    float log[SLICES_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < SLICES_AT_ONCE; ++i) {
+      const int unit = min(first + i * step, end - 1), m = unit / (DIMS / 128), dim = unit % (DIMS / 128) * 128 + 4 * lane;
+      log[i] = lane < parts ? __ldcg(part_lse + (size_t)part.slot_of(lane) * MROWS + m) : MASKED;
+#pragma unroll
+      for (int j = 0; j < FEW_PARTS; ++j) {
+        four[i][j] = {0.f, 0.f, 0.f, 0.f};
+        if (j < parts)
+          four[i][j] = __ldcg((const float4*)(part_out + ((size_t)part.slot_of(j) * MROWS + m) * DIMS + dim));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < SLICES_AT_ONCE; ++i) {
+      const int unit = first + i * step, m = unit / (DIMS / 128), dim = unit % (DIMS / 128) * 128 + 4 * lane;
+      float high = log[i], x[4] = {}, total = 0.f;
+#pragma unroll
+      for (int by = FEW_PARTS / 2; by; by /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, by));
+      high = __shfl_sync(~0u, high, 0);
+      const float mine = lane < parts ? fast_exp2(log[i] - high) : 0.f;
+#pragma unroll
+      for (int j = 0; j < FEW_PARTS; ++j) {
+        const float weight = __shfl_sync(~0u, mine, j);
+        total += weight;
+        x[0] += weight * four[i][j].x, x[1] += weight * four[i][j].y;
+        x[2] += weight * four[i][j].z, x[3] += weight * four[i][j].w;
+      }
+      if (unit >= end) continue;
+      const float inverse = 1.f / total;
+      *(uint2*)(out + (target + m) * DIMS + dim) =
+          make_uint2(pack_bf16(x[0] * inverse, x[1] * inverse), pack_bf16(x[2] * inverse, x[3] * inverse));
+      if (dim == 0) lse[target + m] = high < UNSEEN ? MASKED : (high + fast_log2(total)) * LN2;
+    }
+  }
+};
+
 // Merges a CTA's share of an item that several CTAs have parts of, once all of them have theirs: each has some of the
 // item's slices of 128 numbers. All CTAs run at once, so that they can wait for each other.
 //   warp of WARPS_HERE; sync: their barrier; room: of shared memory, (16 * 32 + 8) WARPS_HERE bytes
@@ -85,11 +136,18 @@ DEVICE void merge_share(
   const int mine = index < UNITS ? (UNITS - 1 - index) / parts + 1 : 0;
   if (mine == 0) return;
   const int split = mine >= WARPS_HERE ? 1 : min(WARPS_HERE / mine, parts);  // warps that merge a slice together
+  if (lane == 0) word_wait(finished + part.from, parts);
+  __syncwarp();
+  if (split == 1 && parts <= FEW_PARTS) {
+    const SliceMerge<DIMS, MROWS> merge = {part_out, part_lse, out, lse, part, of.target, lane};
+#pragma unroll 1
+    for (int i = warp; i < mine; i += WARPS_HERE * SLICES_AT_ONCE)
+      merge.run(index + i * parts, WARPS_HERE * parts, UNITS);
+    return;
+  }
   const int teams = WARPS_HERE / split, team = warp / split, member = warp % split;
   float4* const sums = (float4*)room;
   float2* const scales = (float2*)(sums + 32 * WARPS_HERE);
-  if (lane == 0) word_wait(finished + part.from, parts);
-  __syncwarp();
 #pragma unroll 1
   for (int first = 0; first < mine; first += teams) {
     const int unit = index + (first + team) * parts, m = unit / SLICES, dim = unit % SLICES * 128 + 4 * lane;
