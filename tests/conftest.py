@@ -12,4 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_configure() -> None:
     import jax
 
+    from jaxllm.engine.devices import prepare
+
     jax.config.update("jax_num_cpu_devices", 8)
+    prepare()

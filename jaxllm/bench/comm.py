@@ -24,6 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from jaxllm.bench.report import aligned, machine
 from jaxllm.config import EngineConfig
+from jaxllm.engine.devices import prepare
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.parallel.collectives import (
@@ -133,6 +134,7 @@ def run_comm(
     for name in collectives:
         if name not in COLLECTIVES:
             raise ConfigError(f"--collectives = {name!r} is not known; use {', '.join(COLLECTIVES)}")
+    prepare()
     mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
     mesh = make_mesh(mapping)
     if mapping.world_size == 1:

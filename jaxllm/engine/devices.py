@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from pathlib import Path
 
 from jaxllm.engine.sizes import memory_fraction_variable
+
+THREADS = 4
+"""Threads of XLA for each device that a CPU plays. Of its own accord it has one: a rank that waits for the others in a
+collective holds it, so does an operation that waits for its parts, and where the parts of the last rank find none left
+all stand still until XLA ends the process. With 4 a rank may wait for three of its operations at once beside."""
 
 
 def look_early() -> threading.Thread:
@@ -18,15 +24,27 @@ def look_early() -> threading.Thread:
 
     Settings of JAX that decide about devices have to be made before.
     """
-    os.environ.update(memory_fraction_variable())  # read when the first device is looked for
     thread = threading.Thread(target=_look, name="jaxllm-devices", daemon=True)
     thread.start()
     return thread
 
 
+def prepare() -> None:
+    """Sets the variables that are read when the first device is looked for; what the user has set stays."""
+    import jax
+
+    os.environ.update(memory_fraction_variable())
+    forced = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    named: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    cpus = max(named, int(forced[1]) if forced else 1)
+    if cpus > 1:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS * cpus))
+
+
 def _look() -> None:
     import jax
 
+    prepare()
     with contextlib.suppress(RuntimeError):  # whoever needs a device hears of it
         jax.devices()
 

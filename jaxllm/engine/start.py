@@ -22,13 +22,13 @@ from jaxllm.cache import cache_dir
 from jaxllm.config import EngineConfig
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
-from jaxllm.engine.devices import host_memory
+from jaxllm.engine.devices import host_memory, prepare
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.scheduler import Scheduler
-from jaxllm.engine.sizes import DEFAULTS, HOST_SHARE, Room, Sizes, kv_cache_dtype, memory_fraction_variable, pool_size
+from jaxllm.engine.sizes import DEFAULTS, HOST_SHARE, Room, Sizes, kv_cache_dtype, pool_size
 from jaxllm.engine.slots import SlotTable
 from jaxllm.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.kernels.cuda.checks import begin_checks
@@ -80,8 +80,7 @@ def start(config: EngineConfig) -> Started:
         seconds[name] = time.perf_counter() - began
 
     with phase("devices"):
-        # Read when the first device is looked for; no effect on a CPU, or after that.
-        os.environ.update(memory_fraction_variable())
+        prepare()
         mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
     if config.moe_config.alias:
         logger.info("moe_config.backend %s is TensorRT-LLM's: AUTO chooses here", config.moe_config.alias)

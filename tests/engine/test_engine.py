@@ -47,7 +47,12 @@ def check(llm: LLM, wanted: list[list[int]]) -> None:
 
 
 def test_batched_is_alone(llm: LLM, wanted: list[list[int]]) -> None:
+    before = llm.get_stats()
     check(llm, wanted)
+    after = llm.get_stats()
+    assert after["output_tokens"] - before["output_tokens"] == sum(map(len, wanted))
+    assert after["prompt_tokens"] - before["prompt_tokens"] == sum(map(len, PROMPTS))
+    assert after["requests"] - before["requests"] == len(PROMPTS)
 
 
 def test_plain_loop(wanted: list[list[int]]) -> None:
@@ -241,11 +246,13 @@ def test_a_callback_that_raises_ends_its_request_only(
         calls.append(update)
         raise RuntimeError("the owner's mistake")
 
+    before = llm.get_stats()["output_tokens"]
     other = llm.generate_async(PROMPTS[0], GREEDY)
     submit(llm, 10**6, PROMPTS[1], SamplingParams(max_tokens=40, n=2, ignore_eos=True), broken)
     assert other.result(timeout=60).outputs[0].token_ids == wanted[0]
     assert until(lambda: bool(calls) and all_free(llm))  # the engine may not have seen it yet
     assert len(calls) == 1
+    assert llm.get_stats()["output_tokens"] - before < len(wanted[0]) + 40, "it goes on for nobody"
     assert "the callback of request 1000000 failed" in caplog.text
     check(llm, wanted)
 

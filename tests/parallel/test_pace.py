@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxllm.engine.devices import THREADS, prepare
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.pace import LIMIT, Paced, paced
@@ -42,6 +44,20 @@ def test_as_many_as_the_limit_are_on_their_way() -> None:
         launched.append(program(x))
         assert sum(not out.is_ready() for out in launched) <= LIMIT
     assert all((out == 1).all() for out in launched)
+
+
+def test_ranks_that_wait_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's pool has more threads than there are ranks, if that was said before it was made."""
+    devices = len(jax.devices())
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert names.count("tf_XLAEigen") >= THREADS * devices > devices
+    monkeypatch.setenv("PJRT_NPROC", "5")
+    prepare()
+    assert os.environ["PJRT_NPROC"] == "5", "the user knows better"
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=16")
+    prepare()
+    assert os.environ["PJRT_NPROC"] == str(16 * THREADS)
 
 
 def test_programs_of_one_device_are_as_they_were() -> None:
