@@ -11,6 +11,7 @@
 // STAGES; CTAS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #define GRID_BARRIER  // all CTAs run at once
+#define ITEMS_IN_EQUAL_PARTS
 
 constexpr int Q = 1, ITEMS = 1, N = HEADS_ROOM;
 constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
