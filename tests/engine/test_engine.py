@@ -276,6 +276,45 @@ def test_a_result_that_cannot_be_made_fails_its_request_only(
     assert all_free(llm)
 
 
+def test_a_request_fails_once_for_all_of_its_sequences(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = llm._engine._results.record
+
+    def broken(event: Any, flight: Any) -> Any:
+        if max(seq.num_output for seq in event.seq.request.sequences) > 3:  # both have a token in this step
+            raise RuntimeError("no text for this token")
+        return record(event, flight)
+
+    monkeypatch.setattr(llm._engine._results, "record", broken)
+    updates: list[Update] = []
+    submit(llm, 10**6 + 2, PROMPTS[1], SamplingParams(max_tokens=9, n=2, ignore_eos=True, stop="~"), updates.append)
+    assert until(lambda: any(update.error is not None for update in updates) and all_free(llm))
+    assert {update.index for update in updates if update.token_ids} == {0, 1}
+    assert sum(update.error is not None for update in updates) == 1
+
+
+def test_a_sequence_that_has_ended_is_not_cancelled_again(llm: LLM) -> None:
+    updates: list[Update] = []
+
+    def hear(update: Update) -> None:
+        updates.append(update)
+        if len(updates) == 6:  # in the engine's thread: both have tokens, and neither has all
+            llm._engine.stop(10**6 + 3, 0)
+            llm._engine.abort(10**6 + 3)
+
+    submit(llm, 10**6 + 3, PROMPTS[1], SamplingParams(max_tokens=20, n=2, ignore_eos=True), hear)
+    assert until(lambda: bool(updates) and updates[-1].finish_reason is FinishReason.CANCELLED and all_free(llm))
+    ends = [(update.index, update.finish_reason) for update in updates if update.finish_reason is not None]
+    assert ends == [(0, FinishReason.STOP), (1, FinishReason.CANCELLED)]
+
+
+def test_streams_hear_of_every_nth_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm._engine, "config", llm.config.model_copy(update={"stream_interval": 4}))
+    updates: list[Update] = []
+    submit(llm, 10**6 + 4, PROMPTS[0], SamplingParams(max_tokens=11, ignore_eos=True), updates.append)
+    assert until(lambda: bool(updates) and updates[-1].finish_reason is not None)
+    assert [len(update.token_ids) for update in updates] == [1, 4, 4, 2]
+
+
 def test_cancel_of_unknown_and_finished_requests_is_harmless(llm: LLM, wanted: list[list[int]]) -> None:
     llm._engine.abort(987654321)
     result = llm.generate_async(PROMPTS[0], GREEDY)

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.engine.request import Request
+from jaxllm.engine.slots import SlotTable
+from jaxllm.engine.tokenizer import IncrementalDecoder
 from tests.tiny_llm import EOS, VOCAB, full_logits, log_softmax, make_llm, prompts, tokens_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -158,6 +161,33 @@ def test_stop_token_ids(llm: LLM, story: Story) -> None:
         assert output.text == llm.tokenizer.decode(tokens[: at + (1 if keep else 0)])
 
 
+def test_the_token_that_ends_a_sequence_is_not_searched_for_stop_strings(llm: LLM, story: Story) -> None:
+    prompt, tokens, _ = story
+    decode = llm.tokenizer.decode
+    at = next(
+        i
+        for i, token in enumerate(tokens)
+        if i >= 2
+        and token not in tokens[:i]
+        and decode(tokens[: i + 1]).find(decode([token])) == len(decode(tokens[:i]))
+    )
+    params = replace(GREEDY, stop_token_ids=[tokens[at]], stop=decode(tokens[at : at + 1]))
+    output = llm.generate(prompt, params, use_tqdm=False).outputs[0]
+    assert (output.token_ids, output.stop_reason) == (tokens[: at + 1], tokens[at])
+    assert output.text == decode(tokens[:at])
+
+
+def test_what_the_decoder_held_back_comes_at_the_end(llm: LLM, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unfinished(IncrementalDecoder):
+        def flush(self) -> str:
+            return super().flush() + "\ufffd"
+
+    monkeypatch.setattr("jaxllm.engine.results.IncrementalDecoder", Unfinished)
+    prompt, tokens, _ = story
+    params = replace(GREEDY, max_tokens=5, stop="~~~~")
+    assert llm.generate(prompt, params, use_tqdm=False).outputs[0].text == llm.tokenizer.decode(tokens[:5]) + "\ufffd"
+
+
 def test_end_token(llm: LLM, story: Story) -> None:
     prompt, tokens, _ = story
     # the model's own end token, made the best one after everything
@@ -206,6 +236,16 @@ def test_bad_token_ids_and_words(llm: LLM, story: Story) -> None:
     pieces = [tuple(output[i : i + len(encoded)]) for i in range(LENGTH)]
     assert tuple(encoded) not in pieces
     assert output != tokens or tuple(encoded) != tuple(tokens[4:7])
+
+
+def test_only_the_end_of_a_bad_word_is_banned_and_only_after_its_beginning() -> None:
+    table = SlotTable(1, 0, None)
+    (seq,) = Request(0, [4, 5], GREEDY).sequences
+    seq.slot = 0
+    entry = table.start(seq, [(5, 6, 7), (8, 9), (3,)])
+    for outputs, banned in (([], {3}), ([6], {3, 7}), ([9, 6], {3}), ([6, 8], {3, 9}), ([5], {3})):
+        seq.tokens[2:] = outputs
+        assert {token for token, value in entry.step_bias(len(outputs)) if value == -np.inf} == banned
 
 
 def test_bad_word_of_one_token(llm: LLM, story: Story) -> None:
