@@ -18,8 +18,13 @@ from jaxllm.kernels.dense_layer.reference import Layer, Operands, difference, ra
 from jaxllm.kernels.grouped_matmul.cuda import ACTIVATIONS
 
 KERNEL = "dense_layer"
-MEASURED = False
-"""Whether it is used; if not, only with `JAXLLM_CUDA=+dense_layer`."""
+MEASURED = True
+"""Whether it is used; if not, only with `JAXLLM_CUDA=+dense_layer`.
+
+On an H200 a decode step of Llama-3.1-8B at batch 1 takes 4.05 ms by this kernel, and 4.10 by a layer's parts."""
+MOST_TOKENS = 8192
+"""Of the longest context that an engine may have, for the kernel to be used unasked. Of 131,072 tokens a layer takes 280 us
+by this kernel, and 246 by its parts: equal parts of a long context wait for the slowest multiprocessor."""
 WARPS = 8
 PIECE = 256
 """Inputs that a warp multiplies at once."""
@@ -78,6 +83,9 @@ def require() -> None:
 def choose(operands: Operands, *, activation: str, scale: float, eps: float) -> Kernel:
     """The kernel, compiled. Raises NotImplementedError where others must do the work."""
     require()
+    tokens = operands.pages_RW.shape[1] * operands.layers[0].kv_PYKOH.shape[3]
+    if tokens > MOST_TOKENS and not call.asked_for(KERNEL):
+        raise NotImplementedError(f"contexts of up to {tokens} tokens")
     return implementation(operands, activation=activation, scale=scale, eps=eps)
 
 
