@@ -113,6 +113,7 @@ class Connection:
         self._requests: dict[int, Request] = {}  # by the frontend's id
         self._news: deque[tuple[int, Request | None, Update]] = deque()
         self._compiling: dict[int, bool] = {}  # requests whose grammar is being compiled, and whether they are wanted
+        self._lock = threading.Lock()  # of what a compiling thread and the reading one both look at and change
         self._wake = threading.Event()
         self._writing = False
         self._closed = False
@@ -147,20 +148,27 @@ class Connection:
                 self._hub.compilers.submit(self._submit_compiled, request_id, message)
             else:
                 self._submit(request_id, message)
-        elif request_id in self._compiling:
-            self._compiling[request_id] = False  # whatever else, it is wanted no more
-        elif request_id in self._requests:
+        elif not self._was_compiling(request_id) and request_id in self._requests:
             number = self._requests[request_id].request_id
             if kind == "abort":
                 self._engine.abort(number)
             elif kind == "stop":
                 self._engine.stop(number, message["index"])
 
+    def _was_compiling(self, request_id: int) -> bool:
+        """Whether the grammar of a request is being compiled; whatever it is told, it is wanted no more."""
+        with self._lock:
+            if request_id not in self._compiling:
+                return False
+            self._compiling[request_id] = False
+            return True
+
     def _submit_compiled(self, request_id: int, message: dict[str, Any]) -> None:
         """Submits a request with a grammar, in a thread that may wait for it."""
         if self._compiling[request_id] and not self._closed:
             self._submit(request_id, message)
-        wanted = self._compiling.pop(request_id)
+        with self._lock:
+            wanted = self._compiling.pop(request_id)
         request = self._requests.get(request_id)
         if request is not None and (self._closed or not wanted):
             self._engine.abort(request.request_id)
