@@ -207,9 +207,8 @@ def test_a_process_checks_what_none_has_checked_before(gpu, monkeypatch) -> None
 
     monkeypatch.setattr(checks.prefill_cuda, "CHECKS", {"first": check("first"), "second": check("second")})
     monkeypatch.setattr(checks.rows, "is_used", lambda kernel: False)
-    monkeypatch.setattr(checks.tall_cuda, "is_used", lambda kernel: False)
-    modules = (checks.decode_cuda, checks.rope_write, checks.linear_cuda, checks.narrow_cuda, checks.wide_cuda)
-    for module in (*modules, checks.dense_layer):
+    products = (checks.linear_cuda, checks.narrow_cuda, checks.wide_cuda, checks.tall_cuda)
+    for module in (checks.decode_cuda, checks.rope_write, *products, checks.dense_layer):
         monkeypatch.setattr(module, "check", check(module.KERNEL))
     monkeypatch.setattr(checks.narrow_cuda, "check_norms", check(checks.narrow_cuda.NORMS))
     wrong.add("rope_write")

@@ -1,4 +1,4 @@
-"""The kernel for products of many tokens, run on the emulator, against float64."""
+"""The kernel for gated products of many tokens, run on the emulator, against float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def operands(T: int, F: int, D: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((T, D)).astype(BF16), (rng.standard_normal((F, D)) * 0.05).astype(BF16)
 
 
-def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation="silu", residual=None, **how) -> np.ndarray:
+def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation: str = "silu", **how) -> np.ndarray:
     """What `tall_cuda.implementation` launches, on the emulator, by four blocks at most."""
     ran: list[Kernels] = []
 
@@ -37,45 +37,37 @@ def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation="silu"
     monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
     monkeypatch.setattr(call, "launch", launch)
     monkeypatch.setattr(tall_cuda, "CLUSTERS", {2: 2, 4: 1})
-    like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    return tall_cuda.implementation(like, activation, residual=residual is not None, **how)(x, weight, residual)
+    return tall_cuda.implementation(jax.ShapeDtypeStruct(weight.shape, weight.dtype), activation, **how)(x, weight)
 
 
-def expected(x: np.ndarray, weight: np.ndarray, activation: str | None = "silu") -> np.ndarray:
-    product = x.astype(np.float64) @ weight.astype(np.float64).T
-    if activation is None:
-        return product
-    gate, up = np.split(product, 2, axis=1)
+def expected(x: np.ndarray, weight: np.ndarray, activation: str = "silu") -> np.ndarray:
+    gate, up = np.split(x.astype(np.float64) @ weight.astype(np.float64).T, 2, axis=1)
     slope = {"silu": gate, "gelu_tanh": 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)}[activation]
     return gate / (1 + np.exp(-slope)) * up
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize(
-    ("T", "F", "D", "activation", "how", "residual"),
+    ("T", "F", "D", "activation", "how"),
     [
-        (300, 512, 320, "silu", {}, False),
-        (300, 512, 320, None, {"lag": 2}, True),
-        pytest.param(300, 1024, 320, None, {"lag": 1}, False, marks=SLOW),
-        pytest.param(128, 768, 256, "gelu_tanh", {"lag": 2}, False, marks=SLOW),
-        pytest.param(1030, 512, 320, "silu", {"cluster": 4, "lag": 2, "across": 2}, False, marks=SLOW),
-        pytest.param(2200, 512, 256, None, {"across": 16}, True, marks=SLOW),
-        pytest.param(300, 1024, 256, None, {"cluster": 4}, True, marks=SLOW),
+        (300, 512, 320, "silu", {}),
+        (300, 512, 320, "silu", {"lag": 2}),
+        pytest.param(128, 768, 256, "gelu_tanh", {"lag": 1}, marks=SLOW),
+        pytest.param(1030, 512, 320, "silu", {"cluster": 4, "lag": 2, "across": 2}, marks=SLOW),
+        pytest.param(2200, 512, 256, "silu", {"across": 16}, marks=SLOW),
     ],
 )
-def test_equals_float64(T, F, D, activation, how, residual, seed, monkeypatch) -> None:
+def test_equals_float64(T, F, D, activation, how, seed, monkeypatch) -> None:
     """With odd seeds copies land at once. More tiles than blocks, the last ones of tokens that are not there."""
     x, weight = operands(T, F, D)
-    added = np.random.default_rng(1).standard_normal((T, F)).astype(BF16) if residual else None
-    out = run(x, weight, seed, monkeypatch, activation, added, **how)
-    wanted = expected(x, weight, activation) + (0 if added is None else added.astype(np.float64))
+    out, wanted = run(x, weight, seed, monkeypatch, activation, **how), expected(x, weight, activation)
     assert out.dtype == BF16 and out.shape == wanted.shape
     np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=4e-3, atol=4e-3 * np.abs(wanted).max())
 
 
 BROKEN = {
     "a_stage_freed_early": ("if (step > 0) free_stage(before);", "free_stage(stage.freed());"),
-    "halves_of_one_block": ("work.column() / 8 + rank * W_BOX", "work.column() / 8"),
+    "halves_of_one_block": ("work.column() / 8 + work.rank * W_BOX", "work.column() / 8"),
     "rows_of_the_gate_alone": ("{row, row * OUT_FEATURES, row * 8}", "{row, row * 8, row * 16}"),
     "bytes_of_this_block": ("barrier_expect(full, STAGE)", "barrier_expect(full, STAGE - W_BYTES / 2)"),
     "not_waited_for": ("barrier_wait(stage.full(), stage.phase);", ""),
@@ -103,35 +95,33 @@ def test_the_emulator_finds_mistakes(what: str, tmp_path, monkeypatch) -> None:
 
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only for many tokens and plain weights, with what stands around the product in it; elsewhere as before."""
+    """Only for many tokens and plain weights, where tiles fill the chip; elsewhere as before."""
     used = []
 
-    def implementation(weight, activation=None, *, residual=False):
-        used.append((activation, residual))
-        return lambda x, weight, residual: jnp.zeros((len(x), len(weight) // (2 if activation else 1)), x.dtype)
+    def implementation(weight, activation):
+        used.append(activation)
+        return lambda x, weight: jnp.zeros((len(x), len(weight) // 2), x.dtype)
 
     monkeypatch.setattr(tall_cuda, "implementation", implementation)
-    monkeypatch.setattr(tall_cuda, "USED", frozenset({tall_cuda.PLAIN, tall_cuda.GATED}))
-    monkeypatch.setattr(call, "require", lambda kernel: None)
+
+    def require(kernel):
+        if kernel != tall_cuda.KERNEL:
+            raise NotImplementedError("another")
+
+    monkeypatch.setattr(call, "require", require)
     D, F = 256, 28672
-    weight = jax.ShapeDtypeStruct((F, D), jnp.bfloat16)
     norm = (jnp.ones(D), 1e-5)
 
-    def shape(T: int, dtype=jnp.bfloat16, **how) -> tuple[int, ...]:
+    def uses(T: int, dtype=jnp.bfloat16, **how) -> bool:
         used.clear()
-        x = jax.ShapeDtypeStruct((T, D), dtype)
-        given = [x, weight.update(dtype=dtype)]
-        if how.pop("residual", False):
-            given.append(jax.ShapeDtypeStruct((T, F), dtype))
-        return jax.eval_shape(lambda x, w, r=None: api.linear(x, w, residual=r, **how), *given).shape
+        x, weight = (jax.ShapeDtypeStruct((n, D), dtype) for n in (T, F))
+        found = jax.eval_shape(lambda x, weight: api.linear(x, weight, **how), x, weight)
+        assert found.shape == (T, F // 2 if "activation" in how else F)
+        return bool(used)
 
-    assert shape(1024, norm=norm, activation="silu") == (1024, F // 2) and used == [("silu", False)]
-    assert shape(2000, residual=True) == (2000, F) and used == [(None, True)]
-    assert shape(1000, activation="silu") and not used
-    assert shape(1100, activation="silu") and not used, "half of the last round of tiles would be nothing"
-    assert shape(1024, jnp.float32) and not used
-    x = jax.ShapeDtypeStruct((1024, D), jnp.bfloat16)
-    made = jax.eval_shape(lambda x, weight: api.product(x, weight, norm=norm).finish(), x, weight)
-    assert made.shape == (1024, F) and used == [(None, False)]
-    monkeypatch.setattr(tall_cuda, "USED", frozenset())
-    assert shape(1024, activation="silu") and not used
+    assert uses(1024, norm=norm, activation="silu") and uses(8064, activation="gelu_tanh")
+    assert not uses(1000, activation="silu")
+    assert not uses(1100, activation="silu"), "half of the last tiles of tokens would be nothing"
+    assert not uses(1024, jnp.float32, activation="silu")
+    assert not uses(1024)
+    assert not uses(1024, activation="silu", bias_F=jnp.ones(F, jnp.bfloat16))

@@ -69,9 +69,8 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks |= {narrow_cuda.KERNEL: narrow_cuda.check} if narrow_cuda.is_used() else {}
     checks |= {narrow_cuda.NORMS: narrow_cuda.check_norms} if narrow_cuda.makes_norms() else {}
     checks |= {wide_cuda.KERNEL: wide_cuda.check} if wide_cuda.is_used() else {}
+    checks |= {tall_cuda.KERNEL: tall_cuda.check}
     checks |= {dense_layer.KERNEL: dense_layer.check} if dense_layer.is_used() else {}
-    tall = (name for name in (tall_cuda.PLAIN, tall_cuda.GATED) if tall_cuda.is_used(name))
-    checks |= {name: partial(tall_cuda.check, name) for name in tall}
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}

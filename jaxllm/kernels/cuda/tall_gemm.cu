@@ -1,6 +1,5 @@
-// out[T, F] = x[T, D] @ weight[F, D].T, and a residual, for many tokens, or act(gate) * up of the halves of the product,
-// [T, F / 2], with wgmma. A tile is 128 tokens by 256 rows of the weight: where it is gated, 128 of the gate and the same
-// 128 of up, so that a thread has both of a number of the result.
+// out[T, F / 2] = act(gate) * up of the halves of x[T, D] @ weight[F, D].T for many tokens, with wgmma. A tile is 128 tokens
+// by 256 rows of the weight, 128 of the gate and the same 128 of up, so that a thread has both of a number of the result.
 //
 // One block stays on each multiprocessor and takes tile after tile. One warp lets tokens and weight be copied by the tensor
 // memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. The second is some stages
@@ -8,24 +7,22 @@
 // for the next tile come. Blocks of a cluster have tiles of other tokens by the same rows of the weight: each fetches its
 // part of these for all of them, because the second-level cache could not give them so often.
 //
-//   OUT_FEATURES INPUTS    F, or F / 2, a multiple of a tile's; D, a multiple of 64
+//   OUT_FEATURES INPUTS    F / 2, a multiple of 128; D, a multiple of 64
 //   CLUSTER                2 or 4
 //   ACROSS                 clusters' tiles of tokens that are done side by side, with the same rows
 //   STAGES                 of 64 inputs
 //   LAG                    by how many stages the second warpgroup begins later
-//   GATED                  0: not; 1: silu; 2: gelu with tanh
-//   RESIDUAL               1: `residual`, [T, F], is added
+//   GATED                  1: silu; 2: gelu with tanh
 #include "cluster.cuh"
 #include "hopper.cuh"
 #include "tensor_map.cuh"
 
 constexpr int GROUPS = 2, WARPS = GROUPS * 4, THREADS = (1 + GROUPS) * 128, STEPS = INPUTS / 64;
-constexpr int ROWS = GROUPS * 64, COLUMNS = 256, TILE = GATED ? COLUMNS / 2 : COLUMNS;
+constexpr int ROWS = GROUPS * 64, COLUMNS = 256, TILE = COLUMNS / 2;
 // Shared memory: the ring of tokens and rows of the weight, results on their way out, barriers.
 constexpr int X_BYTES = ROWS * 128, W_BYTES = COLUMNS * 128, STAGE = X_BYTES + W_BYTES;
-constexpr int PART = 128, PARTS = TILE / PART;  // columns of the result that go out together
-constexpr int PITCH = PART * 2 + 16, OUT_AT = STAGES * STAGE, BARRIERS_AT = OUT_AT + WARPS * 16 * PITCH;
-constexpr int W_BOX = (GATED ? TILE / 8 : TILE) / CLUSTER;  // of the weight, what one block copies to all
+constexpr int PITCH = TILE * 2 + 16, OUT_AT = STAGES * STAGE, BARRIERS_AT = OUT_AT + WARPS * 16 * PITCH;
+constexpr int W_BOX = TILE / 8 / CLUSTER;  // eights of rows of both halves, which one block copies to all
 constexpr int MAPS = 2;
 constexpr u32 ALL = (1 << CLUSTER) - 1;  // blocks of the cluster
 static_assert(OUT_FEATURES % TILE == 0 && INPUTS % 64 == 0, "tiles");
@@ -37,14 +34,13 @@ DEVICE float activation(float x) {
   return x * sigmoid(GATED == 2 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x);
 }
 
-// Tokens, and the rows of the weight; where it is gated 8 of the gate, the same 8 of up, the next 8.
+// Tokens, and the rows of the weight: 8 of the gate, the same 8 of up, the next 8.
 DEVICE Array4 tokens_of(const u8* x, u32 tokens) {
   const u64 row = INPUTS * 2;
   return {x, {INPUTS, tokens, 1, 1}, {row, row, row}, {64, ROWS, 1, 1}};
 }
 DEVICE Array4 rows_of(const u8* weight) {
   const u64 row = INPUTS * 2;
-  if (!GATED) return {weight, {INPUTS, OUT_FEATURES, 1, 1}, {row, row, row}, {64, W_BOX, 1, 1}};
   return {weight, {INPUTS, 8, 2, OUT_FEATURES / 8}, {row, row * OUT_FEATURES, row * 8}, {64, 8, 2, W_BOX}};
 }
 
@@ -83,27 +79,24 @@ struct Stage {
 DEVICE void copy(u32 smem, Stage stage, const u8* maps, Work work) {
   const u8 *x_map = maps, *w_map = maps + 128;
   for (; work.more(); work.advance()) {
-    const int token = work.token(), rank = work.rank;
-    // Places of a box of the weight.
-    const int row = GATED ? 0 : work.column() + rank * W_BOX, group = GATED ? work.column() / 8 + rank * W_BOX : 0;
+    const int token = work.token(), eight = work.column() / 8 + work.rank * W_BOX;
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
       const u32 x = smem + stage.slot * STAGE, w = x + X_BYTES, full = stage.full();
       cluster_barrier_wait(stage.freed(), stage.phase ^ 1);
       barrier_expect(full, STAGE);
       copy_box(x, x_map, step * 64, token, 0, 0, full);
-      copy_box_to_blocks(w + rank * (W_BYTES / CLUSTER), w_map, step * 64, row, 0, group, full, ALL);
+      copy_box_to_blocks(w + work.rank * (W_BYTES / CLUSTER), w_map, step * 64, 0, 0, eight, full, ALL);
       stage.advance();
     }
   }
 }
 
-DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, const u16* __restrict__ residual,
-                     u16* __restrict__ out, int warp, int lane) {
+DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, u16* __restrict__ out, int warp, int lane) {
   const u64 x_matrices = matrix_descriptor(smem + warp / 4 * 64 * 128, 128, 16, 1024);
   const u64 w_matrices = matrix_descriptor(smem + X_BYTES, 128, 16, 1024);
   u8* const mine = shared + OUT_AT + warp * 16 * PITCH;  // for 16 tokens, which go out in pieces of 16 bytes
-  constexpr int PIECES = PART / 8;
+  constexpr int PIECES = TILE / 8;
   float d[COLUMNS / 2];
   auto free_stage = [&](u32 freed) {
     if (lane < CLUSTER) cluster_arrive(freed, lane);
@@ -136,41 +129,30 @@ DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, c
     free_stage(before);
 
     const int row = lane / 4, token = work.token() + warp * 16;
-    const size_t first = (size_t)token * OUT_FEATURES + work.column();
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      // All lanes of a warp have 16 bytes next to one another.
-      auto pieces = [&](auto each) {
+    for (int i = 0; i < PIECES; i++) {
+      const float* const v = d + i * 8;
 #pragma unroll
-        for (int i = 0; i < 16 * PIECES / 32; i++) {
-          const int of = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
-          if (token + of < tokens)
-            each(first + (size_t)of * OUT_FEATURES + part * PART + piece * 8, (uint4*)(mine + of * PITCH + piece * 16));
-        }
-        __syncwarp();
-      };
-      if (RESIDUAL) pieces([&](size_t at, uint4* here) { *here = *(const uint4*)(residual + at); });
-#pragma unroll
-      for (int i = 0; i < PIECES; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32* const here = (u32*)(mine + (row + half * 8) * PITCH + i * 16 + lane % 4 * 4);
-          const float* const v = d + (GATED ? i * 8 : part * PART / 2 + i * 4) + half * 2;
-          float low = v[0], high = v[1];
-          if (GATED) low = activation(low) * v[4], high = activation(high) * v[5];
-          if (RESIDUAL) low += bf16_to_float((u16)*here), high += bf16_to_float((u16)(*here >> 16));
-          *here = pack_bf16(low, high);
-        }
-      __syncwarp();
-      pieces([&](size_t at, uint4* here) { *(uint4*)(out + at) = *here; });
+      for (int half = 0; half < 2; half++)
+        *(u32*)(mine + (row + half * 8) * PITCH + i * 16 + lane % 4 * 4) =
+            pack_bf16(activation(v[half * 2]) * v[half * 2 + 4], activation(v[half * 2 + 1]) * v[half * 2 + 5]);
     }
+    __syncwarp();
+    u16* const to = out + (size_t)token * OUT_FEATURES + work.column();
+#pragma unroll
+    for (int i = 0; i < 16 * PIECES / 32; i++) {
+      const int of = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
+      if (token + of < tokens)
+        *(uint4*)(to + (size_t)of * OUT_FEATURES + piece * 8) = *(const uint4*)(mine + of * PITCH + piece * 16);
+    }
+    __syncwarp();
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) tall_gemm(
     const u8* __restrict__ x, const u8* __restrict__ weight,
     const int* __restrict__ count,  // of tokens: T
-    const u16* __restrict__ residual, u16* __restrict__ out, u8* __restrict__ maps) {
+    u16* __restrict__ out, u8* __restrict__ maps) {
   DYNAMIC_SHARED(shared);
   const u32 smem = __shfl_sync(0xffffffffu, shared_address(shared), 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, tokens = count[0];
@@ -194,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) tal
     if (threadIdx.x == 0) copy(smem, stage, own, Work(tokens));
   } else {
     registers_more<232>();
-    multiply(shared, smem, stage, Work(tokens), tokens, residual, out, warp - 4, lane);
+    multiply(shared, smem, stage, Work(tokens), tokens, out, warp - 4, lane);
   }
   cluster_sync();  // a block ends once the other needs nothing of it
 }

@@ -121,10 +121,11 @@ def fused(
     if isinstance(weight_FD, QuantizedWeight):
         kernel = fp8_cuda.linear if fp8_cuda.is_chosen(x_TD, weight_FD) else quantized_cuda.linear
         return kernel(x_TD, weight_FD, norm=norm, activation=activation, residual=residual)
-    try:
-        return tall_cuda.linear(x_TD, weight_FD, norm=norm, activation=activation, residual_TF=residual)
-    except NotImplementedError:
-        pass
+    if activation is not None and residual is None:
+        try:
+            return tall_cuda.gated(x_TD, weight_FD, activation, norm)
+        except NotImplementedError:
+            pass
     if norm and activation and residual is None and takes_blocks(x_TD, weight_FD, activation):
         blocked = rows.blocked_norm(x_TD, norm, wide_cuda.rows_for(x_TD.shape[0]))
         return wide_cuda.gated(blocked, weight_FD, activation)
@@ -160,12 +161,9 @@ def product(
     elif parts > 1 and not isinstance(weight_FD, QuantizedWeight):
         made = Product(partial_sums(x_TD, weight_FD, parts, dtype_of(x_TD)), None, None, x_TD.dtype)
     else:
-        try:
-            made = Product.of(tall_cuda.linear(x_TD, weight_FD))
-        except NotImplementedError:
-            # Not float32 that is rounded afterwards: XLA may write a large result to memory first, which costs a step
-            # of 8,192 tokens on an H200 5 %.
-            made = Product.of(matmul(x_TD, weight_FD, x_TD.dtype))
+        # Not float32 that is rounded afterwards: XLA may write a large result to memory first, which costs a step of
+        # 8,192 tokens on an H200 5 %.
+        made = Product.of(matmul(x_TD, weight_FD, x_TD.dtype))
     return made if bias_F is None else Product.of(made.finish() + bias_F)
 
 
