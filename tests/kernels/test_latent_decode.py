@@ -135,11 +135,10 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "half_freed_early": (
         "many_whole",
         "latent_many.cu",
-        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !FIRST_VALUES) {\n"
-        "      wgmma_wait<0>();\n      keep_weights(theirs);\n      free(1 - group);\n",
-        "    if (BEFORE && !FIRST_VALUES) free(1 - group);\n"
-        "    make_weights(run.token + block * BLOCK, lowest, run.last, keep);\n    if (BEFORE && !FIRST_VALUES) {\n"
-        "      wgmma_wait<0>();\n",
+        "      wgmma_wait<0>();\n      keep_weights(theirs);\n      free(1 - group);\n"
+        "      phase_ends(shared, 6);\n    }\n    tell_weights(run.token + block * BLOCK, run.last, keep);\n",
+        "      free(1 - group);\n    }\n    tell_weights(run.token + block * BLOCK, run.last, keep);\n"
+        "    wgmma_wait<0>();\n",
     ),
     "other_weights_not_awaited": (
         "many_whole",

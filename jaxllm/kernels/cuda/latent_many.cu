@@ -143,11 +143,10 @@ struct Attention {
     shrink(first.y, second.y);
   }
 
-  // Makes weights of the scores of tokens from `token` on, of which those from `lowest` to `last` are seen, and tells the
-  // other warpgroup. keep: by how much results shrink.
+  // Makes weights of the scores of tokens from `token` on, of which those from `lowest` to `last` are seen. keep: by how
+  // much results shrink.
   DEVICE void make_weights(int token, int lowest, int last, float (&keep)[2]) {
-    const bool tail = token + BLOCK - 1 > last;
-    if (tail || FIRST && token < lowest) {
+    if (token + BLOCK - 1 > last || FIRST && token < lowest) {
 #pragma unroll
       for (int i = 0; i < BLOCK / 2; ++i) {
         const int key = token + lane % 4 * 2 + i / 4 * 8 + i % 2;
@@ -179,6 +178,11 @@ struct Attention {
     for (int i = 0; i < BLOCK / 16; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) mine[i][j] = pack_bf16(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+  }
+
+  // Tells the other warpgroup of them.
+  DEVICE void tell_weights(int token, int last, const float (&keep)[2]) {
+    const bool tail = token + BLOCK - 1 > last;
     named_sync(1 + group, 128);  // all have the scores: the last panel is read
 #pragma unroll
     for (int i = 0; i < BLOCK / 16; ++i)
@@ -194,8 +198,8 @@ struct Attention {
         const int panel = at % (VALUES / 64), chunk = at / (VALUES / 64);
         *(uint4*)(shared + KV_AT + group * STAGE + panel * PANEL + seen * ROW + chunk * 16) = make_uint4(0, 0, 0, 0);
       }
+      fence_products();
     }
-    fence_products();  // of zeros; and what comes here next comes after the weights
     __syncwarp();
     if (lane == 0) barrier_arrive(weights_ready(smem, group));
     if (tail) named_sync(1 + group, 128);
@@ -209,11 +213,12 @@ struct Attention {
       take_weights(phase_before);
       phase_ends(shared, 3);
       multiply_values(1 - group, theirs);
-      multiply_keys(phase);
-      phase_ends(shared, 2);
-      wgmma_wait<1>();
+      wgmma_wait<0>();  // not after the keys, which may be late
       keep_weights(theirs);
       free(1 - group);
+      phase_ends(shared, 6);
+      multiply_keys(phase);
+      phase_ends(shared, 2);
       wgmma_wait<0>();
     } else {
       multiply_keys(phase);
@@ -238,6 +243,8 @@ struct Attention {
       free(1 - group);
       phase_ends(shared, 6);
     }
+    tell_weights(run.token + block * BLOCK, run.last, keep);
+    phase_ends(shared, 10);
     shrink(keep[0], keep[1]);
     multiply_values(group, mine);
     wgmma_wait<0>();

@@ -18,7 +18,8 @@ from jaxllm.kernels.paged_attention.types import Implementation
 KERNEL = "latent_decode"
 FEW_HEADS = "latent_few"
 MANY = "latent_many"
-"""Used in place of KERNEL with `JAXLLM_CUDA=+latent_many`."""
+"""For multiples of 128 heads: on an H200 64 rows of 4,096 tokens take 158 us with 128, where KERNEL takes 165, and 8
+rows 42 where it takes 55. With 64 heads KERNEL is faster."""
 VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 FEW = 16
@@ -76,7 +77,7 @@ def configure(
         raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
-    source = source or (FEW_HEADS if N <= FEW else MANY if call.asked_for(MANY) and call.usable(MANY) else KERNEL)
+    source = source or (FEW_HEADS if N <= FEW else MANY if N % (2 * TILE) == 0 and call.usable(MANY) else KERNEL)
     few, many = source == FEW_HEADS, source == MANY
     cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
     ctas = processors // cluster
@@ -194,13 +195,18 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
 
 def check_many() -> None:
     """As `check`, of `latent_many.cu`."""
-    check(MANY)
+    check(((128, False, MANY), (128, True, MANY)))
 
 
-def check(source: str | None = None) -> None:
-    """Raises ArithmeticError if the kernel differs from the reference on a small input. source: of `configure`."""
+def check(
+    cases: tuple[tuple[int, bool, str], ...] = ((128, False, KERNEL), (16, True, FEW_HEADS), (32, False, KERNEL)),
+) -> None:
+    """Raises ArithmeticError if a kernel differs from the reference on a small input.
+
+    cases: query heads, whether queries see a window, and the kernel.
+    """
     rng = np.random.default_rng(0)
-    for N, windowed in ((128, False), (16, True), (32, False)):
+    for N, windowed, source in cases:
         R, O, H, W = 5, 32, VALUES + 64, 40
         q = jnp.asarray(rng.standard_normal((R, 1, N, H)), jnp.bfloat16)
         kv = jnp.asarray(rng.standard_normal((R * W, 1, 1, O, H)), jnp.bfloat16)
