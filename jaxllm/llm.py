@@ -221,6 +221,8 @@ class LLM:
         """
         if not messages:
             raise RequestError("messages is empty; give at least one {'role': 'user', 'content': ...}")
+        if isinstance(messages, str | Mapping):
+            check_messages(messages)
         single = isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
         prompts = [

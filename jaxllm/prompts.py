@@ -86,7 +86,7 @@ def _token_ids(value: Any) -> list[int]:
 
 def as_batch(inputs: Any) -> tuple[list[Prompt], bool]:
     """(prompts, whether a single one was given). A list of integers is one prompt; an empty list has no prompts."""
-    if isinstance(inputs, str | Mapping) or not hasattr(inputs, "__iter__"):
+    if isinstance(inputs, str | bytes | Mapping) or not hasattr(inputs, "__iter__"):
         return [inputs], True
     items = list(inputs)
     if items and _is_int(items[0]):

@@ -59,6 +59,7 @@ BAD_PROMPTS: list[tuple[Any, tuple[str, ...]]] = [
     ({"prompt_token_ids": [5] * 500}, ("prompt has 500 tokens", "shorten it")),
     ([[5, 203]], ("prompt token 203", "vocabulary", r"0\.\.202")),
     ([[5, -1]], ("prompt token -1", r"0\.\.202")),
+    (b"abc", ("prompt b'abc' must be a str",)),
     ({"text": "a"}, ("unknown key in a prompt 'text'",)),
 ]
 

@@ -218,6 +218,8 @@ def test_chat(llm):
     for bad in ([], "Hi", [{"content": "Hi"}], [{"role": "user"}], [{"role": "user", "content": 3}]):
         with pytest.raises(ValueError):
             llm.chat(bad)
+    with pytest.raises(ValueError, match="messages = 'Hi' must be a list"):
+        llm.chat("Hi")
 
 
 def test_progress_bar_shows_both_speeds(llm, capsys):

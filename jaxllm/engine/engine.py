@@ -135,10 +135,14 @@ class Engine:
         return time.monotonic() - self._beat
 
     def shutdown(self, timeout: float = 60.0) -> None:
-        """Stops the thread after the step in flight; pending requests end with an EngineDeadError."""
+        """Stops the thread after the step in flight; pending requests end with an EngineDeadError.
+
+        Waits for it, but in the thread itself, which calls owners back: there it stops when they return.
+        """
         if self._thread.is_alive():
             self._inbox.put(None)
-            self._thread.join(timeout)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(timeout)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start.

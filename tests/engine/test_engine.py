@@ -329,6 +329,16 @@ def mortal() -> Iterator[LLM]:
         yield llm
 
 
+def test_an_owner_may_stop_the_engine_when_it_is_called_back(mortal: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    result = mortal.generate_async(PROMPTS[0], GREEDY)
+    other = mortal.generate_async(PROMPTS[1], SamplingParams(max_tokens=None, ignore_eos=True))
+    result.add_done_callback(lambda result: mortal.shutdown())
+    assert result.result(timeout=60).outputs[0].length == 20
+    with pytest.raises(EngineDeadError, match="shut down"):
+        other.result(timeout=60)
+    assert until(lambda: not mortal._engine._thread.is_alive()) and not caplog.records
+
+
 def test_death_of_the_engine(mortal: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = mortal._engine._runner.launch
     gate = threading.Event()
