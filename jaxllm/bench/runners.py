@@ -49,6 +49,8 @@ class JaxllmRunner:
     def __init__(self, config: EngineConfig) -> None:
         from jaxllm.llm import LLM
 
+        if config.load_format == "dummy" and config.tokenizer is None:  # often a config.json and nothing else
+            config = config.model_copy(update={"skip_tokenizer_init": True})
         started = time.perf_counter()
         self.llm: LLM = LLM.from_config(config)
         self.start_seconds = dict(self.llm.start_report) | {"total": time.perf_counter() - started}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+import shutil
 import statistics
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jaxllm.bench.load import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Lengths, random_load
+from jaxllm.bench.load import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Lengths, Load, random_load
+from jaxllm.bench.runners import JaxllmRunner
+from jaxllm.config import EngineConfig, KvCacheConfig
 from jaxllm.settings import ConfigError
+from tests.tiny_llm import MAX_SEQ_LEN, MODEL, PAGE, SLOTS
 
 pytestmark = pytest.mark.quick
 
@@ -40,3 +46,21 @@ def test_repetitions_have_the_same_lengths_and_share_the_prefix_alone() -> None:
     assert len({tuple(prompt[:40]) for prompt in first.prompts + second.prompts}) == 1
     assert len({tuple(prompt[40:]) for prompt in first.prompts + second.prompts}) == 12
     assert [prompt[40:] for prompt in first.prompts] == random_load(*arguments, 0).prompts
+
+
+def test_random_weights_need_no_tokenizer(tmp_path: Path) -> None:
+    """A directory with nothing but a config.json can be measured."""
+    shutil.copy(MODEL / "config.json", tmp_path)
+    pages = KvCacheConfig(tokens_per_block=PAGE, max_tokens=512)
+    sizes: dict[str, Any] = {"max_batch_size": SLOTS, "max_num_tokens": 32, "max_seq_len": MAX_SEQ_LEN}
+    buckets: dict[str, Any] = {"batch_buckets": [SLOTS], "token_buckets": [32]}
+    runner = JaxllmRunner(
+        EngineConfig(
+            model=str(tmp_path), load_format="dummy", dtype="float32", kv_cache_config=pages, **sizes, **buckets
+        )
+    )
+    try:
+        run = runner.run(Load([[3, 4, 5], [6, 7]], [4, 2]))
+    finally:
+        runner.close()
+    assert [len(tokens) for tokens in run.tokens] == [4, 2]
