@@ -12,7 +12,7 @@
 //
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
-// block's; AHEAD: rows, an even number, of the next layer's queries, keys and values that the second-level cache fetches.
+// block's.
 // IDLE KV: a block for each KV head does nothing but attention, which all wait for.
 // LAYERS and, for each of them, what the kernel takes: LAYER_PARAMETERS and POOL_PARAMETERS are parameters, pointers to the
 // arrays of `Layer` and to the pool, which FILL_TABLE writes to a `table` of Layer.
@@ -50,13 +50,6 @@ struct Qkv {
 DEVICE int stages_at(const Qkv&, int item) { return stages_of<Qkv>() / (item < Qkv::PAIRS ? 1 : 2); }
 DEVICE int items_of(const Qkv& product) { return product.items; }
 DEVICE int second_inputs(const Qkv&, int item) { return item < Qkv::PAIRS ? 0 : WIDTH / 16; }
-
-// Lets the second-level cache fetch the first AHEAD rows, while the memory has nothing to do. number: of this one of so
-// many blocks.
-DEVICE void prefetch_rows(const u16* rows, int number, int blocks) {
-  for (int row = (threadIdx.x * blocks + number) * 2; row < AHEAD; row += THREADS * blocks * 2)
-    prefetch(rows + (size_t)row * WIDTH, 2 * WIDTH * 2);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const u16* __restrict__ x,         // [WIDTH], the residual stream
@@ -140,7 +133,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }
     timeline.mark(5);
 
-    if (AHEAD && !last && part >= parts) prefetch_rows(table[layer + 1].qkv, blockIdx.x - parts * KV, BLOCKS - parts * KV);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
     timeline.mark(6);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
@@ -162,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     choose_by_block(shared, of_layer, factor, of.bias, chosen, weights, timeline);
     timeline.mark(12);
 
-    const GateUp gate_up = {of.gate_up, chosen};
+    Draws draws(words + COUNTERS + layer * WARPS, (int*)(shared + DRAWS_AT) + threadIdx.x / 32 * Draws::ROOM);
+    const GateUp gate_up = {of.gate_up, chosen, &draws};
     const Down down = {of.down, chosen};
     Ring<GateUp, Down> experts(gate_up, down, shared);
     float* const own_weights = weights + CHOSEN + threadIdx.x / 32 * CHOSEN;  // of this warp

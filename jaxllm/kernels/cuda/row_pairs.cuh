@@ -39,6 +39,11 @@ template <class Product>
 DEVICE constexpr int stages_at(const Product&, int) { return stages_of<Product>(); }
 template <class Product>
 DEVICE constexpr int second_inputs(const Product&, int) { return 0; }
+// The item after one that is copied, and after one that is multiplied.
+template <class Product>
+DEVICE int item_to_copy(const Product&, int item) { return item + WORKERS; }
+template <class Product>
+DEVICE int item_to_multiply(const Product&, int item) { return item + WORKERS; }
 // How many items are copied: a product that is not there after all may have none.
 template <class Product>
 DEVICE constexpr int items_of(const Product&) { return Product::ITEMS; }
@@ -113,7 +118,7 @@ struct Ring : RingPlace {
     if (++filled == SLOTS) filled = 0;
     if (++stage == stages_at(product, item)) {
       stage = 0;
-      item += WORKERS;
+      item = item_to_copy(product, item);
     }
     return item >= items_of(product);
   }
@@ -161,7 +166,7 @@ DEVICE void multiply(
 ) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int item = first_item(); item < Product::ITEMS; item += WORKERS) {
+  for (int item = first_item(); item < Product::ITEMS; item = item_to_multiply(product, item)) {
     float sum[2] = {};
     const u32 known = before(item);
 #pragma unroll 1
