@@ -123,15 +123,12 @@ def rows() -> Iterator[Row]:
     yield Row(f"speed {llama} at 192 tokens", partial(speed, llama, 192))
     yield Row(f"speed {llama} at 192 tokens, 4 together", partial(speed, llama, 192, 4))
     for options in (
-        {"owned": 100},
-        {"owned": 90},
-        {"owned": 60},
-        {"depth": 2},
-        {"depth": 3},
-        {"depth": 5},
+        {"meanwhile": 4, "direct": 2},
+        {"direct": 2},
+        {"meanwhile": 8, "lookahead": 8, "direct": 2},
+        {"meanwhile": 4, "direct": 8, "pause": 0},
+        {"meanwhile": 4, "depth": 3, "direct": 2},
         {"lookahead": 0},
-        {"pause": 0},
-        {"pause": 200},
     ):
         name = ", ".join(f"{key} {value}" for key, value in options.items())
         yield Row(f"sweep {name}", partial(speed, llama, 192, 4, **options))

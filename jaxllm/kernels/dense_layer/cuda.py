@@ -23,8 +23,8 @@ MEASURED = True
 
 On an H200 a decode step of Llama-3.1-8B at batch 1 takes 4.05 ms by this kernel, and 4.10 by a layer's parts."""
 MOST_TOKENS = 8192
-"""Of the longest context that an engine may have, for the kernel to be used unasked. At 131,072 tokens a layer takes 280
-us by this kernel, and 246 by its parts: equal parts of a long context wait for the slowest multiprocessor."""
+"""Of the longest context that an engine may have, for the kernel to be used unasked. At 131,072 tokens a layer takes
+280 us by this kernel, and 246 by its parts: equal parts of a long context wait for the slowest multiprocessor."""
 WARPS = 8
 PIECE = 256
 """Inputs that a warp multiplies at once."""
@@ -37,6 +37,10 @@ DEPTH = 4
 """Stages of a warp on their way while it multiplies: more delay what others read."""
 LOOKAHEAD = 4
 """Stages that the second-level cache fetches for a warp that waits for attention and whose ring is full."""
+DIRECT = 0
+"""Words of a thread up to which it looks at all of them until they are told, without a look at one of them before."""
+MEANWHILE = 0
+"""As LOOKAHEAD, where it waits for others than attention."""
 PAUSE = 40
 """Nanoseconds between the looks of who waits: the GPU's power goes to what is multiplied."""
 OWNED = 75
@@ -126,6 +130,8 @@ def launcher(
     slots: int | None = None,
     depth: int = DEPTH,
     lookahead: int = LOOKAHEAD,
+    meanwhile: int = MEANWHILE,
+    direct: int = DIRECT,
     alone: int = ALONE,
     owned: int = OWNED,
     pause: int = PAUSE,
@@ -167,7 +173,7 @@ def launcher(
         "LAYERS": len(layers), "WIDTH": D, "FFN": F, "HEADS": N, "KV": K, "HEAD_DIM": H, "O": O,
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
-        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
+        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead, "MEANWHILE": meanwhile, "DIRECT": direct,
         "OWNED": owned, "PAUSE": pause,
         "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
