@@ -67,11 +67,15 @@ struct Attention {
   DEVICE uint4* weights(int stage) const { return (uint4*)(shared + KV_AT + stage * STAGE + WEIGHTS_IN_STAGE); }
 
   DEVICE void load_queries(const u16* from) {
-#pragma unroll 6
-    for (int at = group * 128 + thread; at < TILE * H / 8; at += 256) {
-      const int m = at / (H / 8), chunk = at % (H / 8);
-      const u32 to = smem + chunk / 8 * QUERY_PANEL + m * ROW + ((chunk % 8 ^ m % 8) << 4);
-      cp_async_16(to, from + (m < M ? (size_t)at * 8 : 0), m < M ? 16 : 0);
+    const int m = (group * 128 + thread) / 8, chunk = thread % 8;
+    const u32 to = smem + m * ROW + ((chunk ^ m % 8) << 4);
+#pragma unroll
+    for (int i = 0; i < TILE; i += 32) {
+      const bool real = m + i < M;
+      const u16* const row = from + (real ? m + i : 0) * H + chunk * 8;
+#pragma unroll
+      for (int panel = 0; panel < PANELS; ++panel)
+        cp_async_16(to + panel * QUERY_PANEL + i * ROW, row + panel * 64, real ? 16 : 0);
     }
     cp_async_commit();
     cp_async_wait<0>();
