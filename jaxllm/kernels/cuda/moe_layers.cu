@@ -86,6 +86,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
   auto none = [](int) { return 0u; };
   auto before = [&](int item) { return stream[item]; };
   __syncthreads();
+  // Blocks of attention alone: what they do again and again is little enough for the caches of instructions.
+  if ((int)blockIdx.x < IDLE && parts == 1) {
+#pragma unroll 1
+    for (int layer = 0; layer < LAYERS; ++layer) {
+      const Layer& of = table[layer];
+      const Timeline timeline = {times + layer * (BLOCKS * WARPS * MARKS)};
+      timeline.mark_end(0);
+      for (int i = 0; i < 3; ++i) timeline.mark(i);
+      prefetch_pages(pages, of.pool, tokens, part, parts);
+      copy_units(shared, pages, of.pool, tokens, part, parts);
+      attend(shared, words, of.q_norm, of.k_norm, cosine, sine, page, slot, pages, of.pool, found, sums, tokens, part, parts,
+             timeline, TOLD * (layer + 1));
+      for (int i = 4; i < 16; ++i) timeline.mark(i);
+      timeline.mark_end(1);
+    }
+    return;
+  }
   RingPlace place;
   {
     const Qkv nothing = {table->qkv, 0}, qkv = {table->qkv, Qkv::ITEMS};

@@ -95,6 +95,7 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) parts[(warp * PER_LANE + i) * 32 + lane] = sum[i];
     __syncthreads();
+    if ((int)blockIdx.x < IDLE) return;  // it has none
     for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) {
       float all = 0.f;
 #pragma unroll
@@ -118,7 +119,7 @@ DEVICE void choose_by_block(
       keys[expert] = 0;
       continue;
     }
-    const float told = collect_sum(sums + sum_at(expert), BLOCKS) * factor;
+    const float told = collect_sum(sums + sum_at(expert), BLOCKS - IDLE) * factor;
     const float score = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
     scores[expert] = score;
     keys[expert] = ordered(BIAS ? score + __ldg(bias + expert) : score);
