@@ -120,6 +120,24 @@ def test_what_the_kernel_cannot_do() -> None:
         cuda.implementation(operands, activation="gelu", **HOW)
 
 
+def test_where_it_is_used_unasked(monkeypatch) -> None:
+    """For large layers and short contexts; and wherever it can be when it is asked for."""
+    monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(cuda, "implementation", lambda operands, **how: "kernel")
+
+    def choose(D: int, F: int, tokens: int) -> str:
+        operands = jax.eval_shape(lambda: reference.random_operands(D, (32, 8), F, tokens))
+        return str(cuda.choose(operands, activation="silu", scale=0.1, eps=1e-5))
+
+    assert choose(4096, 14336, 2304) == "kernel"
+    for sizes in ((4096, 14336, 9000), (2048, 8192, 2304)):
+        monkeypatch.delenv("JAXLLM_CUDA", raising=False)
+        with pytest.raises(NotImplementedError):
+            choose(*sizes)
+        monkeypatch.setenv("JAXLLM_CUDA", "+dense_layer")
+        assert choose(*sizes) == "kernel"
+
+
 MODEL = Path(__file__).parents[1] / "golden" / "llama_gqa_tied"
 
 

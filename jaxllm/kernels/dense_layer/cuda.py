@@ -25,6 +25,9 @@ On an H200 a decode step of Llama-3.1-8B at batch 1 takes 4.05 ms by this kernel
 MOST_TOKENS = 8192
 """Of the longest context that an engine may have, for the kernel to be used unasked. At 131,072 tokens a layer takes
 280 us by this kernel, and 246 by its parts: equal parts of a long context wait for the slowest multiprocessor."""
+LEAST_BYTES = 400_000_000
+"""Of a layer's weights, for the kernel to be used unasked: what it was measured with has 436 MB, and blocks wait for
+one another as long for less."""
 WARPS = 8
 PIECE = 256
 """Inputs that a warp multiplies at once."""
@@ -87,9 +90,10 @@ def require() -> None:
 def choose(operands: Operands, *, activation: str, scale: float, eps: float) -> Kernel:
     """The kernel, compiled. Raises NotImplementedError where others must do the work."""
     require()
-    tokens = operands.pages_RW.shape[1] * operands.layers[0].kv_PYKOH.shape[3]
-    if tokens > MOST_TOKENS and not call.asked_for(KERNEL):
-        raise NotImplementedError(f"contexts of up to {tokens} tokens")
+    layer = operands.layers[0]
+    tokens, weights = operands.pages_RW.shape[1] * layer.kv_PYKOH.shape[3], sum(2 * a.size for a in layer[:4])
+    if (tokens > MOST_TOKENS or weights < LEAST_BYTES) and not call.asked_for(KERNEL):
+        raise NotImplementedError(f"contexts of up to {tokens} tokens, layers of {weights} bytes")
     return implementation(operands, activation=activation, scale=scale, eps=eps)
 
 
