@@ -210,6 +210,7 @@ def test_a_process_checks_what_none_has_checked_before(gpu, monkeypatch) -> None
     products = (checks.linear_cuda, checks.narrow_cuda, checks.wide_cuda, checks.tall_cuda)
     for module in (checks.decode_cuda, checks.rope_write, *products, checks.dense_layer):
         monkeypatch.setattr(module, "check", check(module.KERNEL))
+    monkeypatch.setattr(checks.rope_cuda, "check", check(checks.rope_cuda.KERNEL))
     monkeypatch.setattr(checks.narrow_cuda, "check_norms", check(checks.narrow_cuda.NORMS))
     wrong.add("rope_write")
     assert not start() and {"paged_decode", "first", "second", "rope_write"} <= set(ran)

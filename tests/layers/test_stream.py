@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.formats import Format
 from jaxllm.kernels.linear import api, reference
-from jaxllm.kernels.linear.parts import partial_sums, parts_of
+from jaxllm.kernels.linear.parts import dtype_of, partial_sums, parts_of
 from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import quantize
 from jaxllm.kernels.rows import api as rows
@@ -75,6 +75,26 @@ def test_parts_are_as_many_as_keep_a_gpu_busy() -> None:
     rounded = Product(partial_sums(x, weight, 4, BF16), None, None, np.dtype(BF16))
     assert rounded.sums.dtype == BF16
     np.testing.assert_allclose(rounded.finish().astype(F32), reference.matmul(x, weight), rtol=2**-6, atol=0.3)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_rounded_sums_of_parts_are_as_near_as_a_rounded_product(parts: int) -> None:
+    """Of a product and a residual that are added in float32; both are compared with float64."""
+    rng = np.random.default_rng(parts)
+    x, weight, residual = (jnp.asarray(rng.standard_normal(s), BF16) for s in ((160, 1024), (96, 1024), (160, 96)))
+    wide_x, wide_weight, wide_residual = (np.asarray(a, np.float64) for a in (x, weight, residual))
+    exact = wide_x @ wide_weight.T + wide_residual
+
+    def error(dtype: Any) -> float:
+        sums = partial_sums(x, weight, parts, dtype)
+        # As the kernel for residual and norm does: sums in float32 are rounded once they are one.
+        total = sums.astype(F32).sum(axis=0)
+        total = total.astype(BF16).astype(F32) if dtype == F32 else total
+        found = (total + residual.astype(F32)).astype(BF16)
+        return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
+
+    assert dtype_of(x) == BF16 and dtype_of(x[:127]) == F32
+    assert error(BF16) < 1.1 * error(F32) < 0.004
 
 
 def test_activations_that_come_quantised() -> None:
