@@ -204,5 +204,10 @@ def rows() -> Iterator[Row]:
     for count, tokens, heads, tuning in MANY:
         name = ", ".join([f"many B={count} x {tokens}, {heads} heads", *(f"{k} {v}" for k, v in tuning.items())])
         yield Row(name, partial(speed, count, tokens, heads, False, **many, **tuning))
+    three: dict[str, Any] = {"source": latent_cuda.THREE}
+    yield Row("right large three", partial(right_large, **three))
+    for count, tokens, heads in ((64, 4096, 128), (8, 4096, 128), (64, 4096, 64), (64, 4096, 16)):
+        name = f"three B={count} x {tokens}, {heads} heads"
+        yield Row(name, partial(speed, count, tokens, heads, False, **three))
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))
