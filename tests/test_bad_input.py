@@ -329,6 +329,25 @@ def test_bad_model(
     check_message(cli(capsys, "generate", model, "hello", "--quiet"), *parts)
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (AssertionError(), "the platform is not installed"),
+        (RuntimeError("Unable to initialize\nbackend"), "initialize backend"),
+    ],
+    ids=repr,
+)
+def test_no_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: Exception, why: str
+) -> None:
+    def devices() -> list[jax.Device]:
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    line = cli(capsys, "generate", MODEL, "hello", "--tokenizer", make_tokenizer(tmp_path))
+    check_message(line, "JAX finds no devices", "JAX_PLATFORMS", why, r"jaxllm\[cuda13\]", "JAX_PLATFORMS=cpu")
+
+
 def test_more_ranks_than_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     have = len(jax.devices())
     parts = (f"tp={have * 2}", f"needs {have * 2} devices", f"{have} cpu device", "lower tensor_parallel_size")

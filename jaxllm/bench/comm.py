@@ -24,7 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from jaxllm.bench.report import aligned, machine
 from jaxllm.config import EngineConfig
-from jaxllm.engine.devices import prepare
+from jaxllm.engine.devices import find
 from jaxllm.kernels.all_reduce.api import all_reduce as all_reduce_few
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.parallel.collectives import (
@@ -134,8 +134,8 @@ def run_comm(
     for name in collectives:
         if name not in COLLECTIVES:
             raise ConfigError(f"--collectives = {name!r} is not known; use {', '.join(COLLECTIVES)}")
-    prepare()
-    mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+    devices = find()
+    mapping = config.resolve_mapping(len(devices), devices[0].platform)
     mesh = make_mesh(mapping)
     if mapping.world_size == 1:
         raise ConfigError("one device has nobody to talk to; give --tp, --ep, --cp or --pp, for example --tp 2")

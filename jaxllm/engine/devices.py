@@ -10,8 +10,13 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxllm.engine.sizes import memory_fraction_variable
+from jaxllm.settings import ConfigError
+
+if TYPE_CHECKING:
+    import jax
 
 THREADS = 4
 """Threads of XLA for each device that a CPU plays. Of its own accord it has one: a rank that waits for the others in a
@@ -27,6 +32,22 @@ def look_early() -> threading.Thread:
     thread = threading.Thread(target=_look, name="jaxllm-devices", daemon=True)
     thread.start()
     return thread
+
+
+def find() -> list[jax.Device]:
+    """The devices there are. Raises ConfigError when JAX finds none, and says why."""
+    import jax
+
+    prepare()
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion is how JAX misses the plugin of a platform
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        reason = " ".join(str(error).split()) or "the platform is not installed"
+        raise ConfigError(
+            f"JAX finds no devices (JAX_PLATFORMS = {wanted or ''!r}): {reason}; install what the platform needs, "
+            'for NVIDIA GPUs pip install "jaxllm[cuda13]", or set JAX_PLATFORMS=cpu'
+        ) from None
 
 
 def prepare() -> None:
@@ -45,7 +66,7 @@ def _look() -> None:
     import jax
 
     prepare()
-    with contextlib.suppress(RuntimeError):  # whoever needs a device hears of it
+    with contextlib.suppress(Exception):  # whoever needs a device hears of it
         jax.devices()
 
 

@@ -22,7 +22,7 @@ from jaxllm.cache import cache_dir
 from jaxllm.config import EngineConfig
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
-from jaxllm.engine.devices import host_memory, prepare
+from jaxllm.engine.devices import find, host_memory
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.pipeline import Stage
@@ -80,8 +80,8 @@ def start(config: EngineConfig) -> Started:
         seconds[name] = time.perf_counter() - began
 
     with phase("devices"):
-        prepare()
-        mapping = config.resolve_mapping(len(jax.devices()), jax.devices()[0].platform)
+        devices = find()
+        mapping = config.resolve_mapping(len(devices), devices[0].platform)
     if config.moe_config.alias:
         logger.info("moe_config.backend %s is TensorRT-LLM's: AUTO chooses here", config.moe_config.alias)
     with phase("files"):
