@@ -138,8 +138,19 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a YAML file as a dict. Raises ConfigError when it cannot be read or is not a mapping."""
     import yaml  # type: ignore[import-untyped]
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML allows no key twice; PyYAML takes the last one."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+            if twice is not None:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"{twice!r} is given twice in the mapping that starts in line {line}; keep one")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the config file {os.fspath(path)!r}: {reason}") from None

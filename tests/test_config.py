@@ -176,6 +176,8 @@ def test_yaml(tmp_path):
         ("1: 2\n", "must hold settings"),
         ("a: [1\n", "not valid YAML"),
         ("model: m\nbatchsize: 3\n", "unknown setting 'batchsize'"),
+        ("model: m\nseed: 3\nmax_seq_len: 9\nseed: 4\n", "'seed' is given twice in the mapping that starts in line 1"),
+        ("model: m\nkv_cache_config:\n  dtype: auto\n  dtype: fp8\n", "'dtype' is given twice"),
         (b"\xff\xfe\x00", "UTF-8"),
         (None, "cannot read the config file"),
     ],
