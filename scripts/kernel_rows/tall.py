@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,6 @@ OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """As in the engine's steps of so many tokens."""
 F, D, _ = SHAPES["gate_up"]
 RUNS = 3
-WAYS: dict[str, dict[str, Any]] = {
-    "used": {},
-    "lag 2": {"lag": 2},
-    "four": {"cluster": 4, "across": 4},
-    "across 16": {"across": 16},
-}
 SMALL = 4 * tall_cuda.COLUMNS
 """Rows of the weight: as many tiles as take a moment to compare with float32."""
 Way = Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,24 +31,17 @@ def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
     return rows_api.gate(Product.of(reference.matmul(x, weight, BF16)), "silu")
 
 
-def compiled(weight: jax.Array) -> dict[str, Way]:
-    with ThreadPoolExecutor() as pool:  # side by side
-        made = list(pool.map(lambda way: tall_cuda.implementation(weight, "silu", **way), WAYS.values()))
-    return dict(zip(WAYS, made, strict=True))
-
-
 def right() -> dict[str, Any]:
     """Distance from float32 with few rows of the weight, and of the whole product from XLA's."""
     gate_up = weights("gate_up")[0]
     small = gate_up[:SMALL]
     found: dict[str, Any] = {}
-    ways = compiled(small)
+    run = jax.jit(tall_cuda.implementation(small, "silu"))
     for T in (300, 2000):
         x = values(1, T, D)
         with jax.default_matmul_precision("highest"):
             wanted = reference.linear(x.astype(F32), small.astype(F32), activation="silu")
-        for name, way in ways.items():
-            found[f"{name} {T}"] = difference(jax.jit(way)(x, small), wanted)
+        found[str(T)] = difference(run(x, small), wanted)
     x = values(2, 8000, D)
     whole = jax.jit(tall_cuda.implementation(gate_up, "silu"))(x, gate_up).astype(F32)
     wanted = jax.jit(xla, compiler_options=OPTIONS)(x, gate_up).astype(F32)
@@ -76,7 +62,7 @@ def kernels(T: int) -> dict[str, Any]:
     """
     made, x = weights("gate_up"), values(0, T, D)
     found: dict[str, Any] = {"floor": 2 * T * F * D / FLOPS * 1e6}
-    for name, way in {**compiled(made[0]), "xla": xla}.items():
+    for name, way in (("own", tall_cuda.implementation(made[0], "silu")), ("xla", xla)):
         run = jax.jit(partial(chain, way), compiler_options=OPTIONS)
         found[f"{name} whole"] = time_call(run, x, made, calls=len(made), seconds=0.06) * 1e6
         with tempfile.TemporaryDirectory() as folder:

@@ -2,16 +2,14 @@
 // by 256 rows of the weight, 128 of the gate and the same 128 of up, so that a thread has both of a number of the result.
 //
 // One block stays on each multiprocessor and takes tile after tile. One warp lets tokens and weight be copied by the tensor
-// memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. The second is some stages
-// behind the first: while the one makes the result of its half of a tile, the other has products to do, and the copies
-// for the next tile come. Blocks of a cluster have tiles of other tokens by the same rows of the weight: each fetches its
+// memory accelerator, by maps that each block makes; two warpgroups multiply 64 tokens each. While they make the result of
+// a tile, the copies for the next one come. Blocks of a cluster have tiles of other tokens by the same rows of the weight: each fetches its
 // part of these for all of them, because the second-level cache could not give them so often.
 //
 //   OUT_FEATURES INPUTS    F / 2, a multiple of 128; D, a multiple of 64
-//   CLUSTER                2 or 4
+//   CLUSTER                2
 //   ACROSS                 clusters' tiles of tokens that are done side by side, with the same rows
 //   STAGES                 of 64 inputs
-//   LAG                    by how many stages the second warpgroup begins later
 //   GATED                  1: silu; 2: gelu with tanh
 #include "cluster.cuh"
 #include "hopper.cuh"
@@ -26,8 +24,7 @@ constexpr int W_BOX = TILE / 8 / CLUSTER;  // eights of rows of both halves, whi
 constexpr int MAPS = 2;
 constexpr u32 ALL = (1 << CLUSTER) - 1;  // blocks of the cluster
 static_assert(OUT_FEATURES % TILE == 0 && INPUTS % 64 == 0, "tiles");
-static_assert(BARRIERS_AT + STAGES * 16 <= SHARED, "shared memory");
-static_assert(STAGES > LAG + 1 && STEPS > LAG + 1, "the first warpgroup must not wait for stages that the second holds");
+static_assert(BARRIERS_AT + STAGES * 16 <= SHARED && STAGES > 1 && STEPS > 1, "shared memory, steps");
 
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(x * -1.4426950408889634f)); }
 DEVICE float activation(float x) {
@@ -102,8 +99,6 @@ DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, u
     if (lane < CLUSTER) cluster_arrive(freed, lane);
     __syncwarp();
   };
-  int awaited = LAG && warp < 4 && work.more() ? LAG : -1;  // the step of the first tile that the second waits for
-  if (LAG && warp >= 4 && work.more()) named_sync(1, GROUPS * 128);
   for (; work.more(); work.advance()) {
     u32 before = 0;
 #pragma unroll 1
@@ -117,10 +112,6 @@ DEVICE void multiply(u8* shared, u32 smem, Stage stage, Work work, int tokens, u
       wgmma_commit();
       wgmma_wait<1>();
       if (step > 0) free_stage(before);
-      if (step == awaited) {
-        named_sync(1, GROUPS * 128);
-        awaited = -1;
-      }
       before = stage.freed();
       stage.advance();
     }
