@@ -122,14 +122,7 @@ def rows() -> Iterator[Row]:
     yield Row("timeline at 192 tokens, 4 together", partial(timeline, llama, 192, 4))
     yield Row(f"speed {llama} at 192 tokens", partial(speed, llama, 192))
     yield Row(f"speed {llama} at 192 tokens, 4 together", partial(speed, llama, 192, 4))
-    for options in (
-        {"meanwhile": 4, "direct": 2},
-        {"direct": 2},
-        {"meanwhile": 8, "lookahead": 8, "direct": 2},
-        {"meanwhile": 4, "direct": 8, "pause": 0},
-        {"meanwhile": 4, "depth": 3, "direct": 2},
-        {"lookahead": 0},
-    ):
+    for options in ({"owned": 100}, {"owned": 75}, {"depth": 5}, {"pause": 0}):
         name = ", ".join(f"{key} {value}" for key, value in options.items())
         yield Row(f"sweep {name}", partial(speed, llama, 192, 4, **options))
     for tokens in (1000, 8000, 32_000, 131_072):

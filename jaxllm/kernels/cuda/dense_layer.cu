@@ -7,8 +7,7 @@
 //
 // Macros: LAYERS; WIDTH FFN of the model; HEADS of queries; KV heads; HEAD_DIM; O tokens of a page; NORM_HEADS 1: queries
 // and keys have norms; QKV_BIAS 1: queries, keys and values have biases; EPS GATED (one_token.cuh); SCALE_QK on q.k; ALONE:
-// units for each warp up to which a KV head is one block's; LOOKAHEAD: stages that the second-level cache fetches for a warp
-// that waits for attention, MEANWHILE: for something else; those of row_chain.cuh; LAYER_PARAMETERS: POINTERS parameters
+// units for each warp up to which a KV head is one block's; those of row_chain.cuh; LAYER_PARAMETERS: POINTERS parameters
 // for each layer, p0 and so on; EACH_POINTER: P(0) P(1) and so on of these; POOL_PARAMETERS: one without a name for each.
 #include "row_chain.cuh"
 #include "token_attention.cuh"
@@ -101,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     timeline.mark(2);
 
     chain.hold = 4 * LAYERS;
-    if (!alone) chain.fill(LOOKAHEAD);
+    if (!alone) chain.fill();
     if (part < parts)
       attend(shared, told, (const float*)of_layer[Q_NORM_AT], (const float*)of_layer[K_NORM_AT], cosine, sine, page, slot,
              pages, pool, found, sums, tokens, part, parts, timeline);
@@ -114,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     timeline.mark(5);
     // What does not depend on anything is there before it is wanted.
     const NormWeight mlp_weight((const float*)of_layer[MLP_NORM_AT]);
-    chain.fill(0);
+    chain.fill();
     wait_for_told(told + TOLD_HEADS);
     fetch_told<ATTENDED>(inputs, told + TOLD_HEADS);
     timeline.mark(6);
@@ -125,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
       if (lane == 0) tell(told + TOLD_STREAM + item, ~pack_bf16(low_of(known) + a, high_of(known) + b));
     });
     timeline.mark(7);
-    chain.fill(MEANWHILE);
+    chain.fill();
 
     fetch_normed(inputs, squares, told + TOLD_STREAM, mlp_weight);
     timeline.mark(8);
@@ -136,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     timeline.mark(9);
     const bool last = layer == LAYERS - 1;
     const NormWeight weight((const float*)of_layer[NORM_AT + (last ? 0 : POINTERS)]);
-    chain.fill(MEANWHILE);
+    chain.fill();
 
     fetch_pairs<FFN>(inputs, told + TOLD_HIDDEN);
     timeline.mark(10);
@@ -155,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_layer(
     timeline.mark(11);
     timeline.mark_end(1);
     if (last) break;
-    chain.fill(MEANWHILE);
+    chain.fill();
     timeline.mark(0);
     timeline.mark_end(0);
     fetch_normed(inputs, squares, told + TOLD_OUT, weight);

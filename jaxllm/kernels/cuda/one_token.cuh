@@ -9,10 +9,6 @@
 #include "stream.cuh"
 #include "timeline.cuh"
 
-#ifndef DIRECT
-#define DIRECT 0  // up to so many words of a thread are looked at as they are
-#endif
-
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 DEVICE float activation(float x) {
@@ -131,7 +127,7 @@ DEVICE void wait_for_told(const u32* words) {
 // Waits for N times 8 such numbers. place(i): where. What is much is first waited for with little.
 template <int N, class Place>
 DEVICE void collect_pairs(uint4 (&x)[N], Place place) {
-  if (N > DIRECT) wait_until(place(N - 1), pairs_are_told);
+  wait_until(place(N - 1), pairs_are_told);
   u64 began = 0;
   for (u32 polls = 1;; ++polls) {
     bool all = true;

@@ -77,20 +77,13 @@ struct Chain {
     ++product;
     begin();
   }
-  // Where its rows, or halves of one, begin.
-  DEVICE void rows_of(int item, const u16* (&rows)[2]) const {
+  DEVICE void open() {
     const int kind = product % 4, inputs = of_kind(kind, WIDTH, ATTENDED, WIDTH, FFN);
     const bool halves = of_kind(kind, Qkv::HALVES, Output::HALVES, GateUp::HALVES, Down::HALVES);
-    const u16* const weight = (const u16*)pointers[product / 4 * POINTERS + FIRST_WEIGHT + kind];
-    rows[0] = weight + (size_t)(halves || kind == 2 ? item : 2 * item) * inputs;
-    rows[1] = rows[0] + (kind == 2 ? (size_t)FFN * inputs : halves ? inputs / 2 : inputs);
-  }
-  DEVICE static int pieces(int kind) { return of_kind(kind, Qkv::PIECES, Output::PIECES, GateUp::PIECES, Down::PIECES); }
-  DEVICE void open() {
-    rows_of(item, from);
-    from[0] += lane * 8;
-    from[1] += lane * 8;
-    left = pieces(product % 4);
+    const u16* const weight = (const u16*)pointers[product / 4 * POINTERS + FIRST_WEIGHT + kind] + lane * 8;
+    from[0] = weight + (size_t)(halves || kind == 2 ? item : 2 * item) * inputs;
+    from[1] = from[0] + (kind == 2 ? (size_t)FFN * inputs : halves ? inputs / 2 : inputs);
+    left = of_kind(kind, Qkv::PIECES, Output::PIECES, GateUp::PIECES, Down::PIECES);
     queue[pushed++ % QUEUE] = product << ITEM_BITS | item;  // by all lanes, so that each sees it
   }
   // One stage, unless it is held back; where there is no more, a group of copies that has none.
@@ -118,19 +111,10 @@ struct Chain {
     cp_async_commit();
     ++ahead;
   }
-  // While nothing else is to be done: all slots but one; and the second-level cache fetches so many stages of what there is
-  // no room for, of this item and the next one that is certain to be this warp's.
-  DEVICE void fill(int lookahead) {
+  // While nothing else is to be done: all slots but one.
+  DEVICE void fill() {
 #pragma unroll 1
     while (ahead < SLOTS - 1) copy();
-    const int kind = product % 4, count = min(left, lookahead * STAGE);
-    if (lane < 2 && count) prefetch((lane ? from[1] : from[0]) - lane * 8, count * PIECE * 2);
-    const int more = min(pieces(kind), lookahead * STAGE - count);
-    if (lane < 2 && more && product < 4 * LAYERS && item + WORKERS < own_items(kind)) {
-      const u16* rows[2];
-      rows_of(item + WORKERS, rows);
-      prefetch(lane ? rows[1] : rows[0], more * PIECE * 2);
-    }
   }
   // The next item to multiply with, if it is one of this product; otherwise -1.
   DEVICE int pop(int of) {

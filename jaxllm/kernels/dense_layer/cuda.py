@@ -38,16 +38,10 @@ QUEUE = 8
 """Items of a warp's queue."""
 DEPTH = 4
 """Stages of a warp on their way while it multiplies: more delay what others read."""
-LOOKAHEAD = 4
-"""Stages that the second-level cache fetches for a warp that waits for attention and whose ring is full."""
-DIRECT = 0
-"""Words of a thread up to which it looks at all of them until they are told, without a look at one of them before."""
-MEANWHILE = 0
-"""As LOOKAHEAD, where it waits for others than attention."""
 PAUSE = 40
 """Nanoseconds between the looks of who waits: the GPU's power goes to what is multiplied."""
-OWNED = 75
-"""Percent of a product's rows that a warp has from the start; the others go to who is fast."""
+OWNED = 90
+"""Percent of a product's rows that have a warp from the start; the others go to who is fast."""
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 """Query heads of a KV head: half of the rows of a product."""
@@ -133,9 +127,6 @@ def launcher(
     eps: float,
     slots: int | None = None,
     depth: int = DEPTH,
-    lookahead: int = LOOKAHEAD,
-    meanwhile: int = MEANWHILE,
-    direct: int = DIRECT,
     alone: int = ALONE,
     owned: int = OWNED,
     pause: int = PAUSE,
@@ -143,7 +134,7 @@ def launcher(
 ) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
     """As `implementation`; the third result is for `phases`, where a timeline is wanted.
 
-    slots: of a warp's ring; None for as many as fit. The others: see DEPTH, LOOKAHEAD and so on.
+    slots: of a warp's ring; None for as many as fit. The others: see DEPTH, OWNED and so on.
     """
     layers, layer = operands.layers, operands.layers[0]
     (T, D), (_, _, K, O, H), (_, F) = operands.x.shape, layer.kv_PYKOH.shape, layer.down.shape
@@ -177,9 +168,8 @@ def launcher(
         "LAYERS": len(layers), "WIDTH": D, "FFN": F, "HEADS": N, "KV": K, "HEAD_DIM": H, "O": O,
         "NORM_HEADS": int(layer.q_norm is not None), "QKV_BIAS": int(layer.bias is not None), "EPS": f"{eps!r}f",
         "GATED": ACTIVATIONS[activation], "SCALE_QK": repr(float(scale)), "ALONE": alone, "BLOCKS": call.SMS,
-        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "LOOKAHEAD": lookahead,
-        "MEANWHILE": meanwhile, "DIRECT": direct, "OWNED": owned, "PAUSE": pause,
-        "TIMELINE": int(timeline),
+        "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(depth, slots - 1), "OWNED": owned,
+        "PAUSE": pause, "TIMELINE": int(timeline),
         "LAYER_PARAMETERS": ", ".join(f"const void* p{i}" for i in range(pointers)),
         "EACH_POINTER": " ".join(f"P({i})" for i in range(pointers)),
         "POOL_PARAMETERS": ", ".join("u16*" for _ in layers),
