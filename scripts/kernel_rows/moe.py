@@ -247,8 +247,6 @@ def rows() -> Iterator[Row]:
     for tokens in (1000, 4000, 32_000):
         yield Row(f"layers qwen3-30b-a3b at {tokens} tokens", partial(qwen3, tokens))
     yield Row("layers qwen3-30b-a3b at 1000 tokens, alone", partial(qwen3, 1000, alone=8))
-    for name, value in (("EVEN", 3), ("EVEN", 4), ("DEPTH", 3), ("IDLE", 0)):
-        yield Row(f"layers variant {name} {value}", partial(qwen3, 192, macros={name: value}))
     many_layers.cache_clear()
     yield Row("layers mixtral-8x7b at 192 tokens", partial(layers_speed, "mixtral-8x7b", 192, count=4))
     many_layers.cache_clear()

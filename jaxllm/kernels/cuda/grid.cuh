@@ -57,12 +57,6 @@ DEVICE void look(const u32* p, uint4& x) {
                : "memory");
 }
 DEVICE void add_relaxed(u64* p, u64 x) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory"); }
-// How many others have asked before.
-DEVICE u32 draw_number(u32* p) {
-  u32 x;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(p) : "memory");
-  return x;
-}
 DEVICE u64 look(const u64* p) {
   u64 x;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");

@@ -13,12 +13,9 @@ constexpr int QUERIES_AT = (SHARED_END + 15) / 16 * 16, RESULTS_AT = QUERIES_AT 
 constexpr int KEYS_AT = RESULTS_AT + WARPS * PER_LANE * 128, SCORES_AT = KEYS_AT + (EXPERTS + 3) / 4 * 16;
 constexpr int SUMS_AT = larger(RESULTS_AT + WARPS * GROUP * WIDE * 4, SCORES_AT + (EXPERTS + 3) / 4 * 16);
 constexpr int NEW_AT = SUMS_AT + WARPS * GROUP * 8, TABLE_AT = NEW_AT + 2 * H * 2;
-constexpr int DRAWS_AT = KEYS_AT - WARPS * Draws::ROOM * 4;  // where the warps' parts of scores were
-static_assert(PER_LANE * 32 >= Draws::ROOM, "shared memory");
 // What blocks tell one another (grid.cuh): the barrier's words, and then numbers in bf16.
 constexpr int TOLD_QKV = (BLOCKS + 3) / 4 * 4, TOLD_HEADS = TOLD_QKV + QKV_ROWS, TOLD_STREAM = TOLD_HEADS + ATTENDED;
 constexpr int TOLD_HIDDEN = TOLD_STREAM + WIDTH, TOLD_NEXT = TOLD_HIDDEN + CHOSEN * FFN;
-constexpr int COUNTERS = TOLD_NEXT + WIDTH;  // [LAYERS, WARPS], of draws
 // Sums of scores, four of them in 128 bytes: many blocks add to them at once.
 constexpr int ALL_SUMS = (EXPERTS + 3) / 4 * 16;
 DEVICE int sum_at(int expert) { return expert / 4 * 16 + expert % 4; }

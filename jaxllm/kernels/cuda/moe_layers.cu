@@ -171,8 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     choose_by_block(shared, of_layer, factor, of.bias, chosen, weights, timeline);
     timeline.mark(12);
 
-    Draws draws(words + COUNTERS + layer * WARPS, (int*)(shared + DRAWS_AT) + threadIdx.x / 32 * Draws::ROOM);
-    const GateUp gate_up = {of.gate_up, chosen, &draws};
+    const GateUp gate_up = {of.gate_up, chosen};
     const Down down = {of.down, chosen};
     Ring<GateUp, Down> experts(gate_up, down, shared);
     float* const own_weights = weights + CHOSEN + threadIdx.x / 32 * CHOSEN;  // of this warp

@@ -1,6 +1,6 @@
 // What a layer with experts consists of for one token: its products with experts, and what lies where in shared memory.
 //
-// Macros: those of one_token.cuh and choice.cuh; FFN of an expert; EVEN: rounds of gate and up that are dealt evenly; ATTENDED: inputs of the output product of attention.
+// Macros: those of one_token.cuh and choice.cuh; FFN of an expert; ATTENDED: inputs of the output product of attention.
 #pragma once
 #include "choice.cuh"
 #include "one_token.cuh"
@@ -19,51 +19,15 @@ struct Output {
   DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * ATTENDED; }
   DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
-// Multiprocessors are not equally near to memory. After EVEN rounds of items, of which each warp has one, a warp takes the next
-// item that nobody has: the warps of a number share a counter, which is asked an item ahead.
-constexpr int EVEN_ITEMS = EVEN * WORKERS;
-struct Draws {
-  static constexpr int ROOM = 8;
-  u32* counter;
-  int* items;  // [ROOM] of this warp, in shared memory: from the copies to the products
-  u32 number;
-  int put, taken;
-
-  DEVICE Draws(u32* counters, int* items) : counter(counters + threadIdx.x / 32), items(items), number(0), put(0), taken(0) {
-    draw();
-  }
-  DEVICE void draw() {
-    if (EVEN_ITEMS < CHOSEN * FFN && threadIdx.x % 32 == 0 && (int)blockIdx.x >= IDLE) number = draw_number(counter);
-  }
-};
 struct GateUp {
   static constexpr int ITEMS = CHOSEN * FFN, PIECES = WIDTH / PIECE;
   const u16* weight;
   const int* chosen;
-  Draws* draws;
   DEVICE const u16* start(int item, int row) const {
     return weight + ((size_t)chosen[item / FFN] * (2 * FFN) + row * FFN + item % FFN) * WIDTH;
   }
   DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
-DEVICE int item_to_copy(const GateUp& product, int item) {
-  if (EVEN_ITEMS >= GateUp::ITEMS) return item + WORKERS;
-  Draws& draws = *product.draws;
-  if (item + WORKERS < EVEN_ITEMS) {
-    item += WORKERS;
-  } else {
-    item = EVEN_ITEMS + (int)__shfl_sync(~0u, draws.number, 0) * WARPS + (int)threadIdx.x / 32;
-    draws.draw();
-  }
-  if (threadIdx.x % 32 == 0) draws.items[draws.put % Draws::ROOM] = item;
-  ++draws.put;
-  return item;
-}
-DEVICE int item_to_multiply(const GateUp& product, int item) {
-  if (EVEN_ITEMS >= GateUp::ITEMS) return item + WORKERS;
-  __syncwarp();
-  return product.draws->items[product.draws->taken++ % Draws::ROOM];
-}
 struct Down {
   static constexpr int ITEMS = WIDTH / 2, PIECES = CHOSEN * OF_EXPERT;
   const u16* weight;

@@ -39,11 +39,6 @@ template <class Product>
 DEVICE constexpr int stages_at(const Product&, int) { return stages_of<Product>(); }
 template <class Product>
 DEVICE constexpr int second_inputs(const Product&, int) { return 0; }
-// The item after one that is copied, and after one that is multiplied.
-template <class Product>
-DEVICE int item_to_copy(const Product&, int item) { return item + WORKERS; }
-template <class Product>
-DEVICE int item_to_multiply(const Product&, int item) { return item + WORKERS; }
 // How many items are copied: a product that is not there after all may have none.
 template <class Product>
 DEVICE constexpr int items_of(const Product&) { return Product::ITEMS; }
@@ -118,7 +113,7 @@ struct Ring : RingPlace {
     if (++filled == SLOTS) filled = 0;
     if (++stage == stages_at(product, item)) {
       stage = 0;
-      item = item_to_copy(product, item);
+      item += WORKERS;
     }
     return item >= items_of(product);
   }
@@ -166,7 +161,7 @@ DEVICE void multiply(
 ) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int item = first_item(); item < Product::ITEMS; item = item_to_multiply(product, item)) {
+  for (int item = first_item(); item < Product::ITEMS; item += WORKERS) {
     float sum[2] = {};
     const u32 known = before(item);
 #pragma unroll 1

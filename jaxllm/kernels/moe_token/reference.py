@@ -102,6 +102,9 @@ def exact(operands: Operands, choice: Choice, *, activation: str, scale: float) 
     return plain(wide, choice, activation=activation, scale=scale)
 
 
+_exact = jax.jit(exact, static_argnames=("choice", "activation", "scale"))
+
+
 def random_operands(
     D: int,
     heads: tuple[int, int],
@@ -162,9 +165,17 @@ def random_operands(
     return Operands(token, tuple(make(key) for key in keys))
 
 
+def shortened(operands: Operands, tokens: int) -> Operands:
+    """The same with fewer tokens in the context."""
+    token, page = operands.token, operands.layers[0].kv_PYKOH.shape[3]
+    place = {"page": token.pages_RW[0, (tokens - 1) // page], "slot": (tokens - 1) % page, "position": tokens - 1}
+    arrays = {name: jnp.asarray(at, jnp.int32)[None] for name, at in place.items()}
+    return Operands(token._replace(**arrays), operands.layers)
+
+
 def difference(operands: Operands, found: tuple[jax.Array, list[jax.Array]], choice: Choice, scale: float) -> float:
     """Between a result and `exact`: of the stream, as a share of what the layers add, or of a pool."""
-    wanted = jax.jit(lambda operands: exact(operands, choice, activation="silu", scale=scale))(operands)
+    wanted = _exact(operands, choice, activation="silu", scale=scale)
     a, b, start = (np.asarray(array, np.float32) for array in (found[0], wanted[0], operands.token.x))
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b - start))]
     for pool, wanted_pool in zip(found[1], wanted[1], strict=True):

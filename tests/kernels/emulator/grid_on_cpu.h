@@ -43,10 +43,6 @@ inline void add_relaxed(u64* p, u64 x) {
   *p += x;
   if (!(*p & 255)) emulator::fail("add_relaxed: more blocks than a sum counts");
 }
-inline u32 draw_number(u32* p) {
-  emulator::check_global(p, 4, "draw_number");
-  return (*p)++;
-}
 inline u64 look(const u64* p) {
   if ((u64)p % 8) emulator::fail("look: unaligned address");
   emulator::check_global(p, 8, "look");
