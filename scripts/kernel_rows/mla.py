@@ -180,34 +180,14 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     return found
 
 
-MANY: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
-    (64, 4096, 128, {}),
-    (64, 4096, 128, {"order": 1}),
-    (64, 4096, 128, {"order": 2}),
-    (64, 4096, 128, {"ahead": 1}),
-    (8, 4096, 128, {}),
-    (64, 4096, 64, {}),
-)
-"""Trials of `latent_many.cu`."""
-
-
 def rows() -> Iterator[Row]:
     many: dict[str, Any] = {"source": latent_cuda.MANY}
     yield Row("right", right)
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
     yield Row("right large many", partial(right_large, **many))
-    yield Row("right large many, order 2", partial(right_large, order=2, **many))
-    for count, order in ((64, 0), (64, 1), (8, 0)):
-        name = f"phases of many B={count} x 4096, 128 heads, order {order}"
-        yield Row(name, partial(phases, count, 4096, 128, order=order))
-    for count, tokens, heads, tuning in MANY:
-        name = ", ".join([f"many B={count} x {tokens}, {heads} heads", *(f"{k} {v}" for k, v in tuning.items())])
-        yield Row(name, partial(speed, count, tokens, heads, False, **many, **tuning))
-    three: dict[str, Any] = {"source": latent_cuda.THREE}
-    yield Row("right large three", partial(right_large, **three))
-    for count, tokens, heads in ((64, 4096, 128), (8, 4096, 128), (64, 4096, 64), (64, 4096, 16)):
-        name = f"three B={count} x {tokens}, {heads} heads"
-        yield Row(name, partial(speed, count, tokens, heads, False, **three))
+    for count in (64, 8):
+        yield Row(f"phases of many B={count} x 4096, 128 heads", partial(phases, count, 4096, 128))
+    yield Row("three roles B=64 x 4096, 128 heads", partial(speed, 64, 4096, 128, False, source=latent_cuda.KERNEL))
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))

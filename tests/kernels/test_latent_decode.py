@@ -65,15 +65,9 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         (3, 20, 16, 23),
         {"processors": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_many"},
     ),
-    "many_other_order": (
+    "many_small_pages": (
         (4, 64, 8, 37),
-        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many", "order": 2},
-    ),
-    "three_whole": ((3, 128, 32, 9), {"processors": 4, "source": "latent_three", "whole": 5}),
-    "three_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2, "source": "latent_three"}),
-    "three_window": (
-        (3, 20, 16, 23),
-        {"processors": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_three"},
+        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many"},
     ),
     "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }

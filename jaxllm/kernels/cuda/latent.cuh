@@ -63,6 +63,20 @@ DEVICE void copy(
   }
 }
 
+// Of four lanes: word i of lane j for word j of lane i. All lanes of a warp call it.
+DEVICE void transpose_quad(u32 (&x)[4], int lane) {
+#pragma unroll
+  for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & by) continue;
+      const bool upper = lane & by;
+      const u32 other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + by], by);
+      if (upper) x[i] = other;
+      else x[i + by] = other;
+    }
+}
+
 // A part that its CTA has not merged yet, and where the item's results go. None: one part is all of it.
 struct Unmerged {
   Part part;

@@ -15,9 +15,8 @@
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
-// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; ORDER of
-// products: 0: keys of a block before values of the one before; 1: after them; 2: after them if they are not there yet and
-// those can begin; MIN_SHARE; WHOLE; SCALE; FIRST.
+// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; MIN_SHARE;
+// WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
 #define BLOCK 64
@@ -210,38 +209,25 @@ struct Attention {
   }
 
   // Block `block` of a run, of this warpgroup, and the values of the one before, of the other; BEFORE: whether there is one.
-  template <bool BEFORE, bool FIRST_VALUES>
+  template <bool BEFORE>
   DEVICE void step(int before, const Run& run, int block, int lowest) {
     const u32 phase = phase_of(before + block), phase_before = phase_of(before + block - 1);
-    if (BEFORE && FIRST_VALUES) {
+    multiply_keys(phase);
+    phase_ends(shared, 2);
+    if (BEFORE) {
       take_weights(phase_before);
       phase_ends(shared, 3);
       multiply_values(1 - group, theirs);
-      wgmma_wait<0>();  // not after the keys, which may be late
-      keep_weights(theirs);
-      free(1 - group);
-      phase_ends(shared, 6);
-      multiply_keys(phase);
-      phase_ends(shared, 2);
-      wgmma_wait<0>();
+      wgmma_wait<1>();
     } else {
-      multiply_keys(phase);
-      phase_ends(shared, 2);
-      if (BEFORE) {
-        take_weights(phase_before);
-        phase_ends(shared, 3);
-        multiply_values(1 - group, theirs);
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
+      wgmma_wait<0>();
     }
     wgmma_pin(s);
     phase_ends(shared, 4);
     float keep[2];
     make_weights(run.token + block * BLOCK, lowest, run.last, keep);
     phase_ends(shared, 5);
-    if (BEFORE && !FIRST_VALUES) {
+    if (BEFORE) {
       wgmma_wait<0>();
       keep_weights(theirs);
       free(1 - group);
@@ -267,20 +253,11 @@ struct Attention {
   DEVICE void attend(int before, const Run& run, int lowest) {
     int block = (group ^ before) & 1;
     if (block == 0) {
-      step<false, false>(before, run, block, lowest);
+      step<false>(before, run, block, lowest);
       block += 2;
     }
 #pragma unroll 1
-    for (; block < run.blocks; block += 2) {
-      bool values_first = ORDER == 1;
-      if (ORDER == 2) {
-        const bool weights = barrier_is_over(weights_ready(smem, 1 - group), phase_of(before + block - 1));
-        const bool keys = barrier_is_over(panel_full(smem, group, PANELS - 1), phase_of(before + block));
-        values_first = named_all(1 + group, 128, weights && !keys);
-      }
-      if (values_first) step<true, true>(before, run, block, lowest);
-      else step<true, false>(before, run, block, lowest);
-    }
+    for (; block < run.blocks; block += 2) step<true>(before, run, block, lowest);
     if (block > run.blocks) return;
     take_weights(phase_of(before + block - 1));  // the last block is the other's
     multiply_values(1 - group, theirs);
@@ -289,20 +266,6 @@ struct Attention {
     free(1 - group);
   }
 };
-
-// Of four lanes: word i of lane j for word j of lane i. All lanes of a warp call it.
-DEVICE void transpose_quad(u32 (&x)[4], int lane) {
-#pragma unroll
-  for (int by = 1; by < 4; by *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & by) continue;
-      const bool upper = lane & by;
-      const u32 other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + by], by);
-      if (upper) x[i] = other;
-      else x[i + by] = other;
-    }
-}
 
 // All that a warpgroup does; what is left to merge comes in `unmerged`.
 DEVICE void attend(

@@ -19,9 +19,9 @@ KERNEL = "latent_decode"
 FEW_HEADS = "latent_few"
 MANY = "latent_many"
 """For multiples of 128 heads: on an H200 64 rows of 4,096 tokens take 158 us with 128, where KERNEL takes 165, and 8
-rows 42 where it takes 55. With 64 heads KERNEL is faster."""
-THREE = "latent_three"
-"""A trial: KERNEL with the copies of MANY."""
+rows 42 where it takes 55; with 64 heads KERNEL takes 99, and this one 123. With 128 heads it takes 163 without
+clusters; 164 where values come before keys; 171 where the second-level cache is told 4 blocks ahead, and 12 more where
+it is not told; and KERNEL with its copies 168."""
 VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 FEW = 16
@@ -56,7 +56,6 @@ def configure(
     source: str | None = None,
     cluster: int | None = None,
     ahead: int = AHEAD,
-    order: int = 0,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -65,7 +64,7 @@ def configure(
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, order: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
+    ahead: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
     timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -80,7 +79,7 @@ def configure(
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
     source = source or (FEW_HEADS if N <= FEW else MANY if N % (2 * TILE) == 0 and call.usable(MANY) else KERNEL)
-    few, many = source == FEW_HEADS, source in (MANY, THREE)
+    few, many = source == FEW_HEADS, source == MANY
     cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
     ctas = processors // cluster
     macros: dict[str, object] = {
@@ -96,13 +95,9 @@ def configure(
         "FIRST": int(first),
     }
     tables = (12 if first else 8) * R + 4
-    if source == THREE:
-        macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead, "THREE": 1}
-        shared = 2 * (TILE + 2 * BLOCK) * H + 128 * TILE + 8 * TILE + 8 * (2 * 9 + 4 + 2) + 48 + 2 * 16 * 4 + tables
-        return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 512, shared), R)
     if many:
         macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead}
-        macros |= {"ORDER": order, "TIMELINE": int(timeline)}
+        macros |= {"TIMELINE": int(timeline)}
         shared = 2 * (TILE + 2 * BLOCK) * H + 24 * TILE + 8 * (2 * 9 + 2 + 4) + 48 + 2 * 12 * 4 + tables
         shared += 12 * 16 * 4 * timeline
         return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
@@ -128,8 +123,6 @@ def fitting(launch: Launch, rows: int) -> Launch:
 
 def source_of(launch: Launch) -> str:
     """The kernel of a launch, and the name of its source."""
-    if "THREE" in launch.macros:
-        return THREE
     return FEW_HEADS if "HEADS_ROOM" in launch.macros else MANY if "CLUSTER" in launch.macros else KERNEL
 
 
@@ -195,8 +188,6 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
         (parts, jnp.float32),
         ((ctas,), jnp.int32),
     ]
-    if source_of(launch) == THREE:
-        written += [((ctas, 128), jnp.uint8)]
     if source_of(launch) == MANY:
         timed = ctas if launch.macros["TIMELINE"] else 1
         written += [((ctas, 128), jnp.uint8), ((timed, 12, 16), jnp.uint32)]

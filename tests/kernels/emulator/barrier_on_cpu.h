@@ -66,6 +66,3 @@ inline void barrier_wait(u32 barrier, u32 phase) {
   }
   if (b.copies) emulator::current->unfenced = true;
 }
-inline bool barrier_is_over(u32 barrier, u32 phase) {
-  return emulator::barrier_at(barrier, "barrier_is_over").phase != phase;
-}
