@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import gpu_checks
 
 from jaxllm.bench.suite import Row, Suite, choose, scaled
 
@@ -63,12 +64,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "long": {"max_batch_size": 8, "max_seq_len": 32_768 + 128, "batch_buckets": [8], "token_buckets": [8192]},
     "longest": {"max_batch_size": 1, "max_seq_len": 131_072, "batch_buckets": [1], "token_buckets": [8192]},
 }
-PYTEST = ["-m", "pytest", "-q", "-m", "not slow"]
-CHECKS: dict[str, list[str]] = {
-    "correct-kernels": ["scripts/bench_kernels.py", "--rows", "right", "--seconds", "100"],
-    "correct-golden": [*PYTEST, "tests/golden/test_golden.py", "-k", "test_logits and not sharded and not live"],
-    "correct-smollm2": [*PYTEST, "tests/golden/test_smollm2.py", "-k", "batched and (greedy or text)"],
-}
 STARTS = {"start-cold": (75.0, 45.0), "start-warm": (25.0, 12.0)}
 
 _FIRST_TOKEN = """
@@ -106,35 +101,6 @@ def measure_starts(settings: dict[str, Any], wanted: list[str]) -> dict[str, dic
     return {name: entry for name, entry in found.items() if name in wanted}
 
 
-def run_checks(wanted: list[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """Commands that compare results on this GPU with references: float32 products must not be rounded to TF32."""
-    root = Path(__file__).parents[1]
-    exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(root)}
-    if "PYTHONPATH" in os.environ:
-        exact["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-    found: dict[str, dict[str, Any]] = {}
-    for name in wanted:
-        environment = os.environ | (exact if CHECKS[name][0] == "-m" else {"PYTHONPATH": exact["PYTHONPATH"]})
-        began = time.perf_counter()
-        try:
-            done = subprocess.run(
-                [sys.executable, *CHECKS[name]],
-                cwd=root,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=max(1.0, seconds - sum(entry["seconds"] for entry in found.values())),
-            )
-            entry: dict[str, Any] = {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-600:]}
-            counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)
-            entry |= {what: int(count) for count, what in counts}
-        except subprocess.TimeoutExpired:
-            entry = {"exit_status": None, "said": "it took too long"}
-        found[name] = entry | {"seconds": time.perf_counter() - began}
-        print(f"[{name}: exit status {entry['exit_status']}]", file=sys.stderr, flush=True)
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="names, or their beginnings, separated by commas (default: all)")
@@ -150,10 +116,11 @@ def main() -> int:
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths and batches, to try the script out")
     args = parser.parse_args()
 
+    began = time.perf_counter()
     names = [name.strip() for name in args.rows.split(",") if name.strip()]
     starts = [name for name in STARTS if not names or any(name.startswith(wanted) for wanted in names)]
-    checks = [name for name in CHECKS if any(name.startswith(wanted) for wanted in names)]
-    others = [n for n in names if not any(s.startswith(n) for s in (*STARTS, *CHECKS))]
+    checks = [name for name in gpu_checks.NAMES if any(name.startswith(wanted) for wanted in names)]
+    others = [n for n in names if not any(s.startswith(n) for s in (*STARTS, *gpu_checks.NAMES))]
     rows = choose(ROWS, ",".join(others)) if others or not names else []
     with tempfile.TemporaryDirectory(prefix="jaxllm-model-") as directory:
         config = files("jaxllm.plan") / "models" / "Llama-3.1-8B.json"
@@ -182,8 +149,12 @@ def main() -> int:
                 print(f"  {name}: {entry.get('seconds', float('nan')):.1f} s {entry.get('error', '')}")
             failed += sum("error" in entry for entry in found.values())
         if checks:
-            content["checks"] = run_checks(checks, args.seconds)
-            failed += sum(entry["exit_status"] != 0 for entry in content["checks"].values())
+            content["checks"] = {}
+            for name in checks:
+                entry = gpu_checks.check(name, args.seconds - (time.perf_counter() - began))
+                content["checks"][name] = entry
+                failed += entry["exit_status"] != 0
+                print(f"[{name}: exit status {entry['exit_status']}]", file=sys.stderr, flush=True)
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return min(failed, 1)
 

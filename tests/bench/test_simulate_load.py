@@ -29,9 +29,9 @@ def test_one_wave(simulation: ModuleType, first: bool) -> None:
     costs = simulation.Costs({0: 0.0, 10_000: 10_000.0}, kv_bytes=10**9, bandwidth=1.0)
     run = simulation.simulate([(128, 3)] * 4, costs, slots=8, chunk=512, tiles=[4], pages=100, first=first)
     assert run.output_tokens == 12 and run.steps == 3 and run.mixed == 0 and run.preemptions == 0
-    # 8 rows of decodes beside the prompts; then 8 rows, and 4 contexts of 128 tokens, then of 129
-    assert run.seconds == pytest.approx(1e-3 * ((8 + 512) + (8 + 4 * 128) + (8 + 4 * 129)))
-    assert run.real == 4 * 128 + 8 and run.padded == 8 + 2 * 4
+    # prompts alone; then 8 rows of decodes, and 4 contexts of 128 tokens, then of 129
+    assert run.seconds == pytest.approx(1e-3 * (512 + (8 + 4 * 128) + (8 + 4 * 129)))
+    assert run.real == 4 * 128 + 8 and run.padded == 2 * 4
     assert len(run.ttft) == 4 and run.itl == pytest.approx([8 + 4 * 128] * 4 + [8 + 4 * 129] * 4)
 
 
