@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,20 @@ def test_every_loop_gives_the_same_tokens(wanted: list[Any], settings: dict[str,
 
 def test_steps_are_in_flight_together(staged: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many sequences as micro-batches, each step decodes half of them while the other half is on its way."""
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    all_are_there = threading.Event()  # or the first sequences would decode without the others
     launch = staged._engine._runner.launch
-    monkeypatch.setattr(
-        staged._engine._runner,
-        "launch",
-        lambda step: sizes.append((len(step.decodes), len(step.prefills))) or launch(step),
-    )
-    staged.generate(PROMPTS[:6], GREEDY, use_tqdm=False)
+
+    def counted(step: Any) -> Any:
+        all_are_there.wait(30)
+        sizes.append((len(step.decodes), len(step.prefills)))
+        return launch(step)
+
+    monkeypatch.setattr(staged._engine._runner, "launch", counted)
+    results = [staged.generate_async(prompt, GREEDY) for prompt in PROMPTS[:6]]
+    all_are_there.set()
+    for result in results:
+        result.result()
     decodes = [n for n, prompts_ in sizes if not prompts_]
     assert len(decodes) > 20
     assert sum(n == 3 for n in decodes) > len(decodes) * 0.6, decodes
