@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from kernel_rows._measure import Row, rate, time_call
 
+from jaxllm.kernels.cuda.timeline import phases
 from jaxllm.kernels.dense_layer import cuda, reference
 
 SHAPES: dict[str, tuple[int, tuple[int, int], int, int]] = {
@@ -107,7 +108,7 @@ def timeline(shape: str, tokens: int, together: int = 1) -> dict[str, Any]:
     run = launches(shape, tokens, together, timeline=True)
     for _ in range(20):
         _, times = run()
-    found = cuda.phases(np.stack(jax.device_get(times))[1 if together == 1 else 0 :])
+    found = phases(np.stack(jax.device_get(times))[1 if together == 1 else 0 :], cuda.PHASES)
     for name, three in found.items():
         print(f"    {name:24}" + "".join(f"{us:8.2f}" for us in three))
     return {"us": found["all"][1]}

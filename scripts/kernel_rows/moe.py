@@ -12,6 +12,7 @@ import numpy as np
 from kernel_rows._measure import FLOPS, Row, difference, rate, time_call
 
 from jaxllm.formats import Format
+from jaxllm.kernels.cuda.timeline import phases
 from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.linear.quantized import Weight, quantize
@@ -231,7 +232,7 @@ def layers_timeline(tokens: int, count: int = 12, **options: Any) -> dict[str, A
     kernel = jax.jit(one_token.launcher(operands, choice, activation="silu", scale=QK_SCALE, timeline=True, **options))
     for _ in range(10):
         times = kernel(operands)[2]
-    found = one_token.phases(np.asarray(times)[1:-1])
+    found = phases(np.asarray(times)[1:-1], one_token.PHASES)
     for name, three in found.items():
         print(f"    {name:20}" + "".join(f"{us:8.2f}" for us in three))
     return {"us": found["all"][1]}

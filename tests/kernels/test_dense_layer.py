@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call, rtc, timeline
 from jaxllm.kernels.dense_layer import cuda, reference
 from tests.kernels.emulator.emulator import Kernels
 
@@ -89,7 +89,7 @@ def test_the_timeline_of_a_layer(emulated) -> None:
     assert np.array_equal(out, cuda.implementation(operands, **how)(operands)[0])
     marks = np.asarray(times)[:, :, : len(cuda.PHASES) + 1].astype(np.int64)
     assert (np.diff(marks) > 0).all()
-    found = cuda.phases(np.asarray(times)[None])
+    found = timeline.phases(np.asarray(times)[None], cuda.PHASES)
     assert list(found) == [*cuda.PHASES, "begins late", "all"]
     assert all(0 <= low <= middle <= high for low, middle, high in found.values())
 

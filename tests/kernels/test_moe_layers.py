@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call, rtc, timeline
 from jaxllm.kernels.moe_token import cuda, reference
 from jaxllm.kernels.router.cuda import Choice
 from tests.kernels.emulator.emulator import Kernels
@@ -141,7 +141,7 @@ def test_the_timeline_of_layers(emulated, monkeypatch) -> None:
     assert np.array_equal(out, cuda.implementation(operands, choice, **how)(operands)[0])
     marks = np.asarray(times)[:, :, :, : len(cuda.PHASES) + 1].astype(np.int64)
     assert (np.diff(marks) > 0).all()
-    found = cuda.phases(np.asarray(times))
+    found = timeline.phases(np.asarray(times), cuda.PHASES)
     assert list(found) == [*cuda.PHASES, "begins late", "all"]
     assert all(0 <= low <= middle <= high for low, middle, high in found.values())
     whole = times[:, :, :, -1].max((1, 2)) - times[:, :, :, -2].min((1, 2))

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.cuda.timeline import MARKS
 from jaxllm.kernels.dense_layer.reference import Layer, Operands, difference, random_operands
 from jaxllm.kernels.grouped_matmul.cuda import ACTIVATIONS
 
@@ -57,10 +57,6 @@ PHASES = (
     "gate and up", "wait for hidden", "down",
 )  # fmt: skip
 """Of a layer, in their order; a timeline has the clock before the first and after each, of a launch's last layer."""
-MARKS = 20
-"""Of a warp's timeline: see `cuda/timeline.cuh`."""
-
-
 Kernel = Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...]]]
 """The residual stream after the layers, [1, D], and their pools."""
 
@@ -132,7 +128,7 @@ def launcher(
     pause: int = PAUSE,
     timeline: bool = False,
 ) -> Callable[[Operands], tuple[jax.Array, tuple[jax.Array, ...], jax.Array]]:
-    """As `implementation`; the third result is for `phases`, where a timeline is wanted.
+    """As `implementation`; the third result is for `timeline.phases`, where a timeline is wanted.
 
     slots: of a warp's ring; None for as many as fit. The others: see DEPTH, OWNED and so on.
     """
@@ -199,28 +195,6 @@ def launcher(
         return out, tuple(pools), times
 
     return run
-
-
-def phases(times: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Of each phase the shortest, the median and the longest time of a warp; how late blocks begin; all of a layer.
-
-    times: uint32 [L, blocks, warps, MARKS], the third results of launches. In us, by the clocks of multiprocessors,
-    which are compared with the GPU's for that.
-    """
-    marks = times.reshape(len(times), -1, MARKS)
-    cycles = (marks[:, :, 1 : len(PHASES) + 1] - marks[:, :, : len(PHASES)]).astype(np.float64)
-    nanoseconds = (marks[:, :, -1] - marks[:, :, -2]).astype(np.float64)
-    each = 1e-3 * nanoseconds.mean() / cycles.sum(2).mean()
-    found = {
-        name: (float(us.min()), float(np.median(us)), float(us.max()))
-        for name, us in zip(PHASES, np.moveaxis(each * cycles, 2, 0), strict=True)
-    }
-    first = marks[:, :, -2].min(1)
-    late = 1e-3 * (marks[:, :, -2] - first[:, None])
-    whole = 1e-3 * (marks[:, :, -1] - first[:, None]).max(1)
-    found["begins late"] = (float(late.min()), float(np.median(late)), float(late.max()))
-    found["all"] = (float(whole.min()), float(np.median(whole)), float(whole.max()))
-    return found
 
 
 def check() -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels.cuda import call
+from jaxllm.kernels.cuda.timeline import MARKS
 from jaxllm.kernels.grouped_matmul.cuda import ACTIVATIONS
 from jaxllm.kernels.moe_token import reference
 from jaxllm.kernels.moe_token.reference import Layer, Operands, Token
@@ -39,9 +40,6 @@ DEPTH = 2
 """Stages of a warp on their way while it multiplies: more delay what others read, 4 of them a layer by 1.5 us."""
 PAUSE = 20
 """Nanoseconds between a warp's looks at what is not told yet: what it does not find, others read sooner."""
-MARKS = 20
-"""Of a warp's timeline: see `cuda/timeline.cuh`."""
-
 PHASES = (
     "wait for stream", "norm and qkv", "wait for queries", "attention", "merge", "wait for heads", "output", "scores",
     "wait for middle", "second norm", "wait for scores", "choice", "gate and up", "wait for hidden", "down",
@@ -106,7 +104,7 @@ def launcher(
     timeline: bool = False,
     macros: dict[str, Any] | None = None,
 ) -> Callable[[Operands], tuple[jax.Array, list[jax.Array], jax.Array]]:
-    """One launch; the third result is for `phases`, where a timeline is wanted.
+    """One launch; the third result is for `timeline.phases`, where a timeline is wanted.
 
     slots: of a warp's ring; None for as many as fit. alone: see ALONE. macros: those that win.
     """
@@ -212,28 +210,6 @@ def _parameters(layers: int) -> dict[str, str]:
         "POOL_PARAMETERS": ", ".join(pools),
         "FILL_TABLE": " ".join(table),
     }
-
-
-def phases(times: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Of each phase the shortest, the median and the longest time of a warp; how late blocks begin; all of a layer.
-
-    times: uint32 [L, blocks, warps, MARKS], of L layers. In us, by the clocks of multiprocessors, which are compared
-    with the GPU's for that.
-    """
-    marks = times.reshape(len(times), -1, MARKS)
-    cycles = (marks[:, :, 1 : len(PHASES) + 1] - marks[:, :, : len(PHASES)]).astype(np.float64)
-    nanoseconds = (marks[:, :, -1] - marks[:, :, -2]).astype(np.float64)
-    each = 1e-3 * nanoseconds.mean() / cycles.sum(2).mean()
-    found = {
-        name: (float(us.min()), float(np.median(us)), float(us.max()))
-        for name, us in zip(PHASES, np.moveaxis(each * cycles, 2, 0), strict=True)
-    }
-    first = marks[:, :, -2].min(1)
-    late = 1e-3 * (marks[:, :, -2] - first[:, None])
-    whole = 1e-3 * (marks[:, :, -1] - first[:, None]).max(1)
-    found["begins late"] = (float(late.min()), float(np.median(late)), float(late.max()))
-    found["all"] = (float(whole.min()), float(np.median(whole)), float(whole.max()))
-    return found
 
 
 def check(sizes: Sequence[int] = (512, 16, 256)) -> None:
