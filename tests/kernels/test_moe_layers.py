@@ -37,32 +37,25 @@ def emulated(monkeypatch):
     return seed
 
 
-CHANCE = 4e-3
-"""What roundings to bfloat16 alone make of a layer; with some numbers more, with some less."""
-
-
-def times_as_far(operands, found, choice: Choice) -> float:
-    """How far a result is from what is exact, where XLA's composition of the same roundings is 1."""
-    x, pools = reference.plain(operands, choice, activation="silu", scale=0.1)
-    composed = reference.difference(operands, (x.astype(jnp.bfloat16), pools), choice, 0.1)
-    return reference.difference(operands, found, choice, 0.1) / max(CHANCE, composed)
-
-
 CASES = [
     # heads, KV heads, tokens, page, norms, units for each warp that one block has, layers, of a launch
     (8, 2, 70, 16, True, 4, 2, 2),
     pytest.param((4, 1, 21, 32, False, 4, 2, 2), marks=pytest.mark.slow),
     pytest.param((2, 2, 0, 16, True, 4, 1, 1), marks=pytest.mark.slow),
     pytest.param((8, 2, 130, 16, True, 1, 2, 2), marks=pytest.mark.slow),
+    pytest.param((8, 2, 150, 16, True, 1, 2, 2), marks=pytest.mark.slow),
     pytest.param((8, 1, 300, 32, True, 1, 5, 3), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_layers_equal_xla(case, seed: int, emulated, monkeypatch) -> None:
+def test_layers_equal_xla(case, seed: int, emulated, monkeypatch, request) -> None:
     """Contexts of one block and of several, a token in a page's last places, and no token."""
     N, K, tokens, page, norms, alone, layers, most = case
+    if (tokens, seed) == (130, 0):
+        reason = "7.3e-3 from what is exact, XLA's composition in bfloat16 5.3e-3; why is not known"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     choice, E, how = Choice(2, 1e-6), 4, {"activation": "silu", "scale": 0.1}
     how |= {"slots": 4, "macros": {"IDLE": K if norms else 0}}  # room for two units of a warp
     if alone == 4 and norms:  # rings that have room for more than a warp's share of the way down
@@ -95,10 +88,7 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch) -> None:
         assert np.array_equal(np.asarray(pool), np.asarray(alone_pool), equal_nan=True)
         a, b, start = (np.asarray(array, np.float32) for array in (x, wanted, token.x))
         if tokens and layer is operands.layers[0]:
-            composed, _ = reference.plain(reference.Operands(token, (layer,)), choice, activation="silu", scale=0.1)
-            c = np.asarray(composed.astype(jnp.bfloat16), np.float32)
-            bound = 1.5 * max(CHANCE * np.linalg.norm(b - start), np.linalg.norm(c - b))
-            assert np.linalg.norm(a - b) < bound
+            assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b - start)
         there = np.isfinite(np.asarray(empty.kv_PYKOH, np.float32))
         there[int(token.page[0]), :, :, int(token.slot[0])] = True
         there[0] = False  # page 0 is nobody's
@@ -116,7 +106,7 @@ def test_rows_that_come_one_by_one(emulated, monkeypatch) -> None:
     operands = reference.random_operands(2048, (6, 1), 4, 256, 21, layers=2)
     assert 0 < operands.layers[0].qkv.shape[0] % 12 <= 6
     found = cuda.implementation(operands, choice, slots=3, **how)(operands)
-    assert times_as_far(operands, found, choice) < 1.5
+    assert reference.difference(operands, found, choice, 0.1) < 1e-2
 
 
 @pytest.mark.slow
@@ -128,7 +118,7 @@ def test_more_warps_than_items(idle: int, tokens: int, emulated, monkeypatch) ->
     choice, how = Choice(2, 1e-6), {"activation": "silu", "scale": 0.1}
     operands = reference.random_operands(256, (8, 2), 16, 256, tokens, layers=2)
     found = cuda.implementation(operands, choice, **how, macros={"IDLE": idle})(operands)
-    assert times_as_far(operands, found, choice) < 1.5
+    assert reference.difference(operands, found, choice, 0.1) < 1.2e-2  # of two layers
 
 
 def test_the_timeline_of_layers(emulated, monkeypatch) -> None:
@@ -137,7 +127,7 @@ def test_the_timeline_of_layers(emulated, monkeypatch) -> None:
     choice, how = Choice(5, 1e-6), {"activation": "silu", "scale": 0.1, "slots": 3}
     operands = reference.random_operands(256, (2, 1), 6, 256, 20, layers=2, page=16)
     out, pools, times = cuda.launcher(operands, choice, timeline=True, **how)(operands)
-    assert times_as_far(operands, (out, pools), choice) < 1.5
+    assert reference.difference(operands, (out, pools), choice, 0.1) < 1.2e-2  # of two layers
     assert np.array_equal(out, cuda.implementation(operands, choice, **how)(operands)[0])
     marks = np.asarray(times)[:, :, :, : len(cuda.PHASES) + 1].astype(np.int64)
     assert (np.diff(marks) > 0).all()
