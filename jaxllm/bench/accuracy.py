@@ -24,9 +24,10 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.buckets import Bucket
+from jaxllm.engine.compilation_cache import enable_compilation_cache
 from jaxllm.engine.forward import KV_AXES, StepFunctions
 from jaxllm.engine.sizes import kv_cache_dtype
-from jaxllm.engine.start import enable_compilation_cache, load_weights, model_config, quantized
+from jaxllm.engine.start import load_weights, model_config, quantized
 from jaxllm.kernels.cuda.checks import check_kernels
 from jaxllm.mapping import Mapping
 from jaxllm.parallel.layout import Layout

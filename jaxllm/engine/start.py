@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm import placement
-from jaxllm.cache import cache_dir
 from jaxllm.config import EngineConfig
 from jaxllm.engine.balancer import Balancer
 from jaxllm.engine.blocks import PagePool
+from jaxllm.engine.compilation_cache import enable_compilation_cache
 from jaxllm.engine.devices import find, host_memory
 from jaxllm.engine.forward import StepFunctions
 from jaxllm.engine.lanes import Lanes
@@ -323,13 +322,3 @@ def _compile(runner: Runner, progress: bool) -> None:
     # Tracing holds the interpreter's lock, XLA does not: one worker more than cores keeps the cores busy.
     with tqdm(desc="Compiling", unit=" programs", total=runner.num_programs, disable=None if progress else True) as bar:
         runner.compile((os.cpu_count() or 1) + 1, lambda name: bar.update())
-
-
-def enable_compilation_cache(directory: str | None) -> None:
-    """Keeps compiled programs on disk: in `directory`, "" for none, None for our own cache unless JAX has one."""
-    if directory == "" or (directory is None and getattr(jax.config, "jax_compilation_cache_dir", None)):
-        return
-    path = Path(directory).expanduser() if directory else cache_dir("xla")
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

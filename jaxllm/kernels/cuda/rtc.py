@@ -13,12 +13,11 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jaxllm.cache import cache_dir
+from jaxllm.cache import cache_dir, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +109,7 @@ def _read(path: Path) -> str | None:
 
 def _write(path: Path, ptx: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(f"{_digest(ptx)}\n{ptx}")
-        os.replace(file.name, path)
+        write_whole(path, f"{_digest(ptx)}\n{ptx}".encode())
     except OSError as error:
         logger.info("PTX is not kept: %s", error)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from jaxllm.cache import cache_dir
+from jaxllm.cache import cache_dir, write_whole
 from jaxllm.kernels.cuda import rtc
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,8 @@ class Verdicts:
         if self._path is None or not kernels:
             return
         lines = "\n".join(sorted(self._passed | _read(self._path)))
-        temporary = self._path.with_suffix(f".{hashlib.sha256(lines.encode()).hexdigest()[:8]}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(f"{_digest([lines])}\n{lines}")
-            temporary.replace(self._path)
+            write_whole(self._path, f"{_digest([lines])}\n{lines}".encode())
         except OSError as error:
             logger.info("verdicts on kernels are not kept: %s", error)
 
