@@ -20,6 +20,7 @@ from jaxllm.plan.command import fill_parser as fill_plan_parser
 from jaxllm.serve.command import BATCH_EXAMPLES, fill_batch_parser
 from jaxllm.serve.command import EXAMPLES as SERVE_EXAMPLES
 from jaxllm.serve.command import fill_parser as fill_serve_parser
+from jaxllm.settings import check_environment
 from jaxllm.terminal import CHAT_EXAMPLES, GENERATE_EXAMPLES, fill_chat_parser, fill_generate_parser, note
 
 EXIT_INTERRUPTED = 130
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif unknown:
         _parser_of(parser, args).unknown(unknown)
     try:
+        check_environment()
         with interrupts.noticed():
             return int(args.run(args))
     except KeyboardInterrupt:

@@ -15,6 +15,25 @@ class ConfigError(ValueError):
     """A setting is unknown, has a wrong value or contradicts another one. The message is one line."""
 
 
+def check_environment() -> None:
+    """Looks at JAX's variables that people set to run jaxllm, since JAX ends with a traceback where one is wrong.
+
+    Raises ConfigError.
+    """
+    name = "JAX_NUM_CPU_DEVICES"
+    if (value := os.environ.get(name)) is None:
+        return
+    try:
+        fits = int(value) > 0 or int(value) == -1  # -1 is JAX's own value for none
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"{name} = {value!r} is not a number of devices; set it to how many the CPU shall play, 8 for example, "
+            "or unset it"
+        )
+
+
 # Names of TensorRT-LLM's LlmArgs that a script being ported may carry. They are not fields here, but a value that
 # asks for nothing (None, False, "auto", 0) is harmless and everything else deserves better than "unknown name".
 NOT_SUPPORTED_YET = {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 
 import jaxllm.llm
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, ConfigError, SamplingParams
 from jaxllm.cli import main
 from tests.tiny_llm import MAX_SEQ_LEN, MODEL, make_llm, make_tokenizer
 
@@ -346,6 +349,27 @@ def test_no_devices(
     monkeypatch.setattr(jax, "devices", devices)
     line = cli(capsys, "generate", MODEL, "hello", "--tokenizer", make_tokenizer(tmp_path))
     check_message(line, "JAX finds no devices", "JAX_PLATFORMS", why, r"jaxllm\[cuda13\]", "JAX_PLATFORMS=cpu")
+
+
+@pytest.mark.parametrize("value", ["abc", "", "2.5", "0", "-2"])
+@pytest.mark.parametrize("command", [("generate", MODEL, "hello"), ("plan", "Llama-3.1-8B")], ids=lambda c: c[0])
+def test_no_number_of_cpu_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], value: str
+) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", value)
+    parts = (f"JAX_NUM_CPU_DEVICES = {value!r} is not a number of devices", "8 for example", "unset")
+    check_message(cli(capsys, *command), *parts)
+    with pytest.raises(ConfigError) as caught:
+        LLM(MODEL, skip_tokenizer_init=True, progress=False)
+    check_message(str(caught.value), *parts)
+
+
+def test_what_jax_cannot_take_from_the_environment_is_one_line() -> None:
+    environment = os.environ | {"JAX_ENABLE_X64": "maybe", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxllm", "generate", "smollm2-135m", "hello"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    check_message(done.stderr, "jaxllm: error:", "maybe", "JAX_ENABLE_X64")
 
 
 def test_more_ranks_than_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.engine.sizes import memory_fraction_variable
-from jaxllm.settings import ConfigError
+from jaxllm.settings import ConfigError, check_environment
 
 if TYPE_CHECKING:
     import jax
@@ -27,8 +27,10 @@ all stand still until XLA ends the process. With 4 a rank may wait for three of 
 def look_early() -> threading.Thread:
     """Starts to look for devices, in a thread of its own; whoever needs them next waits for it within JAX.
 
-    Settings of JAX that decide about devices have to be made before.
+    Settings of JAX that decide about devices have to be made before. Raises ConfigError, or what JAX raises while it is
+    imported, when a variable of the environment has a value that JAX cannot take.
     """
+    prepare()
     thread = threading.Thread(target=_look, name="jaxllm-devices", daemon=True)
     thread.start()
     return thread
@@ -52,6 +54,7 @@ def find() -> list[jax.Device]:
 
 def prepare() -> None:
     """Sets the variables that are read when the first device is looked for; what the user has set stays."""
+    check_environment()
     import jax
 
     os.environ.update(memory_fraction_variable())
@@ -65,7 +68,6 @@ def prepare() -> None:
 def _look() -> None:
     import jax
 
-    prepare()
     with contextlib.suppress(Exception):  # whoever needs a device hears of it
         jax.devices()
 
