@@ -10,7 +10,7 @@ from jaxllm.options import Parser, add_engine_options, engine_config, positive
 EXAMPLES = """\
 Reads a config.json (or the metadata of a GGUF file) and nothing else: no weights, no GPU. Names such as
 Llama-3.1-8B, Llama-3.1-70B, Llama-3.1-405B, Mixtral-8x7B and DeepSeek-V3 are known without a file. The exit code is 1
-when the layout does not fit.
+when the layout does not fit, 2 when a setting is wrong on any layout.
 
 examples:
   jaxllm plan Llama-3.1-70B --tp 4 --max-batch-size 128

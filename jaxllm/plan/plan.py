@@ -97,7 +97,13 @@ def make_plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, lo
 
     Args:
         load: requests to estimate speeds for; None = prompt and output each half of the longest sequence, at most 1000.
+
+    Raises:
+        ValueError: a setting that the model takes on no layout.
     """
+    model = quantized(model, config)
+    if model.config is not None:
+        place_experts(config.moe_config.load_balancer, model.config, ep=1)
     plan = _plan(model, config, mapping, gpu, load)
     if plan.ok:
         return plan
@@ -105,31 +111,22 @@ def make_plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, lo
 
 
 def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: Load | None = None) -> Plan:
-    problem = ""
-    try:
-        model = quantized(model, config)
-    except ValueError as error:
-        problem = str(error)
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
     kept = None if model.config is None else model.config.quantization
     kv_dtype = kv_cache_dtype(config, dtype, kept is not None and kept.cache)
     page = config.kv_cache_config.tokens_per_block
     defaults = DEFAULTS["gpu"]
     plan = Plan(model, config, mapping, gpu, usable_memory(gpu), str(dtype), str(kv_dtype))
-    notes: list[str] = []
-    if problem:
-        return replace(plan, problems=(problem,), notes=tuple(notes))
+    longest, batch = longest_sequence(config, model.max_position), BatchSizes.choose(config, defaults, mapping)
     try:
-        longest = longest_sequence(config, model.max_position)
         check_mapping(mapping, model, page_size=page, max_seq_len=longest)
         placed = None
         if model.config is not None:
             placed = place_experts(config.moe_config.load_balancer, model.config, mapping.ep)
         layout = Layout(mapping, dtype, Dispatch.of(config.moe_config), placed)
-        sizes, batch = model.lay_out(layout), BatchSizes.choose(config, defaults, mapping)
-        span = layout.mapping.page_span(page)
+        sizes, span = model.lay_out(layout), layout.mapping.page_span(page)
     except ValueError as error:
-        return replace(plan, problems=(str(error),), notes=tuple(notes))
+        return replace(plan, problems=(str(error),))
 
     stages = mapping.stage_layers(model.num_layers)
     weights = [sizes.bytes(sizes.stage(layers)) for layers in stages]
@@ -141,7 +138,7 @@ def _plan(model: Model, config: EngineConfig, mapping: Mapping, gpu: Gpu, load: 
     ]
     buffers = [_buffers(sizes, batch, layers) for layers in stages]
     scratch = [_activations(model, sizes, batch, layers, dtype.itemsize) for layers in stages]
-    problems = []
+    problems, notes = [], []
     pages, max_seq_len = 0, longest
     try:
         pages, max_seq_len = pool_size(config, batch, defaults, rooms, context=model.max_position, span=span)

@@ -290,6 +290,13 @@ def test_the_command(capsys, arguments, code, parts):
         (("Llama-3.1-8B", "--cp", "2", "--cp-type", "rings"), "use ULYSSES, STAR, RING or HELIX"),
         (("Llama-3.1-8B", "--pp", "2", "--pp-partition", "1,2,3"), "has 3 stages"),
         (("Llama-3.1-8B", "--tp", "8", "--devices", "4"), "what fits: tp=4"),
+        # These no layout mends: what is wrong is all that is said.
+        (
+            ("Llama-3.1-8B", "--max-seq-len", "500000"),
+            "max_seq_len = 500000 is more than the model's context of 131072",
+        ),
+        (("Llama-3.1-8B", "--max-num-tokens", "16"), "max_num_tokens = 16 is less than max_batch_size = 256"),
+        (("DeepSeek-V3", "--quantization", "int8"), "quantization = 'int8', but the checkpoint's weights are fp8"),
     ],
     ids=str,
 )
@@ -297,6 +304,21 @@ def test_bad_arguments(capsys, arguments, part):
     assert main(["plan", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and part in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("model", "slots", "problem"),
+    [("Llama-3.1-8B", 288, "model has no experts; leave it out"), ("DeepSeek-V3", 200, "use at least 256")],
+)
+def test_experts_that_no_layout_places(model, slots, problem):
+    with pytest.raises(ValueError, match=problem):
+        plan(model, tensor_parallel_size=16, moe_config={"load_balancer": {"num_slots": slots}})
+
+
+def test_slots_that_another_layout_places():
+    settings = {"tensor_parallel_size": 1, "moe_expert_parallel_size": 32, "devices": 32}
+    found = plan("DeepSeek-V3", **settings, moe_config={"load_balancer": {"num_slots": 272}})
+    assert "272 does not divide evenly" in found.problems[0] and found.nearest
 
 
 def test_bad_json(capsys, tmp_path):
