@@ -19,13 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm.engine.batch import BatchShape
 from jaxllm.engine.forward import KV_AXES, StepFunctions, shapes_of
 from jaxllm.engine.repeat import Sample, repeated
-from jaxllm.layers.attention import KVPages
 
 
 class Stage:
     """One stage: its functions and the weights, KV pages and programs on its mesh.
 
-    num_pages: of each of the layout's pools.
+    num_pages: of each of the layout's pools, which is only described until `allocate`: compilers try products out in
+    the memory that it will take.
     """
 
     def __init__(
@@ -44,16 +44,21 @@ class Stage:
         # A page of the pool is one, or with star attention several, on every rank that pages are spread over.
         each = num_pages * functions.layout.mapping.stripe(page_size) // page_size
         shape = (each * functions.layout.size("pages"), *functions.kv_shape(page_size))
-        pages = functions.layout.sharding(self.mesh, *KV_AXES)
-        zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype), out_shardings=pages)
-        self.kv: list[KVPages] = [zeros() for _ in range(functions.num_layers)]
+        pages = jax.ShapeDtypeStruct(shape, kv_dtype, sharding=functions.layout.sharding(self.mesh, *KV_AXES))
+        self.kv: list[Any] = [pages] * functions.num_layers
         if functions.loads is not None:
             counts, place = functions.loads
-            where = NamedSharding(self.mesh, place)
-            self._no_loads = jax.jit(lambda: jnp.zeros(counts, np.int32), out_shardings=where)
-            self.kv.append(self._no_loads())
+            self.kv.append(jax.ShapeDtypeStruct(counts, np.int32, sharding=NamedSharding(self.mesh, place)))
+            self._no_loads = _zeros(self.kv[-1])
         self.programs: dict[Any, Any] = {}
         self.inputs: dict[Any, NamedSharding] = {}
+
+    def allocate(self) -> None:
+        """Takes the memory of the KV pages, which are zeros."""
+        pool = _zeros(self.kv[0])
+        self.kv[: self.functions.num_layers] = [pool() for _ in range(self.functions.num_layers)]
+        if self.functions.loads is not None:
+            self.kv[-1] = self._no_loads()
 
     def take_loads(self) -> jax.Array:
         """The tokens of each expert so far, see `StepFunctions.loads`; they are counted anew from here on."""
@@ -103,6 +108,10 @@ class Stage:
         self.weights, self.kv, self.programs, self.head = [], [], {}, None
         if self.functions.group is not None:
             self.functions.group.close()
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)
 
 
 class ReturnedTokens:

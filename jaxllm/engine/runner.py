@@ -137,15 +137,29 @@ class Runner:
         return len(self._jobs())
 
     def compile(self, workers: int, on_done: Callable[[str], None] = lambda name: None) -> None:
-        """Compiles every program, `workers` at a time; `on_done` is told the name of each."""
+        """Compiles every program, `workers` at a time; `on_done` is told the name of each.
 
-        def run(job: tuple[Any, Callable[[], Callable[..., Any]]]) -> tuple[Any, Callable[..., Any]]:
-            program = paced(job[1](), self.mesh)  # all stages have as many devices
-            on_done(str(job[0]))
-            return job[0], program
+        XLA tries products out on the GPU, with memory of their own. A program for which there was none beside the
+        others is compiled again by itself.
+        """
+        jobs = self._jobs()
+
+        def run(name: Any) -> Callable[..., Any]:
+            program = paced(jobs[name](), self.mesh)  # all stages have as many devices
+            on_done(str(name))
+            return program
+
+        def attempt(name: Any) -> Callable[..., Any] | None:
+            try:
+                return run(name)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return None
 
         with ThreadPoolExecutor(workers, "compile") as pool:
-            programs = dict(pool.map(run, self._jobs().items()))
+            found = dict(zip(jobs, pool.map(attempt, jobs), strict=True))
+        programs = {name: run(name) if program is None else program for name, program in found.items()}
         for stage in self.stages:
             stage.programs = {bucket: programs.pop((stage, bucket)) for bucket in self.buckets}
         self._programs = self.sampler.programs = self._scorer.programs = programs

@@ -161,6 +161,8 @@ def start(config: EngineConfig) -> Started:
             jax.clear_caches()
             _compile(runner, config.progress)
     with phase("warm_up"):
+        for stage in runner.stages:
+            stage.allocate()
         if platform != "cpu":
             _check_scratch(runner, mesh)
             runner.warm_up()

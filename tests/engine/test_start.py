@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm import SamplingParams
 from jaxllm.engine import devices, start
+from jaxllm.engine.pipeline import Stage
 from jaxllm.engine.runner import Runner
 from jaxllm.engine.sizes import MEMORY_FRACTION
 from tests.tiny_llm import make_llm
@@ -39,6 +41,35 @@ def test_programs_with_a_kernel_that_is_wrong_are_made_again(monkeypatch: pytest
     with make_llm() as llm:
         assert llm.start_report["checks"] >= 0
     assert done == (["compiled"] if agreed else ["compiled", "forgot", "compiled"])
+
+
+def test_programs_find_the_memory_of_pages_and_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compilers try out has room where pages will be; what had none beside others is compiled by itself."""
+    tried: list[list[jax.ShapeDtypeStruct]] = []
+    compile_step: Callable[..., object] = Stage.compile_step
+
+    def crowded(stage: Stage, *args: object) -> object:
+        tried.append([pages for pages in stage.kv if isinstance(pages, jax.ShapeDtypeStruct)])
+        if len(tried) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.97GiB")
+        return compile_step(stage, *args)
+
+    monkeypatch.setattr(Stage, "compile_step", crowded)
+    with make_llm() as llm:
+        stage, *others = llm._engine._runner.stages
+        assert not others and len(tried) == len(stage.programs) + 1
+        assert all(len(pages) == len(stage.kv) for pages in tried), "no pages before all programs are there"
+        assert all(isinstance(pages, jax.Array) for pages in stage.kv)
+        assert len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))[0].outputs[0].token_ids) == 2
+
+
+def test_other_faults_of_compilers_are_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stage: Stage, *args: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: ptxas")
+
+    monkeypatch.setattr(Stage, "compile_step", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ptxas"), make_llm():
+        pass
 
 
 def test_bytes_of_the_fullest_device() -> None:
