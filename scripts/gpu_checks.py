@@ -17,6 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 KERNELS = "scripts/bench_kernels.py"
+AT_START = """
+import os, sys
+os.environ["JAXLLM_CACHE"] = sys.argv[1]  # with no verdicts of before
+from jaxllm.kernels.cuda import call, checks
+call.require("")
+sys.exit(not checks.begin_checks(quantized=True, latent=True, experts=True).join())
+"""
+"""The checks of a start, of all kernels that an engine may use."""
 TESTS = {
     "correct-golden": ["tests/golden/test_golden.py", "-k", "test_logits and not sharded and not live"],
     "correct-smollm2": ["tests/golden/test_smollm2.py", "-k", "batched and (greedy or text)"],
@@ -57,11 +65,12 @@ def check(name: str, seconds: float) -> dict[str, Any]:
 
 
 def parts_of_kernels(scratch: Path) -> list[list[str]]:
-    """The rows that compare, family by family; those with most to compile first."""
+    """What engines check at their start, and the rows that compare, by family; those with most to compile first."""
     folder = ROOT / "scripts" / "kernel_rows"
     families = sorted(folder.glob("[a-z]*.py"), key=lambda path: -path.stat().st_size)
-    own = [["--only", path.stem, "--json", str(scratch / f"{path.stem}.json")] for path in families]
-    return [[KERNELS, "--rows", "right", "--seconds", "3600", *options] for options in own]
+    rows = [KERNELS, "--rows", "right", "--seconds", "3600"]
+    own = [[*rows, "--only", path.stem, "--json", str(scratch / f"{path.stem}.json")] for path in families]
+    return [["-c", AT_START, str(scratch / "cache")], *own]
 
 
 def parts_of_tests(arguments: Sequence[str], count: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -26,8 +27,14 @@ def test_every_test_is_in_one_part() -> None:
 
 
 def test_every_family_is_a_part(tmp_path: Path) -> None:
-    families = {part[part.index("--only") + 1] for part in gpu_checks.parts_of_kernels(tmp_path)}
+    start, *parts = gpu_checks.parts_of_kernels(tmp_path)
+    families = {part[part.index("--only") + 1] for part in parts}
     assert families == {path.stem for path in (ROOT / "scripts" / "kernel_rows").glob("[a-z]*.py")} > {"mla", "moe"}
+    for family in families - {"all_reduce"}:  # which takes two GPUs
+        rows = importlib.import_module(f"kernel_rows.{family}").rows()
+        assert any("right" in row.name for row in rows), f"nothing compares the kernels of {family}"
+    refused = gpu_checks.run(start, dict(os.environ) | {"JAX_PLATFORMS": "cpu"}, time.perf_counter() + 60)
+    assert refused.status == 1 and "no GPU" in refused.said, "a machine without a GPU has no kernels that are right"
 
 
 def test_a_part_that_hangs_ends() -> None:
