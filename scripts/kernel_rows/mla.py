@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -102,6 +102,49 @@ def chain(attend: Any, q: jax.Array, kv: jax.Array, tables: list[jax.Array], pos
     return out
 
 
+def bare(launch: Any, q_shape: tuple[int, ...]) -> Callable[..., list[jax.Array]]:
+    """All that a kernel writes, for queries, latents, pages and positions, and what came of the call before: the kernel
+    is given it as the first visible tokens, which it does not look at, so that nothing is between two calls."""
+    source = latent_cuda.source_of(launch)
+    ptx = rtc.compile_ptx(source, launch.macros)
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in latent_cuda.results(launch, q_shape)]
+
+    def run(*arguments: jax.Array) -> list[jax.Array]:
+        zeros = jnp.zeros(shapes[4].shape, jnp.int32)
+        return call.launch(
+            source,
+            ptx,
+            (*arguments, zeros),
+            shapes,
+            grid=launch.grid,
+            threads=launch.threads,
+            shared=launch.shared,
+            aliases={5: 4},
+        )
+
+    return run
+
+
+def bare_speed(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
+    """Of calls that nothing but zeros of counts is between."""
+    used, kv = -(-tokens // O), latents()
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
+    ids = [rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used) for _ in range(4)]
+    tables = [jnp.asarray(table, jnp.int32) for table in ids]
+    positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
+    launch = latent_cuda.configure(q.shape, kv.shape, used, VALUES, scale=SCALE, first=False, **tuning)
+    one = bare(launch, q.shape)
+
+    def chain(q: jax.Array, kv: jax.Array, tables: list[jax.Array], positions: jax.Array) -> jax.Array:
+        found = one(q, kv, tables[0], positions, positions)
+        for table in tables[1:]:
+            found = one(q, kv, table, positions, found[4])
+        return found[0]
+
+    return {"us": 1e6 * time_call(jax.jit(chain), q, kv, tables, positions, calls=4)}
+
+
 def speed(rows: int, tokens: int, heads: int, reference_too: bool, **tuning: Any) -> dict[str, Any]:
     used, kv = -(-tokens // O), latents()
     calls = 4 if rows * tokens > 100_000 else 16
@@ -137,12 +180,17 @@ PHASES = (
     "values",
     "results",
     "merge",
+    "told",
+    "map",
+    "tables",
+    "cluster",
 )
 
 
 def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     """Median cycles of the phases of `latent_many.cu`, of all blocks of threads that had work, for a warp of either
-    warpgroup; of those of the loop, for a block of 64 tokens."""
+    warpgroup and the one that copies, whose "keys" are waits for room and whose "values" are copies; of those of the
+    loop, for 64 tokens."""
     used, kv = -(-tokens // O), latents()
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
@@ -151,33 +199,40 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     launch = latent_cuda.configure(
         q.shape, kv.shape, used, VALUES, scale=SCALE, first=False, source=latent_cuda.MANY, timeline=True, **tuning
     )
-    ptx = rtc.compile_ptx(latent_cuda.MANY, launch.macros)
-    shapes = [jax.ShapeDtypeStruct(*shape) for shape in latent_cuda.results(launch, q.shape)]
-
-    @jax.jit
-    def run(*arguments: jax.Array) -> jax.Array:
-        arguments = (*arguments, positions, jnp.zeros(shapes[4].shape, jnp.int32))
-        return call.launch(
-            latent_cuda.MANY,
-            ptx,
-            arguments,
-            shapes,
-            grid=launch.grid,
-            threads=launch.threads,
-            shared=launch.shared,
-            aliases={5: 4},
-        )[-1]
-
+    run = jax.jit(bare(launch, q.shape))
     for _ in range(3):
-        times = np.asarray(run(q, kv, pages, positions), np.int64)
+        times = np.asarray(run(q, kv, pages, positions, positions)[-1], np.int64)
     worked = times[times[:, 0, 2] > 0]
     blocks = rows * -(-tokens // 64) * (2 if heads > 64 else 1) / max(1, len(worked))
     found: dict[str, Any] = {"worked": len(worked), "blocks": blocks}
-    for warp in (0, 4):
+    for warp in (0, 4, 8):
         for which, name in enumerate(PHASES):
             each = blocks if 2 <= which <= 7 or which == 10 else 1
             found[f"{name}_{warp // 4}"] = int(np.median(worked[:, warp, which]) / each)
     return found
+
+
+TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
+    # query heads, and how the kernel for many of them goes about it
+    (64, {}),
+    (64, {"block": 32}),
+    (64, {"block": 32, "ahead": 4}),
+    (64, {"block": 32, "ahead": 8}),
+    (64, {"block": 32, "ahead": 0}),
+    (64, {"block": 32, "order": 1}),
+    (64, {"order": 1}),
+    (64, {"order": 1, "ahead": 4}),
+    (64, {"block": 32, "ahead": 4, "queries_first": True}),
+    (128, {}),
+    (128, {"order": 1}),
+    (128, {"queries_first": True}),
+    (128, {"block": 32}),
+    (128, {"block": 32, "ahead": 4}),
+    (128, {"block": 32, "ahead": 6}),
+    (128, {"block": 32, "order": 1}),
+    (128, {"block": 32, "ahead": 4, "queries_first": True}),
+    (128, {"block": 32, "ahead": 4, "cluster": 1}),
+)
 
 
 def rows() -> Iterator[Row]:
@@ -185,9 +240,18 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
+    yield Row("right many 32", partial(right, block=32, queries_first=True, **many))
     yield Row("right large many", partial(right_large, **many))
-    for count in (64, 8):
-        yield Row(f"phases of many B={count} x 4096, 128 heads", partial(phases, count, 4096, 128))
+    yield Row("right large many 32", partial(right_large, block=32, **many))
+    for count, heads, block in ((64, 128, 64), (64, 128, 32), (64, 64, 64), (64, 64, 32), (8, 128, 32)):
+        yield Row(
+            f"phases of many B={count} x 4096, {heads} heads {block}", partial(phases, count, 4096, heads, block=block)
+        )
+    for heads, tuning in TRIALS:
+        name = f"trial B=64 x 4096, {heads} heads " + " ".join(f"{key} {int(value)}" for key, value in tuning.items())
+        yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))
+    for heads in (128, 64, 16):
+        yield Row(f"bare B=64 x 4096, {heads} heads", partial(bare_speed, 64, 4096, heads))
     yield Row("three roles B=64 x 4096, 128 heads", partial(speed, 64, 4096, 128, False, source=latent_cuda.KERNEL))
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))

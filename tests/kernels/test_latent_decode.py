@@ -69,6 +69,14 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         (4, 64, 8, 37),
         {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many"},
     ),
+    "many_whole_32": (
+        (3, 128, 32, 9),
+        {"processors": 4, "source": "latent_many", "whole": 10, "block": 32, "ahead": 3, "queries_first": True},
+    ),
+    "many_window_32": (
+        (3, 64, 64, 7),
+        {"processors": 4, "window": 99, "whole": 1, "min_share": 1, "source": "latent_many", "block": 32, "order": 1},
+    ),
     "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }
 
@@ -135,15 +143,15 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "half_freed_early": (
         "many_whole",
         "latent_many.cu",
-        "      wgmma_wait<0>();\n      keep_weights(theirs);\n      free(1 - group);\n"
-        "      phase_ends(shared, 6);\n    }\n    tell_weights(run.token + block * BLOCK, run.last, keep);\n",
-        "      free(1 - group);\n    }\n    tell_weights(run.token + block * BLOCK, run.last, keep);\n"
-        "    wgmma_wait<0>();\n",
+        "      wgmma_wait<0>();\n      end_their_values(count - 1);\n    }\n"
+        "    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);\n",
+        "      end_their_values(count - 1);\n    }\n"
+        "    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);\n    wgmma_wait<0>();\n",
     ),
     "other_weights_not_awaited": (
         "many_whole",
         "latent_many.cu",
-        "    barrier_wait(weights_ready(smem, stage), phase);\n",
+        "    barrier_wait(weights_ready(smem, stage), phase_of(count));\n",
         "",
     ),
     "weights_over_keys": (

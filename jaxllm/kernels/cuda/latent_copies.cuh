@@ -1,7 +1,7 @@
 // Latents brought into stages of shared memory by the tensor memory accelerator, panel by panel, by one warp.
 //
-// Macros: CLUSTER; BOX; AHEAD; VALUES and those of latent.cuh. Constants of the includer: BARRIERS_AT, READY_AT and FREED_AT,
-// where barriers are; those of latent.cuh.
+// Macros: CLUSTER; BOX; AHEAD; QUERIES_FIRST; VALUES and those of latent.cuh. Constants of the includer: BARRIERS_AT,
+// READY_AT and FREED_AT, where barriers are; those of latent.cuh. A function of it: phase_ends(shared, which).
 #pragma once
 #include "cluster.cuh"
 #include "latent.cuh"
@@ -16,8 +16,9 @@ DEVICE u32 half_freed(u32 smem, int stage, int half) { return smem + FREED_AT + 
 // Weights lie where the last panel was, which only scores need.
 constexpr int WEIGHTS_IN_STAGE = (PANELS - 1) * PANEL;
 
-// The use of a stage by block `count` of all that a CTA has.
-DEVICE u32 phase_of(int count) { return count / 2 & 1; }
+// The stage of block `count` of all that a CTA has, and its use of it.
+DEVICE int stage_of(int count) { return count % STAGES; }
+DEVICE u32 phase_of(int count) { return count / STAGES & 1; }
 
 // Where the tokens that a lane copies of each block lie.
 struct Boxes {
@@ -45,21 +46,28 @@ struct Boxes {
 };
 
 // The warp that brings latents. Its loop holds little: what it does between blocks makes all wait.
-DEVICE void bring(u32 smem, const Rows& rows, const Walk& walk, const u16* kv, const void* map, const int* pages, int rank, int lane) {
+DEVICE void bring(
+    u8* shared, u32 smem, const Rows& rows, const Walk& walk, const u16* kv, const void* map, const int* pages, int rank,
+    int lane
+) {
   constexpr int MINE = BLOCK / BOX / CLUSTER;  // boxes of a block, one for a lane
   const int box = (rank * MINE + min(lane, MINE - 1)) * BOX;
   Boxes boxes(rows, walk, pages, box);
   int queue[AHEAD + 1];
 #pragma unroll
   for (int i = 0; i <= AHEAD; ++i) queue[i] = boxes.next();
+  phase_ends(shared, 0);
+  if (QUERIES_FIRST && queue[0] >= 0) named_sync(4, 288);
 #pragma unroll 1
   for (int count = 0; queue[0] >= 0; ++count) {
-    const int stage = count & 1, token = queue[0];
+    const int stage = stage_of(count), token = queue[0];
     const u32 phase = phase_of(count) ^ 1, to = smem + KV_AT + stage * STAGE + box * ROW;
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
-      const int half = part ^ stage;  // first that of the warpgroup which wants it first
+      const int half = part ^ (count & 1);  // first that of the warpgroup which wants it first
+      phase_ends(shared, 7);
       barrier_wait(half_freed(smem, stage, half), phase);
+      phase_ends(shared, 2);
 #pragma unroll 1
       for (int i = 0; i < HALF + part; ++i) {
         const int panel = i < HALF ? half * HALF + i : PANELS - 1;

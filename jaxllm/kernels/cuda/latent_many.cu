@@ -9,20 +9,20 @@
 // A CTA has 64 query heads and two warpgroups, each with half of the VALUES numbers of the results. Each makes the
 // weights of every other block of BLOCK tokens, for both: those of a block follow from the highest scores of the blocks
 // before, so that they come in turn, and while one warpgroup has a softmax, the other has products. A warp more lets the
-// tensor memory accelerator bring block b to stage b mod 2, as soon as its half of the block before there is free.
+// tensor memory accelerator bring block b to stage b mod STAGES, as soon as its half of the block before there is free.
 //
 // CLUSTER CTAs have the heads of a row, 64 each; each brings its part of a block's tokens to the shared memory of all, so
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
-// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
-// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; TIMELINE; MIN_SHARE;
-// WHOLE; SCALE; FIRST.
+// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, of which more are under way;
+// CLUSTER; CTAS: clusters; BOX tokens of a copy, which O is a multiple of; AHEAD: blocks that the second-level cache is told
+// of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; TIMELINE;
+// QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
-#define BLOCK 64
 #define ITEMS_IN_EQUAL_PARTS
 
-constexpr int TILE = 64, STAGES = 2, Q = 1;
+constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE * CLUSTER - 1) / (TILE * CLUSTER), M = HEADS < TILE ? HEADS : TILE;
 constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = 32;
 // Shared memory: queries, stages of latents, what blocks' weights go with, sums of rows, barriers, tables.
@@ -37,8 +37,6 @@ constexpr float TO_EXPONENT = (float)(SCALE * LOG2E), NOTHING = (float)(MASKED /
 static_assert(VALUES == 512 && H == 576 && HEADS % M == 0 && O % BOX == 0, "not what this kernel was written for");
 static_assert(ITEMS * CLUSTER * M == HEADS && BLOCK % (BOX * CLUSTER) == 0, "not what this kernel was written for");
 
-#include "latent_copies.cuh"
-
 // Cycles of each warp's phases, of which the last slot has the clock at the end of the latest; nothing without TIMELINE.
 DEVICE void phase_ends(u8* shared, int which) {
   if (!TIMELINE || threadIdx.x % 32) return;
@@ -47,6 +45,8 @@ DEVICE void phase_ends(u8* shared, int which) {
   times[which] += now - times[PHASES - 1];
   times[PHASES - 1] = now;
 }
+
+#include "latent_copies.cuh"
 
 // A warpgroup: half of the results, and the weights of every other block.
 struct Attention {
@@ -65,7 +65,8 @@ struct Attention {
   DEVICE float2* told(int stage) const { return (float2*)(shared + TOLD_AT) + stage * TILE; }
   DEVICE uint4* weights(int stage) const { return (uint4*)(shared + KV_AT + stage * STAGE + WEIGHTS_IN_STAGE); }
 
-  DEVICE void load_queries(const u16* from) {
+  // With QUERIES_FIRST, `begins`: latents may be fetched from now on.
+  DEVICE void load_queries(const u16* from, bool begins) {
     const int m = (group * 128 + thread) / 8, chunk = thread % 8;
     const u32 to = smem + m * ROW + ((chunk ^ m % 8) << 4);
 #pragma unroll
@@ -77,6 +78,7 @@ struct Attention {
         cp_async_16(to + panel * QUERY_PANEL + i * ROW, row + panel * 64, real ? 16 : 0);
     }
     cp_async_commit();
+    if (QUERIES_FIRST && begins) named_sync(4, 288);
     cp_async_wait<0>();
     fence_products();
     named_sync(3, 256);
@@ -89,14 +91,16 @@ struct Attention {
     for (int i = 0; i < 2; ++i) top[i] = own_top[i] = MASKED, sum[i] = 0.f;
   }
 
-  // Begins the scores of this warpgroup's next block, panel by panel as they come.
-  DEVICE void multiply_keys(u32 phase) {
-    const u64 keys = matrix_descriptor(smem + KV_AT + group * STAGE, ROW, 16, 8 * ROW);
+  // Begins the scores of this warpgroup's next block, panel by panel as they come. count: of all its CTA's blocks before.
+  DEVICE void multiply_keys(int count) {
+    const int stage = stage_of(count);
+    const u32 phase = phase_of(count);
+    const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
     wgmma_pin(s);
 #pragma unroll
     for (int i = 0; i < PANELS; ++i) {
       const int panel = i < 2 * HALF ? i ^ group * HALF : i;
-      barrier_wait(panel_full(smem, group, panel), phase);
+      barrier_wait(panel_full(smem, stage, panel), phase);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -132,10 +136,10 @@ struct Attention {
     for (int i = 0; i < VALUES / 4; ++i) o[i] *= i / 2 % 2 ? second : first;
   }
 
-  // The other warpgroup's weights of its block in stage 1 - group; results shrink to what goes with them.
-  DEVICE void take_weights(u32 phase) {
-    const int stage = 1 - group;
-    barrier_wait(weights_ready(smem, stage), phase);
+  // The other warpgroup's weights of its block, `count`; results shrink to what goes with them.
+  DEVICE void take_weights(int count) {
+    const int stage = stage_of(count);
+    barrier_wait(weights_ready(smem, stage), phase_of(count));
 #pragma unroll
     for (int i = 0; i < BLOCK / 16; ++i) {
       const uint4 four = weights(stage)[i * 128 + thread];
@@ -184,63 +188,80 @@ struct Attention {
   }
 
   // Tells the other warpgroup of them.
-  DEVICE void tell_weights(int token, int last, const float (&keep)[2]) {
+  DEVICE void tell_weights(int stage, int token, int last, const float (&keep)[2]) {
     const bool tail = token + BLOCK - 1 > last;
     named_sync(1 + group, 128);  // all have the scores: the last panel is read
 #pragma unroll
     for (int i = 0; i < BLOCK / 16; ++i)
-      weights(group)[i * 128 + thread] = make_uint4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
+      weights(stage)[i * 128 + thread] = make_uint4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) told(group)[row + half * 8] = make_float2(top[half], keep[half]);
+      for (int half = 0; half < 2; ++half) told(stage)[row + half * 8] = make_float2(top[half], keep[half]);
     }
     if (tail) {  // what nobody sees may be anything, also NaNs
       const int seen = last - token + 1;
 #pragma unroll 1
       for (int at = thread; at < (BLOCK - seen) * VALUES / 8; at += 128) {
         const int panel = at % (VALUES / 64), chunk = at / (VALUES / 64);
-        *(uint4*)(shared + KV_AT + group * STAGE + panel * PANEL + seen * ROW + chunk * 16) = make_uint4(0, 0, 0, 0);
+        *(uint4*)(shared + KV_AT + stage * STAGE + panel * PANEL + seen * ROW + chunk * 16) = make_uint4(0, 0, 0, 0);
       }
       fence_products();
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(weights_ready(smem, group));
+    if (lane == 0) barrier_arrive(weights_ready(smem, stage));
     if (tail) named_sync(1 + group, 128);
   }
 
   // Block `block` of a run, of this warpgroup, and the values of the one before, of the other; BEFORE: whether there is one.
   template <bool BEFORE>
   DEVICE void step(int before, const Run& run, int block, int lowest) {
-    const u32 phase = phase_of(before + block), phase_before = phase_of(before + block - 1);
-    multiply_keys(phase);
-    phase_ends(shared, 2);
-    if (BEFORE) {
-      take_weights(phase_before);
-      phase_ends(shared, 3);
-      multiply_values(1 - group, theirs);
-      wgmma_wait<1>();
-    } else {
+    const int count = before + block;
+    if (BEFORE && ORDER == 1) {
+      multiply_their_values(count - 1);
+      wgmma_wait<0>();  // not after the keys, which may be late
+      end_their_values(count - 1);
+      multiply_keys(count);
+      phase_ends(shared, 2);
       wgmma_wait<0>();
+    } else {
+      multiply_keys(count);
+      phase_ends(shared, 2);
+      if (BEFORE) {
+        multiply_their_values(count - 1);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
     }
     wgmma_pin(s);
     phase_ends(shared, 4);
     float keep[2];
     make_weights(run.token + block * BLOCK, lowest, run.last, keep);
     phase_ends(shared, 5);
-    if (BEFORE) {
+    if (BEFORE && ORDER == 0) {
       wgmma_wait<0>();
-      keep_weights(theirs);
-      free(1 - group);
-      phase_ends(shared, 6);
+      end_their_values(count - 1);
     }
-    tell_weights(run.token + block * BLOCK, run.last, keep);
+    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);
     phase_ends(shared, 10);
     shrink(keep[0], keep[1]);
-    multiply_values(group, mine);
+    multiply_values(stage_of(count), mine);
     wgmma_wait<0>();
     keep_weights(mine);
-    free(group);
+    free(stage_of(count));
     phase_ends(shared, 7);
+  }
+
+  // Begins products of block `count`, of the other warpgroup; and what comes after their end.
+  DEVICE void multiply_their_values(int count) {
+    take_weights(count);
+    phase_ends(shared, 3);
+    multiply_values(stage_of(count), theirs);
+  }
+  DEVICE void end_their_values(int count) {
+    keep_weights(theirs);
+    free(stage_of(count));
+    phase_ends(shared, 6);
   }
 
   // Products read registers behind the compiler's back: until here they hold the weights.
@@ -259,11 +280,9 @@ struct Attention {
 #pragma unroll 1
     for (; block < run.blocks; block += 2) step<true>(before, run, block, lowest);
     if (block > run.blocks) return;
-    take_weights(phase_of(before + block - 1));  // the last block is the other's
-    multiply_values(1 - group, theirs);
+    multiply_their_values(before + block - 1);  // the last block is the other's
     wgmma_wait<0>();
-    keep_weights(theirs);
-    free(1 - group);
+    end_their_values(before + block - 1);
   }
 };
 
@@ -284,7 +303,7 @@ DEVICE void attend(
     if (!run.blocks) break;
     const size_t target = (size_t)run.row * HEADS + (run.item * CLUSTER + rank) * TILE;
     phase_ends(shared, 0);
-    attention.load_queries(q + target * H);
+    attention.load_queries(q + target * H, blocks == 0);
     phase_ends(shared, 1);
     attention.clear();
     attention.attend(blocks, run, FIRST ? first[run.row] : 0);
@@ -382,9 +401,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   }
   if (warp == 8)  // the queries' room is scratch: they come after the barriers below
     make_map(smem, map, {kv, {H, 1 << 30, 1, 1}, {H * 2, H * 2, H * 2}, {64, BOX, 1, 1}}, lane);
+  phase_ends(shared, 11);
   const Rows rows(shared + TABLES_AT, gridDim.x / CLUSTER);
   const Work work(rows, positions, first, cluster);  // its barriers show the block what was written above, too
+  phase_ends(shared, 12);
   if (CLUSTER > 1) cluster_sync();
+  phase_ends(shared, 13);
 #pragma unroll 1
   for (int r = cluster; r < rows.count; r += CTAS) {  // rows that see nothing
     if (rows.last[r] >= 0) continue;
@@ -396,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   }
   if (warp >= 8) {
     registers_fewer<40>();
-    if (warp == 8) bring(smem, rows, work.walk, kv, map, pages, rank, lane);
+    if (warp == 8) bring(shared, smem, rows, work.walk, kv, map, pages, rank, lane);
   } else {
     registers_more<232>();
     attend(

@@ -56,6 +56,8 @@ def configure(
     source: str | None = None,
     cluster: int | None = None,
     ahead: int = AHEAD,
+    order: int = 0,
+    queries_first: bool = False,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -64,7 +66,7 @@ def configure(
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
+    ahead, order, queries_first: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
     timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
@@ -96,9 +98,10 @@ def configure(
     }
     tables = (12 if first else 8) * R + 4
     if many:
-        macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, BLOCK // cluster), "AHEAD": ahead}
-        macros |= {"TIMELINE": int(timeline)}
-        shared = 2 * (TILE + 2 * BLOCK) * H + 24 * TILE + 8 * (2 * 9 + 2 + 4) + 48 + 2 * 12 * 4 + tables
+        macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
+        macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
+        stages = 128 // block
+        shared = 2 * (TILE + 128) * H + 8 * TILE * (stages + 1) + 8 * stages * (9 + 1 + 2) + 48 + 2 * 12 * 4 + tables
         shared += 12 * 16 * 4 * timeline
         return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
     macros["BLOCK"] = block
