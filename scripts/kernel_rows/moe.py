@@ -12,7 +12,7 @@ import numpy as np
 from kernel_rows._measure import FLOPS, Row, difference, rate, time_call
 
 from jaxllm.formats import Format
-from jaxllm.kernels.cuda.timeline import phases
+from jaxllm.kernels.cuda.timeline import ends, phases
 from jaxllm.kernels.grouped_matmul import cuda, reference, ring_cuda, tiles_cuda
 from jaxllm.kernels.grouped_matmul.cuda import Tiling
 from jaxllm.kernels.linear.quantized import Weight, quantize
@@ -235,7 +235,51 @@ def layers_timeline(tokens: int, count: int = 12, **options: Any) -> dict[str, A
     found = phases(np.asarray(times)[1:-1], one_token.PHASES)
     for name, three in found.items():
         print(f"    {name:20}" + "".join(f"{us:8.2f}" for us in three))
+    print("    when phases end: first, median, last warp with products; and of attention alone")
+    for name, groups in ends(np.asarray(times)[1:], one_token.PHASES, HEADS[shape][1]).items():
+        print(f"    {name:20}" + " |".join("".join(f"{us:8.2f}" for us in three) for three in groups))
     return {"us": found["all"][1]}
+
+
+def layers_predicted(count: int = 12) -> dict[str, Any]:
+    """How many of a layer's experts the stream before its attention says: of the first 4 and 8 that it says, the share
+    that is chosen (`token_prediction.cuh`)."""
+    operands, X = many_layers("qwen3-30b-a3b", 192, count), SHAPES["qwen3-30b-a3b"][1]
+    choice = router.Choice(X, 1e-6)
+
+    @jax.jit
+    def follow(token: layers.Token, layer: layers.Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def scores(layer: layers.Layer, x: jax.Array) -> jax.Array:
+            return (x.astype(jnp.float32) * layer.mlp_norm) @ layer.router.astype(jnp.float32).T
+
+        how: dict[str, Any] = {"activation": "silu", "scale": QK_SCALE}
+        silent = layer._replace(down=jnp.zeros_like(layer.down))
+        middle, _ = layers.plain(layers.Operands(token, (silent,)), choice, **how)
+        after, _ = layers.plain(layers.Operands(token, (layer,)), choice, **how)
+        return after.astype(BF16), *(jax.lax.top_k(scores(layer, x)[0], X)[1] for x in (token.x, middle))
+
+    token, found = operands.token, []
+    for layer in operands.layers:
+        x, *both = follow(token, layer)
+        said, chosen = (np.asarray(experts) for experts in both)
+        found.append([np.isin(said[:n], chosen).mean() for n in (4, X)])
+        token = token._replace(x=x)
+    first, all_of_them = np.mean(found, axis=0)
+    return {"first_4": float(first), "first_8": float(all_of_them), "layers": count}
+
+
+VARIANTS: tuple[dict[str, int], ...] = (
+    {"TENSOR": 1},
+    {"PREDICTED": 3},
+    {"PREDICTED": 3, "GO": 0},
+    {"TENSOR": 1, "PREDICTED": 2},
+    {"TENSOR": 1, "PREDICTED": 3},
+    {"TENSOR": 1, "PREDICTED": 4},
+    {"TENSOR": 1, "PREDICTED": 6},
+    {"TENSOR": 1, "NEXT": 3},
+    {"TENSOR": 1, "PREDICTED": 3, "NEXT": 3},
+)
+"""Macros of `cuda/moe_layers.cu`."""
 
 
 def rows() -> Iterator[Row]:
@@ -244,6 +288,11 @@ def rows() -> Iterator[Row]:
     qwen3 = partial(layers_speed, "qwen3-30b-a3b")
     yield Row("layers qwen3-30b-a3b at 192 tokens", partial(qwen3, 192))
     yield Row("layers timeline at 192 tokens", partial(layers_timeline, 192))
+    yield Row("layers predicted", layers_predicted)
+    for macros in VARIANTS:
+        name = ", ".join(f"{name} {value}" for name, value in macros.items())
+        yield Row(f"layers variant {name}", partial(qwen3, 192, macros=macros))
+        yield Row(f"layers phases of variant {name}", partial(layers_timeline, 192, macros=macros))
     yield Row("layers qwen3-30b-a3b at 192 tokens, one a launch", partial(qwen3, 192, most=1))
     for tokens in (1000, 4000, 32_000):
         yield Row(f"layers qwen3-30b-a3b at {tokens} tokens", partial(qwen3, tokens))

@@ -98,6 +98,24 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch, request) -> No
     assert np.array_equal(np.asarray(out), np.asarray(token.x))
 
 
+@pytest.mark.parametrize(
+    "macros", [{"PREDICTED": 1, "NEXT": 3}, {"PREDICTED": 2, "GO": 0, "TENSOR": 1}], ids=lambda macros: ",".join(macros)
+)
+def test_what_changes_no_result(macros: dict[str, int], emulated, monkeypatch) -> None:
+    """What the second-level cache fetches, and who multiplies, but for the order of sums."""
+    monkeypatch.setattr(call, "SMS", 11)
+    monkeypatch.setattr(cuda, "WARPS", 4)
+    choice = Choice(2, 1e-6)
+    how: dict = {"activation": "silu", "scale": 0.1, "slots": 4}
+    operands = reference.random_operands(256, (8, 2), 8, 256, 70, layers=2)
+    plain, other = (
+        cuda.implementation(operands, choice, macros={"IDLE": 2, **more}, **how)(operands) for more in ({}, macros)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (plain, other)), strict=True):
+        a, b = (np.asarray(array, np.float32) for array in (a, b))
+        assert np.array_equal(a, b) if "TENSOR" not in macros else np.abs(a - b).max() <= 0.01 * np.abs(b).max()
+
+
 @pytest.mark.slow
 def test_rows_that_come_one_by_one(emulated, monkeypatch) -> None:
     """512 pairs of rows for queries, keys and values, and 6 warps: the last rounds' rows are one for each warp."""
@@ -136,6 +154,10 @@ def test_the_timeline_of_layers(emulated, monkeypatch) -> None:
     assert all(0 <= low <= middle <= high for low, middle, high in found.values())
     whole = times[:, :, :, -1].max((1, 2)) - times[:, :, :, -2].min((1, 2))
     assert found["all"][1] == pytest.approx(1e-3 * float(np.median(whole)))
+    of_groups = timeline.ends(np.asarray(times), cuda.PHASES, 1)
+    assert all(low <= middle <= high for groups in of_groups.values() for low, middle, high in groups)
+    latest = [[group[2] for group in groups] for groups in of_groups.values()]
+    assert (np.diff(latest, axis=0) > 0).all(), latest
 
 
 def test_what_the_kernel_cannot_do() -> None:

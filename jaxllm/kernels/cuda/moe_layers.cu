@@ -13,12 +13,18 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's.
+// NEXT: items of a warp's queries, keys and values of the next layer that come to the second-level cache with the end of this
+// one.
 // IDLE KV: a block for each KV head does nothing but attention, which all wait for.
 // LAYERS and, for each of them, what the kernel takes: LAYER_PARAMETERS and POOL_PARAMETERS are parameters, pointers to the
 // arrays of `Layer` and to the pool, which FILL_TABLE writes to a `table` of Layer.
 #include "moe_layer.cuh"
 #include "token_attention.cuh"
 #include "token_experts.cuh"
+
+#ifndef NEXT
+#define NEXT 0
+#endif
 
 struct Layer {
   const float* norm;     // [WIDTH]
@@ -50,6 +56,11 @@ struct Qkv {
 DEVICE int stages_at(const Qkv&, int item) { return stages_of<Qkv>() / (item < Qkv::PAIRS ? 1 : 2); }
 DEVICE int items_of(const Qkv& product) { return product.items; }
 DEVICE int second_inputs(const Qkv&, int item) { return item < Qkv::PAIRS ? 0 : WIDTH / 16; }
+// Lets the second-level cache fetch this warp's first items.
+DEVICE void prefetch_items(const Qkv& qkv, int items) {
+  const int lane = threadIdx.x % 32, item = first_item() + lane / 2 * WORKERS;
+  if (lane / 2 < items && item < Qkv::ITEMS) prefetch(qkv.start(item, lane % 2), item < Qkv::PAIRS ? WIDTH * 2 : WIDTH);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const u16* __restrict__ x,         // [WIDTH], the residual stream
@@ -91,13 +102,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; ++layer) {
       const Layer& of = table[layer];
+      const u32 mark = TOLD * (layer + 1);
+      auto made = [&](int head) { tell_go(words, head, mark); };
       const Timeline timeline = {times + layer * (BLOCKS * WARPS * MARKS)};
       timeline.mark_end(0);
       for (int i = 0; i < 3; ++i) timeline.mark(i);
       prefetch_pages(pages, of.pool, tokens, part, parts);
       copy_units(shared, pages, of.pool, tokens, part, parts);
       attend(shared, words, of.q_norm, of.k_norm, cosine, sine, page, slot, pages, of.pool, found, sums, tokens, part, parts,
-             timeline, TOLD * (layer + 1));
+             timeline, mark, made);
       for (int i = 4; i < 16; ++i) timeline.mark(i);
       timeline.mark_end(1);
     }
@@ -124,11 +137,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     // What comes from memory for the middle of the layer is there before much else is on its way.
     const NormWeight weight(of.mlp_norm);
     Scores of_experts(of.router, of.mlp_norm);
+    const Prediction prediction(of.router);
     if (part < parts) prefetch_pages(pages, of.pool, tokens, part, parts);
     if (ROOM && (int)blockIdx.x < IDLE) copy_units(shared, pages, of.pool, tokens, part, parts);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD);
     timeline.mark(1);
-    float factor = of_stream.norm(shared, first_weight);
+    float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
+    float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
+    if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
     const Qkv qkv = {of.qkv, Qkv::ITEMS};
     const Output output = {of.output};
     Ring<Qkv, Output> ring(qkv, output, place);
@@ -139,9 +155,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     });
     timeline.mark(2);
 
+    auto made = [&](int head) { tell_go(words, head, mark); };
     if (part < parts)
       attend(shared, words, of.q_norm, of.k_norm, cosine, sine, page, slot, pages, of.pool, found, sums, tokens, part, parts,
-             timeline, mark);
+             timeline, mark, made);
     else timeline.mark(3);
     timeline.mark(4);
     if (parts > 1) {
@@ -150,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }
     timeline.mark(5);
 
+    if (PREDICTS && part >= parts && first_item() < GateUp::ITEMS) fetch_predicted(words, of.gate_up, mark);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
     timeline.mark(6);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
@@ -185,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     experts.fill();
     if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark);
     timeline.mark(14);
+    if (NEXT && !last) prefetch_items(Qkv{table[layer + 1].qkv, Qkv::ITEMS}, NEXT);
     bool waits = true;
     auto ready = [&](int stage) {
       if (!waits || stage * STAGE * PIECE < EARLY) return;

@@ -21,6 +21,10 @@
 #define IDLE 0
 #endif
 
+#ifndef TENSOR
+#define TENSOR 0  // 1: products by tensor cores
+#endif
+
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * (BLOCKS - IDLE);
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
 constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
@@ -149,6 +153,63 @@ DEVICE float high_of(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 DEVICE float dot(u32 a, u32 x, float sum) { return high_of(a) * high_of(x) + (low_of(a) * low_of(x) + sum); }
 DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y, x.y, dot(a.x, x.x, 0.f)))); }
 
+// The products of 8 numbers that a lane has of each of two rows with as many inputs of each row, added up over lanes. Tensor
+// cores do it in an eighth of the instructions: their rows are (row, lanes 4 g to 4 g + 3), their columns the same lanes'
+// inputs, and what stands on the diagonal is wanted. Otherwise each lane multiplies its own.
+struct PairSums {
+#if TENSOR
+  float sums[4] = {};
+
+  DEVICE void add(float by, uint4 a, uint4 b, uint4 x) {
+    float found[4] = {};
+    const u32 low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
+    mma_bf16(found, low, x.x, x.y);
+    mma_bf16(found, high, x.z, x.w);
+    add(by, found);
+  }
+  DEVICE void add(float by, uint4 a, uint4 b, uint4 of_a, uint4 of_b) {
+    float found[4] = {};
+    const u32 low[4] = {a.x, 0, a.y, 0}, high[4] = {a.z, 0, a.w, 0};
+    mma_bf16(found, low, of_a.x, of_a.y);
+    mma_bf16(found, high, of_a.z, of_a.w);
+    const u32 other_low[4] = {0, b.x, 0, b.y}, other_high[4] = {0, b.z, 0, b.w};
+    mma_bf16(found, other_low, of_b.x, of_b.y);
+    mma_bf16(found, other_high, of_b.z, of_b.w);
+    add(by, found);
+  }
+  DEVICE void add(float by, const float (&found)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += by * found[i];
+  }
+  // All lanes have the sums of both rows.
+  DEVICE void reduce(float (&sum)[2]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int row = 0; row < 2; ++row)  // of the four lanes of g, the one with columns 2 (g / 2) and 2 (g / 2) + 1
+      sum[row] = __shfl_sync(~0u, lane / 4 % 2 ? sums[2 * row + 1] : sums[2 * row], lane / 4 * 4 + lane / 8);
+#pragma unroll
+    for (int by = 16; by > 2; by /= 2)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
+  }
+#else
+  float sums[2] = {};
+
+  DEVICE void add(float by, uint4 a, uint4 b, uint4 of_a, uint4 of_b) {
+    sums[0] += by * dot(a, of_a);
+    sums[1] += by * dot(b, of_b);
+  }
+  DEVICE void add(float by, uint4 a, uint4 b, uint4 x) { add(by, a, b, x, x); }
+  DEVICE void reduce(float (&sum)[2]) const {
+    sum[0] = sums[0], sum[1] = sums[1];
+#pragma unroll
+    for (int by = 16; by; by /= 2)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
+  }
+#endif
+};
+
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
 // part of the sum. finish(item, sums of its two rows, what before(item) gave) is called by whole warps; sums are float32.
 // ready(stage) is called before the inputs of a stage are read.
@@ -162,8 +223,9 @@ DEVICE void multiply(
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = first_item(); item < Product::ITEMS; item += WORKERS) {
-    float sum[2] = {};
+    PairSums sums;
     const u32 known = before(item);
+    const int second = second_inputs(product, item);
 #pragma unroll 1
     for (int stage = 0; stage < stages_at(product, item); ++stage) {
       ready(stage);
@@ -173,19 +235,13 @@ DEVICE void multiply(
       for (int i = 0; i < STAGE; ++i) {
         const int piece = stage * STAGE + i;
         if (Product::PIECES % STAGE && piece >= Product::PIECES) break;
-        const uint4 x = inputs[piece * 32 + lane];
-        const float by = factor(piece);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const uint4 of_row = row ? inputs[piece * 32 + lane + second_inputs(product, item)] : x;
-          sum[row] += by * dot(weights[(i * 2 + row) * 32], of_row);
-        }
+        const uint4 a = weights[i * 2 * 32], b = weights[(i * 2 + 1) * 32], x = inputs[piece * 32 + lane];
+        if (second) sums.add(factor(piece), a, b, x, inputs[piece * 32 + lane + second]);
+        else sums.add(factor(piece), a, b, x);
       }
     }
-#pragma unroll
-    for (int by = 16; by; by /= 2)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
+    float sum[2];
+    sums.reduce(sum);
     finish(item, sum[0], sum[1], known);
   }
 }

@@ -30,3 +30,27 @@ def phases(times: np.ndarray, names: Sequence[str]) -> dict[str, tuple[float, fl
     found["begins late"] = (float(late.min()), float(np.median(late)), float(late.max()))
     found["all"] = (float(whole.min()), float(np.median(whole)), float(whole.max()))
     return found
+
+
+def ends(times: np.ndarray, names: Sequence[str], apart: int = 0) -> dict[str, list[tuple[float, ...]]]:
+    """When phases end, in us after the last block has ended the layer before.
+
+    For each phase that of the first, the median and the last warp, each the median of layers; of the blocks after the
+    first `apart`, and then of these. times: uint32 [L, blocks, warps, MARKS], of L layers of one launch.
+    Multiprocessors have clocks of their own, which are compared with the GPU's at all ends of layers.
+    """
+    count = len(names)
+    marks = (times - times[0, :, :1, :1]).astype(np.int32).astype(np.int64)  # modulo 2^32
+    clock = (times[..., -2:] - times[0, 0, 0, -2]).astype(np.int32).astype(np.int64)
+    each = float((clock[-1, ..., 1] - clock[0, ..., 0]).mean() / (marks[-1, ..., count] - marks[0, ..., 0]).mean())
+    offset = (clock - each * marks[..., [0, count]]).mean((0, 2, 3))  # of blocks
+    at = 1e-3 * (each * marks[..., : count + 1] + offset[None, :, None, None])
+    since = at[1:] - at[:-1, apart:, :, count].max((1, 2))[:, None, None, None]
+    groups = (since[:, apart:], since[:, :apart]) if apart else (since,)
+    return {
+        name: [
+            tuple(float(np.median(of(group[..., phase], axis=(1, 2)))) for of in (np.min, np.median, np.max))
+            for group in groups
+        ]
+        for phase, name in enumerate(names, 1)
+    }

@@ -1,6 +1,6 @@
 // The residual stream, the scores of experts and the choice among them for one token, in moe_layers.cu.
 #pragma once
-#include "moe_layer.cuh"
+#include "token_prediction.cuh"
 
 // A thread's part of the residual stream: what is in memory, or what blocks tell.
 struct Stream {
@@ -29,7 +29,14 @@ struct Stream {
   // By all threads: the stream to shared memory, as it is and times the norm's weight. Returns what the norm multiplies it
   // with besides, which goes to the results of products: so there is one barrier, and not two.
   DEVICE float norm(u8* shared, const NormWeight& weight) const {
+    float none = 0.f;
+    return norm<false>(shared, weight, none);
+  }
+  // OTHER: with it comes the sum of what each thread has in `other`.
+  template <bool OTHER>
+  DEVICE float norm(u8* shared, const NormWeight& weight, float& other) const {
     float* const squares = (float*)(shared + SQUARES_AT);
+    float* const others = (float*)(shared + RESULTS_AT);
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -43,12 +50,22 @@ struct Stream {
       );
     }
 #pragma unroll
-    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+    for (int by = 16; by; by /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, by);
+      if (OTHER) other += __shfl_xor_sync(~0u, other, by);
+    }
+    if (threadIdx.x % 32 == 0) {
+      squares[threadIdx.x / 32] = sum;
+      if (OTHER) others[threadIdx.x / 32] = other;
+    }
     __syncthreads();
     sum = 0.f;
+    if (OTHER) other = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += squares[w];
+    for (int w = 0; w < WARPS; ++w) {
+      sum += squares[w];
+      if (OTHER) other += others[w];
+    }
     return rsqrtf(sum / WIDTH + EPS);
   }
 };

@@ -130,8 +130,8 @@ def launcher(
         "ALONE": alone, "TIMELINE": int(timeline), **_parameters(L), **(macros or {}),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, defined)
-    # What blocks tell one another, and the words of their barrier; and sums of scores.
-    told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F, L * keys * 2
+    # What blocks tell one another, and the words of their barrier; and sums of scores. As in `cuda/moe_layer.cuh`.
+    told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F + -(-E // 4) * 4 + 2 * K, L * keys * 2
     shapes = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         *(jax.ShapeDtypeStruct(layer.kv_PYKOH.shape, jnp.bfloat16) for layer in layers),
