@@ -205,6 +205,8 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     worked = times[times[:, 0, 2] > 0]
     blocks = rows * -(-tokens // 64) * (2 if heads > 64 else 1) / max(1, len(worked))
     found: dict[str, Any] = {"worked": len(worked), "blocks": blocks}
+    done = worked[:, 0, :15].sum(1) - worked[:, 0, PHASES.index("merge")]  # until there is nothing left but to merge
+    found |= {"done_first": int(done.min()), "done_median": int(np.median(done)), "done_last": int(done.max())}
     for warp in (0, 4, 8):
         for which, name in enumerate(PHASES):
             each = blocks if 2 <= which <= 7 or which == 10 else 1
@@ -221,10 +223,12 @@ TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     (64, {"block": 32, "ahead": 0}),
     (64, {"block": 32, "order": 1}),
     (64, {"order": 1}),
+    (64, {"order": 2}),
     (64, {"order": 1, "ahead": 4}),
     (64, {"block": 32, "ahead": 4, "queries_first": True}),
     (128, {}),
     (128, {"order": 1}),
+    (128, {"order": 2}),
     (128, {"queries_first": True}),
     (128, {"block": 32}),
     (128, {"block": 32, "ahead": 4}),

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "many_window_32": (
         (3, 64, 64, 7),
-        {"processors": 4, "window": 99, "whole": 1, "min_share": 1, "source": "latent_many", "block": 32, "order": 1},
+        {"processors": 4, "window": 99, "whole": 1, "min_share": 1, "source": "latent_many", "block": 32, "order": 2},
     ),
     "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }

@@ -16,7 +16,8 @@
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, of which more are under way;
 // CLUSTER; CTAS: clusters; BOX tokens of a copy, which O is a multiple of; AHEAD: blocks that the second-level cache is told
-// of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; TIMELINE;
+// of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; 2: after
+// them, and before their end where they are there already; TIMELINE;
 // QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
@@ -216,12 +217,17 @@ struct Attention {
   template <bool BEFORE>
   DEVICE void step(int before, const Run& run, int block, int lowest) {
     const int count = before + block;
-    if (BEFORE && ORDER == 1) {
+    if (BEFORE && ORDER) {
       multiply_their_values(count - 1);
-      wgmma_wait<0>();  // not after the keys, which may be late
-      end_their_values(count - 1);
+      // Warps may differ in this: their products come in the same order.
+      const u32 keys = panel_full(smem, stage_of(count), PANELS - 1);
+      const bool there = ORDER == 2 && __all_sync(~0u, barrier_is_over(keys, phase_of(count)));
+      if (!there) wgmma_wait<0>();  // not after the keys, which may be late
+      if (!there) end_their_values(count - 1);
       multiply_keys(count);
       phase_ends(shared, 2);
+      if (there) wgmma_wait<1>();
+      if (there) end_their_values(count - 1);
       wgmma_wait<0>();
     } else {
       multiply_keys(count);
