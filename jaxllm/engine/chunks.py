@@ -19,6 +19,7 @@ class Chunks:
         self.max_num_tokens = max_num_tokens
         self.tile = tile
         self.max_tiles = max_tiles
+        self.micro_batches = micro_batches
         self._tile_counts = sorted(tile_counts)
         self._rounds = 2 * micro_batches
         self._share = 0  # prompt tokens of a micro-batch

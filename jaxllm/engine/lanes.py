@@ -206,5 +206,5 @@ class Lanes:
             raise RuntimeError("the lanes count different steps")
         if any(request.finished for request in self._queued.values()):
             raise RuntimeError("a finished request waits for a lane")
-        if any(lane._requests.get(request_id) is None for request_id, lane in self._lane_of.items()):
+        if not all(lane.has(request_id) for request_id, lane in self._lane_of.items()):
             raise RuntimeError("a request is counted to a lane that does not have it")

@@ -24,22 +24,19 @@ from typing import Literal, get_args
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.chunks import Chunks
 from jaxllm.engine.limits import Limits
-from jaxllm.engine.pages import Pages
+from jaxllm.engine.prefill import Prefill
 from jaxllm.engine.request import FinishReason, Request, Sequence, SequenceStatus
-from jaxllm.engine.running import Running
-from jaxllm.engine.step import Chunk, Event, LaneSteps, Step
+from jaxllm.engine.roster import Roster
+from jaxllm.engine.step import Event, LaneSteps, Step
 from jaxllm.engine.turns import whose_turn
-from jaxllm.engine.waiting import WaitingQueue
-
-__all__ = ["CapacityPolicy", "Chunk", "Event", "Scheduler", "Step"]
 
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 
-_WAITING, _RUNNING, _FINISHED = SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED
+_FINISHED = SequenceStatus.FINISHED
 
 
 class Scheduler:
-    """Moves sequences between the waiting queue and the running batch, and pages between them and the pool.
+    """Decides the steps of the device. Its roster moves the sequences, and with them slots and pages.
 
     max_batch_size   sequences that run at the same time (slots)
     max_num_tokens   tokens per step, decodes and prompt chunks together
@@ -96,22 +93,24 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.eos_token_ids = frozenset(eos_token_ids)
         self.micro_batches = micro_batches
-        self.num_preemptions = 0
         self.num_quiet_tokens = 0  # those that `update` returned no event for
         self._num_steps = 0  # scheduled so far
-        self._chunks = Chunks(
+        chunks = Chunks(
             max_num_tokens=max_num_tokens,
             tile=tile,
             max_tiles=max_tiles,
             tile_counts=tile_counts,
             micro_batches=micro_batches,
         )
-        self._limits = Limits(self.max_seq_len, room, None if chunked_prefill else self._chunks)
-        self._pages = Pages(pool, guaranteed=policy == "GUARANTEED_NO_EVICT")
-        self._requests: dict[int, Request] = {}  # unfinished ones
-        self._arrivals = 0
-        self._waiting = WaitingQueue(by_priority=priority_queue)
-        self._running = Running(range(first_slot, first_slot + max_batch_size))
+        self._limits = Limits(self.max_seq_len, room, None if chunked_prefill else chunks)
+        self._roster = Roster(
+            pool,
+            slots=range(first_slot, first_slot + max_batch_size),
+            guaranteed=policy == "GUARANTEED_NO_EVICT",
+            by_priority=priority_queue,
+        )
+        self._waiting, self._running, self._pages = self._roster.waiting, self._roster.running, self._roster.pages
+        self._prefill = Prefill(self._roster, chunks, chunked=chunked_prefill)
 
     # ---- requests come and go -------------------------------------------------------------------------------------
 
@@ -133,8 +132,12 @@ class Scheduler:
     @property
     def num_tokens(self) -> int:
         """Known tokens of all unfinished sequences."""
-        requests = self._requests.values()
-        return sum(len(seq.tokens) for request in requests for seq in request.sequences if not seq.finished)
+        return self._roster.num_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a running sequence lost its pages to others, and was computed again."""
+        return self._roster.num_preemptions
 
     @property
     def has_decodes(self) -> bool:
@@ -153,14 +156,15 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """True while any request is unfinished."""
-        return bool(self._requests)
+        return len(self._roster) > 0
+
+    def has(self, request_id: int) -> bool:
+        """Whether this request is here and unfinished."""
+        return request_id in self._roster
 
     def add(self, request: Request) -> None:
         """Put a request into the queue. ValueError when it can never run; then nothing has changed."""
         self.validate(request)
-        request.arrival = self._arrivals
-        self._arrivals += 1
-        self._requests[request.request_id] = request
         params = request.params
         if params.ignore_eos:
             eos: frozenset[int] = frozenset()
@@ -168,60 +172,26 @@ class Scheduler:
             eos = self.eos_token_ids if params.end_id is None else frozenset((params.end_id,))
         stop_ids = eos | frozenset(params.stop_token_ids or ())
         for seq in request.sequences:
-            seq.rank = (-request.priority, request.arrival, seq.index)
             seq.stop_ids = stop_ids
             seq.max_len = self.max_seq_len
             if params.max_tokens is not None:
                 seq.max_len = min(seq.num_prompt + params.max_tokens, self.max_seq_len)
             seq.max_pages = self.pool.pages_for(seq.max_len - 1)
-        self._waiting.push(request.sequences[0])
+        self._roster.add(request)
 
     def validate(self, request: Request) -> None:
         """ValueError when a request can never run. Reads only what never changes, so any thread may call it."""
-        if request.request_id in self._requests or request.arrival >= 0:
+        if request.request_id in self._roster or request.arrival >= 0:
             raise ValueError(f"request {request.request_id} was added before: use a new id")
         self._limits.check(request)
 
     def abort(self, request: Request) -> None:
         """Cancel a request at once: its pages and slots are free when this returns. No-op when it is not here."""
-        if self._requests.get(request.request_id) is not request:
-            return
-        for seq in request.sequences:
-            if seq.status is not _FINISHED:
-                self._end(seq, FinishReason.CANCELLED, None)
+        self._roster.abort(request)
 
     def finish(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End one sequence now (a stop string was found, or it failed). No-op when it has finished."""
-        if seq.status is _FINISHED:
-            return
-        request = seq.request
-        if not request.forked:
-            self._fork(request)
-        if len(request.sequences) > 1:
-            self._pages.shared.hand_over(seq)
-        self._end(seq, reason, stop_reason)
-
-    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        request = seq.request
-        was_running = seq.status is _RUNNING
-        if was_running:
-            self._leave(seq)
-        elif seq.pages:
-            self._pages.shared.strip(seq)
-        seq.move(_FINISHED)
-        seq.finish_reason = reason
-        seq.stop_reason = stop_reason
-        if not was_running and (request.forked or seq.index == 0):
-            self._waiting.note_finished()
-        if request.finished:
-            self._requests.pop(request.request_id, None)
-
-    def _fork(self, request: Request) -> None:
-        """Let the siblings of the first sequence in: its prompt is computed, or never will be."""
-        request.forked = True
-        for sibling in request.sequences[1:]:
-            if sibling.status is _WAITING:
-                self._waiting.push(sibling)
+        self._roster.finish(seq, reason, stop_reason)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -234,30 +204,17 @@ class Scheduler:
         step = Step()
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
-        tokens = self.max_num_tokens - len(step.decodes)
-        if self.micro_batches > 1 and self.chunked_prefill:
-            tokens = min(tokens, self._prompt_share())
-        tiles = self.max_tiles
-        for seq in self._running.prefilling:
-            if tokens == 0 or tiles == 0 or not prompts:
-                break
-            count = self._add_chunk(step, seq, tokens, tiles)
-            tokens -= count
-            tiles -= self._chunks.tiles(count)
-        # Whoever was preempted in this step needs the pages back: letting others in now would only preempt again.
-        if prompts and self._waiting and self.num_preemptions == preemptions:
-            self._admit(step, tokens, tiles)
-        if step.prefills and self.micro_batches == 1 and self.chunked_prefill:
-            self._chunks.cut_to_fill(step)
+        if prompts:
+            # Whoever was preempted in this step needs the pages back: letting others in would only preempt again.
+            tokens, admit = self.max_num_tokens - len(step.decodes), self.num_preemptions == preemptions
+            self._prefill.fill(step, tokens, admit=admit)
         for chunk in step.prefills:
             if chunk.samples:
                 seq = chunk.seq
-                self._running.decode(seq)
                 seq.num_pending += 1
                 seq.last_step = self._num_steps
                 seq.prompt_ready = True  # from the next step on, hence not before everybody is admitted
-                if not seq.request.forked:
-                    self._fork(seq.request)
+                self._roster.decode(seq)
         if not step.decodes and not step.prefills:
             if self.micro_batches == 1 or not ahead:
                 return None
@@ -322,7 +279,7 @@ class Scheduler:
             if len(decodes) == budget:
                 break
             if position == len(seq.pages) * page_size:
-                if not self._make_room(1, seq):
+                if not self._roster.make_room(1, seq):
                     break  # it preempted itself, and was the last
                 seq.pages += self.pool.allocate(1)
                 step.grown.append(len(decodes))
@@ -335,48 +292,6 @@ class Scheduler:
     def _whose_turn(self, ahead: bool) -> list[Sequence]:
         turns, most = self.micro_batches, self.max_num_tokens
         return whose_turn(self._running.decoding, number=self._num_steps, turns=turns, most=most, ahead=ahead)
-
-    def _prompt_share(self) -> int:
-        """Prompt tokens of one micro-batch."""
-        known = sum(len(seq.tokens) - seq.num_computed for seq in self._running.prefilling)
-        known += self._waiting.num_tokens(self._chunks.most_known)
-        return self._chunks.share(known, under_way=bool(self._running.prefilling))
-
-    def _add_chunk(self, step: Step, seq: Sequence, tokens: int, tiles: int) -> int:
-        start = seq.num_computed
-        count = min(len(seq.tokens) - start, tokens, tiles * self.tile)
-        seq.num_computed = stop = start + count
-        step.prefills.append(Chunk(seq, start, stop, stop == len(seq.tokens)))
-        return count
-
-    def _admit(self, step: Step, tokens: int, tiles: int) -> None:
-        while self._running.free_slots and tokens > 0 and tiles > 0:
-            seq = self._waiting.peek()
-            if seq is None:
-                break
-            if seq.num_pending:
-                break  # preempted a moment ago: its next token is still on the way
-            if not self._take_pages(seq, tokens, tiles):
-                break
-            self._waiting.pop()
-            self._running.enter(seq)
-            step.started.append(seq)
-            count = self._add_chunk(step, seq, tokens, tiles)
-            tokens -= count
-            tiles -= self._chunks.tiles(count)
-
-    def _take_pages(self, seq: Sequence, tokens: int, tiles: int) -> bool:
-        """Give a waiting sequence pages for all its known tokens, as many as possible shared; False: it must wait."""
-        running, chunks = self.num_running, self._chunks
-        if not self._pages.may_fit(seq, running):
-            return False
-        shared, matched = self._pages.find_shared(seq)
-        if not self.chunked_prefill:
-            rest = len(seq.tokens) - len(shared) * self.pool.page_size
-            fits_now = rest <= tokens and chunks.tiles(rest) <= tiles
-            if not fits_now and chunks.fit_one_step(rest):
-                return False
-        return self._pages.take(seq, shared, matched, running)
 
     # ---- results --------------------------------------------------------------------------------------------------
 
@@ -430,41 +345,6 @@ class Scheduler:
             self._pages.register(seq)
         events.append(Event(seq, token, finished, row))
 
-    # ---- pages and slots ------------------------------------------------------------------------------------------
-
-    def _make_room(self, count: int, seq: Sequence) -> bool:
-        """Free pages for a decoding sequence, by preemption if need be; False when it was itself the one to go."""
-        pool = self.pool
-        if pool.num_free >= count:
-            return True
-        self._pages.shared.strip_until(count)
-        while pool.num_free < count:
-            victim = self._running.lowest
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
-
-    def _preempt(self, seq: Sequence) -> None:
-        self._leave(seq)
-        seq.move(_WAITING)
-        self.num_preemptions += 1
-        self._waiting.push(seq)
-
-    def _leave(self, seq: Sequence) -> None:
-        """Take a running sequence out of the batch: pages, slot and reservation are free afterwards."""
-        self._running.leave(seq)
-        self._pages.give_back(seq)
-
     def check(self) -> None:
         """Verify the invariants of the scheduler and its pool; RuntimeError names one that is broken. For tests."""
-        self._running.check()
-        running = self._running.decoding + self._running.prefilling
-        self.pool.check([seq.pages for seq in running + self._pages.shared.heirs])
-        if self._pages.reserved != sum(seq.max_pages for seq in running):
-            raise RuntimeError(
-                f"{self._pages.reserved} pages reserved, but the running sequences do not add up to that"
-            )
-        self._waiting.check()
-        if not self._requests and (running or self._pages.shared.heirs or self._waiting):
-            raise RuntimeError("no request is left, but some of their sequences are")
+        self._roster.check()

@@ -10,7 +10,8 @@ import pytest
 
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.request import FinishReason, Request, SequenceStatus
-from jaxllm.engine.scheduler import Scheduler, Step
+from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.step import Step
 
 EOS = 0
 
@@ -36,7 +37,7 @@ def prompt(length: int, first: int = 100) -> list[int]:
 
 def add(scheduler: Scheduler, tokens: list[int], request_id: int | None = None, **kwargs) -> Request:
     params = Params(**{name: kwargs.pop(name) for name in list(kwargs) if name in Params.__dataclass_fields__})
-    request = Request(scheduler._arrivals if request_id is None else request_id, tokens, params, **kwargs)
+    request = Request(scheduler._roster.arrivals if request_id is None else request_id, tokens, params, **kwargs)
     scheduler.add(request)
     return request
 

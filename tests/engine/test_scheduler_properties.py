@@ -23,7 +23,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from jaxllm.engine.blocks import PagePool
 from jaxllm.engine.request import FinishReason, Request, Sequence
-from jaxllm.engine.scheduler import Event, Scheduler, Step
+from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.step import Event, Step
 
 VOCAB, EOS, STOP_ID = 40, 0, 1
 
