@@ -21,22 +21,18 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import interpreter
-from jaxllm.engine.grammar import GrammarCompiler, Guide, Guides
-from jaxllm.engine.grammar_check import GrammarError
+from jaxllm.engine.grammar import GrammarCompiler, Guides
 from jaxllm.engine.iterations import IterationLog
-from jaxllm.engine.request import FinishReason, Request, Sequence, Update
+from jaxllm.engine.owners import EngineDeadError, Owners
+from jaxllm.engine.request import Request, Sequence
 from jaxllm.engine.results import ResultMaker
 from jaxllm.engine.runner import InFlight
 from jaxllm.engine.start import Started, start
-from jaxllm.engine.step import Event, LaneSteps, Step
+from jaxllm.engine.step import LaneSteps, Step
 
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 0.5  # an idle loop passes this often, so that anyone can tell it from a loop that hangs
-
-
-class EngineDeadError(RuntimeError):
-    """The engine's thread failed, or was shut down with requests pending; the first cause is in `__cause__`."""
 
 
 class Engine:
@@ -61,14 +57,10 @@ class Engine:
         self._results = ResultMaker(parts.tokenizer)
         self._grammars = GrammarCompiler(parts.tokenizer, parts.end_token_ids)
         self._guides = Guides(self._grammars)
+        self._owners = Owners(parts.scheduler, self._results, self._guides, stream_interval=config.stream_interval)
         self.iterations = IterationLog()
         # A request to add, an id to cancel, (id, index) of a sequence to stop, None to shut down.
         self._inbox: queue.SimpleQueue[Request | int | tuple[int, int] | None] = queue.SimpleQueue()
-        self._requests: dict[int, Request] = {}
-        self._bad: dict[int, list[tuple[int, ...]]] = {}
-        self._prepared: dict[int, Guide] = {}  # of requests that the engine's thread has not seen yet
-        self._death: Exception | None = None
-        self._lock = threading.Lock()
         self._beat = time.monotonic()
         self._clock = self._runner.clock
         self._quiet_tokens = 0
@@ -96,14 +88,7 @@ class Engine:
         if any(len(sequence) > 1 for sequence in bad):
             for seq in request.sequences:
                 seq.wait_for_token = True
-        guide = self._guides.prepare(request)
-        with self._lock:
-            if self._death is not None:
-                raise EngineDeadError(str(self._death)) from self._death
-            self._bad[request.request_id] = bad
-            if guide is not None:
-                self._prepared[request.request_id] = guide
-            self._requests[request.request_id] = request
+        self._owners.enter(request, bad, self._guides.prepare(request))
         self._inbox.put(request)
 
     def abort(self, request_id: int) -> None:
@@ -127,7 +112,7 @@ class Engine:
     @property
     def death(self) -> Exception | None:
         """Why the engine does not run any more; None while it does."""
-        return self._death
+        return self._owners.death
 
     @property
     def seconds_silent(self) -> float:
@@ -187,11 +172,7 @@ class Engine:
             logger.exception("the engine failed")
             death = EngineDeadError(f"the engine failed: {error}")
             death.__cause__ = error
-        with self._lock:
-            self._death = death
-            pending, self._requests = list(self._requests.values()), {}
-        for request in pending:
-            self._fail(request, death)
+        self._owners.end_all(death)
         self._runner.release()
         interpreter.release()
         self._grammars.close()
@@ -234,41 +215,11 @@ class Engine:
             if item is None:
                 return False
             if isinstance(item, Request):
-                self._add(item)
+                self._counts["requests"] += self._owners.open(item)
             elif isinstance(item, tuple):
-                self._stop(*item)
-            elif item in self._requests:
-                request = self._requests[item]
-                self._scheduler.abort(request)
-                for seq in request.sequences:
-                    if seq.finish_reason is FinishReason.CANCELLED:
-                        self._notify(request, self._results.take(seq, seq.finish_reason, None))
-                self._forget(request)
-
-    def _add(self, request: Request) -> None:
-        try:
-            self._scheduler.add(request)
-        except ValueError as error:
-            self._forget(request)
-            self._fail(request, error)
-        else:
-            self._results.open(request)
-            guide = self._prepared.pop(request.request_id, None)
-            if guide is not None:
-                self._guides.open(request, guide)
-            self._counts["requests"] += 1
-
-    def _stop(self, request_id: int, index: int) -> None:
-        request = self._requests.get(request_id)
-        if request is None or not 0 <= index < len(request.sequences):
-            return
-        seq = request.sequences[index]
-        if seq.finished or not seq.num_output:
-            return
-        self._scheduler.finish(seq, FinishReason.STOP)
-        self._notify(request, self._results.take(seq, FinishReason.STOP, None))
-        if request.finished:
-            self._forget(request)
+                self._owners.stop(*item)
+            else:
+                self._owners.cancel(item)
 
     def _schedule(self) -> Step | LaneSteps | None:
         started = self._clock.now()
@@ -292,7 +243,7 @@ class Engine:
         return self._runner.launch(step)
 
     def _start(self, seq: Sequence) -> None:
-        self._slots.start(seq, self._bad[seq.request.request_id])
+        self._slots.start(seq, self._owners.bad_words(seq.request))
         params: Any = seq.request.params
         if params.has_penalties:
             self._runner.sampler.reset_penalties(seq)
@@ -317,20 +268,7 @@ class Engine:
         events = self._scheduler.update(flight.step, tokens_R)
         quiet, self._quiet_tokens = self._quiet_tokens, self._scheduler.num_quiet_tokens
         self._counts["output_tokens"] += len(events) + self._quiet_tokens - quiet
-        ended: list[Request] = []
-        recorded = self._results.recorded
-        for event in events:
-            seq = event.seq
-            request = seq.request
-            if request.request_id not in self._requests:
-                continue  # dropped because of a sibling's event
-            self._deliver(event, flight, last)
-            seq.quiet = not request.stream and request.request_id not in recorded and seq not in self._guides
-            if request.finished:
-                ended.append(request)
-        # Not before all events: sequences of one request may end in the same step.
-        for request in ended:
-            self._forget(request)
+        self._owners.deliver(events, flight, last)
 
     def _note_iteration(self, step: Step | LaneSteps, seconds: float) -> None:
         scheduler, used, hits, misses, evictions = self._scheduler, 0, 0, 0, 0
@@ -342,67 +280,3 @@ class Engine:
         batch = (len(step.prefills), len(step.decodes), step.num_tokens)
         queue_sizes = (scheduler.num_running, scheduler.num_waiting)
         self.iterations.add(seconds, *batch, *queue_sizes, used, hits, misses, evictions)
-
-    def _deliver(self, event: Event, flight: InFlight, last: bool) -> None:
-        """Tells the owner of a sequence about a token, if it ended or more do not come along with it.
-
-        What goes wrong with one request ends that request only.
-        """
-        request = event.seq.request
-        seq = event.seq
-        reason, stop_reason = seq.finish_reason, seq.stop_reason
-        try:
-            if not event.finished:
-                self._guides.accept(seq, event.token)
-            found = self._results.record(event, flight)
-        except GrammarError as error:
-            self._drop(request)
-            self._fail(request, error)
-            return
-        except Exception as error:
-            logger.exception("request %d failed", request.request_id)
-            self._drop(request)
-            self._fail(request, error)
-            return
-        if found is not None:
-            reason, stop_reason = FinishReason.STOP, found
-            self._scheduler.finish(seq, reason, found)
-        if (reason is not None or (last and self._is_due(seq))) and not self._notify(
-            request, self._results.take(seq, reason, stop_reason)
-        ):
-            self._drop(request)
-
-    def _is_due(self, seq: Sequence) -> bool:
-        """Whether the owner of a running sequence wants to hear of its new tokens now."""
-        if not seq.num_sent:
-            return True
-        return seq.request.stream and seq.num_output - seq.num_sent >= self.config.stream_interval
-
-    def _drop(self, request: Request) -> None:
-        """Takes a request out of the engine; its pages are free at once."""
-        self._scheduler.abort(request)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        self._results.close(request)
-        self._guides.close(request)
-        with self._lock:
-            self._requests.pop(request.request_id, None)
-            self._bad.pop(request.request_id, None)
-            self._prepared.pop(request.request_id, None)
-
-    def _notify(self, request: Request, update: Update) -> bool:
-        """Calls the owner back; False when the callback failed. It is logged, and not called again."""
-        if request.on_update is None:
-            return True
-        try:
-            request.on_update(update)
-        except Exception:
-            logger.exception("the callback of request %d failed; the request is dropped", request.request_id)
-            request.on_update = None
-            return False
-        return True
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        """Ends a request with an error; one update is for all of its sequences."""
-        self._notify(request, Update(0, [], finish_reason=FinishReason.ERROR, error=error))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.engine import EngineDeadError
+from jaxllm.engine.owners import EngineDeadError
 from jaxllm.engine.request import FinishReason, Update
 from tests.tiny_llm import PAGE, make_llm, prompts, submit, tokens_of, until
 
@@ -196,7 +196,7 @@ def test_random_load_with_cancels_leaks_nothing(llm: LLM, wanted: list[list[int]
                 )
     assert reasons == {"length", "cancelled"}
     assert until(lambda: all_free(llm))
-    assert not llm._engine._requests and not llm._engine._bad and not llm._engine._results._records
+    assert not llm._engine._owners and not llm._engine._results._records
     llm._engine._scheduler.check()
 
 
@@ -308,7 +308,7 @@ def test_a_sequence_that_has_ended_is_not_cancelled_again(llm: LLM) -> None:
 
 
 def test_streams_hear_of_every_nth_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm._engine, "config", llm.config.model_copy(update={"stream_interval": 4}))
+    monkeypatch.setattr(llm._engine._owners, "stream_interval", 4)
     updates: list[Update] = []
     submit(llm, 10**6 + 4, PROMPTS[0], SamplingParams(max_tokens=11, ignore_eos=True), updates.append)
     assert until(lambda: bool(updates) and updates[-1].finish_reason is not None)
