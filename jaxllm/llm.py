@@ -9,14 +9,14 @@ import queue
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm import interrupts
 from jaxllm.config import EngineConfig
-from jaxllm.engine.request import Request, RequestParams
+from jaxllm.engine.request import Request
 from jaxllm.outputs import GenerationResult, RequestOutput
-from jaxllm.prompts import NO_TOKENIZER, Message, Prompt, RequestError, as_batch, check_messages, one_each, tokenize
+from jaxllm.prompts import NO_TOKENIZER, Message, Prompt, RequestError, as_batch, check_messages, one_each
+from jaxllm.requests import make_request
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.settings import ConfigError
 
@@ -194,8 +194,14 @@ class LLM:
         if not single:
             raise RequestError(f"generate_async takes one prompt, not a list of {len(prompts)}; call it once for each")
         self._check_running()
-        result, request = self._make_request(
-            next(self._request_ids), prompts[0], sampling_params, priority, cache_salt, streaming
+        result, request = make_request(
+            self._engine,
+            next(self._request_ids),
+            prompts[0],
+            sampling_params,
+            priority=priority,
+            cache_salt=cache_salt,
+            streaming=streaming,
         )
         self._submit(result, request, keep_errors=False)
         return result
@@ -267,68 +273,14 @@ class LLM:
         """The result and the engine's request for one prompt; with `keep_errors` a bad prompt gives (failed, None)."""
         request_id = next(self._request_ids)
         try:
-            return self._make_request(request_id, prompt, params, priority, cache_salt, streaming=False)
+            return make_request(
+                self._engine, request_id, prompt, params, priority=priority, cache_salt=cache_salt, streaming=False
+            )
         except ValueError as error:
             if not keep_errors:
                 raise
             text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
             return RequestOutput.failed(request_id, text if isinstance(text, str) else None, [], error), None
-
-    def _make_request(
-        self,
-        request_id: int,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        priority: float,
-        cache_salt: str | None,
-        streaming: bool,
-    ) -> tuple[RequestOutput, Request]:
-        if params is None:
-            params = SamplingParams()
-        elif not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params = {params!r} must be a SamplingParams")
-        params.validate()  # fields may have been changed since it was made
-        if not isinstance(priority, int | float) or isinstance(priority, bool):
-            raise RequestError(f"priority = {priority!r} must be a number")
-        text, token_ids = tokenize(prompt, params, self._engine.tokenizer, self._engine.model_config.vocab_size)
-        tokenizer = self._engine.tokenizer
-        if tokenizer is None and params.stop_strings:
-            raise RequestError(
-                f"stop = {params.stop!r} needs a tokenizer, and this LLM has none (skip_tokenizer_init=True); "
-                "use stop_token_ids"
-            )
-        # best_of: generate more sequences than are returned, and rank them by their log-probability.
-        ranked = params.num_sequences > params.n
-        engine_params = replace(
-            params,
-            n=params.num_sequences,
-            best_of=None,
-            logprobs=0 if ranked and params.logprobs is None else params.logprobs,
-        )
-        result = RequestOutput(
-            request_id,
-            text,
-            token_ids,
-            params.num_sequences,
-            streaming=streaming,
-            abort=self._engine.abort,
-            make_decoder=_decoder_maker(tokenizer, params) if tokenizer is not None and params.detokenize else None,
-            strip_stop_token=not params.include_stop_str_in_output,
-            echo=not params.exclude_input_from_output,
-            keep=params.n if ranked else None,
-            keep_logprobs=params.logprobs is not None,
-        )
-        request = Request(
-            request_id,
-            token_ids,
-            cast(RequestParams, engine_params),
-            priority=priority,
-            cache_salt=cache_salt,
-            on_update=result.on_update,
-            prefix_cache=params.prompt_logprobs is None,
-            stream=streaming,
-        )
-        return result, request
 
     def _check_running(self) -> None:
         if not self._finalizer.alive:
@@ -375,9 +327,3 @@ def _start_engine(config: EngineConfig) -> Engine:
 
     interrupts.raise_if_seen()
     return Engine(config)
-
-
-def _decoder_maker(tokenizer: Tokenizer, params: SamplingParams) -> Any:
-    from jaxllm.engine.tokenizer import IncrementalDecoder
-
-    return lambda: IncrementalDecoder(tokenizer, params.skip_special_tokens)

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import jaxllm.llm
+import jaxllm.requests
 from jaxllm.cli import main
 from tests.fake_engine import FakeDecoder, FakeEngine
 
@@ -24,7 +25,7 @@ def fake(monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(jaxllm.llm, "_start_engine", start)
-    monkeypatch.setattr(jaxllm.llm, "_decoder_maker", lambda tokenizer, params: lambda: FakeDecoder(tokenizer))
+    monkeypatch.setattr(jaxllm.requests, "_decoder_maker", lambda tokenizer, params: lambda: FakeDecoder(tokenizer))
     return started
 
 

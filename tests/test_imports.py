@@ -27,7 +27,7 @@ LAYERS: list[list[set[str]]] = [
     [{"plan"}],
     [{"llmapi"}],
     [{"options"}],
-    [{"llm", "outputs", "result", "prompts"}],
+    [{"llm", "outputs", "result", "prompts", "requests"}],
     [{"engine"}],
     [{"models"}, {"weights"}],
     [{"layers"}],

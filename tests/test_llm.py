@@ -10,6 +10,7 @@ import threading
 import pytest
 
 import jaxllm.llm
+import jaxllm.requests
 from jaxllm import LLM, SamplingParams
 from jaxllm.settings import ConfigError
 from tests.fake_engine import FakeDecoder, FakeEngine
@@ -18,7 +19,7 @@ from tests.fake_engine import FakeDecoder, FakeEngine
 @pytest.fixture
 def llm(monkeypatch):
     monkeypatch.setattr(jaxllm.llm, "_start_engine", FakeEngine)
-    monkeypatch.setattr(jaxllm.llm, "_decoder_maker", lambda tokenizer, params: lambda: FakeDecoder(tokenizer))
+    monkeypatch.setattr(jaxllm.requests, "_decoder_maker", lambda tokenizer, params: lambda: FakeDecoder(tokenizer))
     with LLM("fake") as llm:
         yield llm
 
