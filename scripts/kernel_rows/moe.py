@@ -268,16 +268,19 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
     return {"first_4": float(first), "first_8": float(all_of_them), "layers": count}
 
 
+FAST = {"BULK": 1, "TENSOR": 1}
 VARIANTS: tuple[dict[str, int], ...] = (
+    {"BULK": 1},
     {"TENSOR": 1},
     {"PREDICTED": 3},
-    {"PREDICTED": 3, "GO": 0},
-    {"TENSOR": 1, "PREDICTED": 2},
-    {"TENSOR": 1, "PREDICTED": 3},
-    {"TENSOR": 1, "PREDICTED": 4},
-    {"TENSOR": 1, "PREDICTED": 6},
-    {"TENSOR": 1, "NEXT": 3},
-    {"TENSOR": 1, "PREDICTED": 3, "NEXT": 3},
+    FAST,
+    FAST | {"PREDICTED": 2},
+    FAST | {"PREDICTED": 3},
+    FAST | {"PREDICTED": 4},
+    FAST | {"PREDICTED": 6},
+    FAST | {"PREDICTED": 3, "GO": 0},
+    FAST | {"NEXT": 3},
+    FAST | {"DEPTH": 3},
 )
 """Macros of `cuda/moe_layers.cu`."""
 

@@ -99,10 +99,12 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch, request) -> No
 
 
 @pytest.mark.parametrize(
-    "macros", [{"PREDICTED": 1, "NEXT": 3}, {"PREDICTED": 2, "GO": 0, "TENSOR": 1}], ids=lambda macros: ",".join(macros)
+    "macros",
+    [{"PREDICTED": 1, "NEXT": 3}, {"PREDICTED": 2, "GO": 0, "TENSOR": 1}, {"BULK": 1}, {"TENSOR": 1, "BULK": 1}],
+    ids=lambda macros: ",".join(macros),
 )
 def test_what_changes_no_result(macros: dict[str, int], emulated, monkeypatch) -> None:
-    """What the second-level cache fetches, and who multiplies, but for the order of sums."""
+    """What the second-level cache fetches, how weights come, and who multiplies, but for the order of sums."""
     monkeypatch.setattr(call, "SMS", 11)
     monkeypatch.setattr(cuda, "WARPS", 4)
     choice = Choice(2, 1e-6)

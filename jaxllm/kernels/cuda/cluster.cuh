@@ -116,6 +116,14 @@ DEVICE void copy_to_blocks(u32 to, const void* from, u32 bytes, u32 barrier, u32
       "l"(from), "r"(bytes), "r"(barrier), "h"((u16)blocks)
       : "memory");
 }
+// Copies `bytes`, a multiple of 16, that lie together in global memory and that nobody reads again, and tells the barrier of
+// so many bytes. by: of `read_once`.
+DEVICE void copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 by) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(by)
+      : "memory");
+}
 // Arrives at the barrier in the shared memory of block `rank` that is at `barrier` in this block's. That block must have
 // started, and not have ended. It says that what was there has been read: no writes are ordered by it.
 DEVICE void cluster_arrive(u32 barrier, u32 rank) {

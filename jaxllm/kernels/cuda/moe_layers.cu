@@ -43,7 +43,7 @@ static_assert(TABLE_AT % 8 == 0, "a table of pointers");
 
 // Rows that are no whole round of pairs for all warps come one by one, if there is one for each warp at most.
 struct Qkv {
-  static constexpr int PIECES = WIDTH / PIECE, ROUNDS = QKV_ROWS / 2 / WORKERS * WORKERS, REST_OF = QKV_ROWS - 2 * ROUNDS;
+  static constexpr int PIECES = WIDTH / PIECE, RUN = PIECES, ROUNDS = QKV_ROWS / 2 / WORKERS * WORKERS, REST_OF = QKV_ROWS - 2 * ROUNDS;
   static constexpr bool SINGLE = REST_OF <= WORKERS && PIECES % (2 * STAGE) == 0;
   static constexpr int PAIRS = SINGLE ? ROUNDS : QKV_ROWS / 2, ITEMS = PAIRS + (QKV_ROWS - 2 * PAIRS);
   const u16* weight;
@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
   const u32* const stream = (const u32*)(shared + STREAM_AT);
   Layer* const table = (Layer*)(shared + TABLE_AT);
   FILL_TABLE
+  RingPlace::make_barriers(shared);
   Stream of_stream;
   of_stream.load(x);
   const int tokens = max(__ldg(position) + 1, 0), units = (tokens + UNIT - 1) / UNIT;
@@ -116,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }
     return;
   }
-  RingPlace place;
+  RingPlace place(shared);
   {
     const Qkv nothing = {table->qkv, 0}, qkv = {table->qkv, Qkv::ITEMS};
-    Ring<Qkv, Qkv> ring(nothing, qkv, shared);  // as at the end of a layer before
+    Ring<Qkv, Qkv> ring(nothing, qkv, place);  // as at the end of a layer before
     ring.most = SLOTS - 1;
     ring.top();
     place = ring;
@@ -191,7 +192,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
 
     const GateUp gate_up = {of.gate_up, chosen};
     const Down down = {of.down, chosen};
-    Ring<GateUp, Down> experts(gate_up, down, shared);
+    place = ring;
+    place.begin();
+    Ring<GateUp, Down> experts(gate_up, down, place);
+    experts.top();
     float* const own_weights = weights + CHOSEN + threadIdx.x / 32 * CHOSEN;  // of this warp
     const float weight_here = weigh_expert(shared, weights);                  // while they come
     if (lane < CHOSEN) own_weights[lane] = weight_here;

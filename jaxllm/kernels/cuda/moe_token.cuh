@@ -14,13 +14,13 @@ constexpr int OF_EXPERT = FFN / PIECE;  // pieces
 static_assert(WIDTH % PIECE == 0 && FFN % PIECE == 0 && ATTENDED % PIECE == 0, "sizes");
 
 struct Output {
-  static constexpr int ITEMS = WIDTH / 2, PIECES = ATTENDED / PIECE;
+  static constexpr int ITEMS = WIDTH / 2, PIECES = ATTENDED / PIECE, RUN = PIECES;
   const u16* weight;
   DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * ATTENDED; }
   DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 struct GateUp {
-  static constexpr int ITEMS = CHOSEN * FFN, PIECES = WIDTH / PIECE;
+  static constexpr int ITEMS = CHOSEN * FFN, PIECES = WIDTH / PIECE, RUN = PIECES;
   const u16* weight;
   const int* chosen;
   DEVICE const u16* start(int item, int row) const {
@@ -29,7 +29,7 @@ struct GateUp {
   DEVICE size_t offset(int piece) const { return piece * PIECE; }
 };
 struct Down {
-  static constexpr int ITEMS = WIDTH / 2, PIECES = CHOSEN * OF_EXPERT;
+  static constexpr int ITEMS = WIDTH / 2, PIECES = CHOSEN * OF_EXPERT, RUN = OF_EXPERT;
   const u16* weight;
   const int* chosen;
   DEVICE const u16* start(int item, int row) const { return weight + (size_t)(2 * item + row) * FFN; }
@@ -37,7 +37,6 @@ struct Down {
     return (size_t)chosen[piece / OF_EXPERT] * WIDTH * FFN + piece % OF_EXPERT * PIECE;
   }
 };
-
 // Numbers between gate and up and the way down whose stages do not wait for the last ones: those of the rounds of items before
 // the last one and a half.
 constexpr int EARLY = larger(CHOSEN * FFN - WORKERS * 3 / 2, 0) / (STAGE * PIECE) * (STAGE * PIECE);

@@ -6,6 +6,7 @@
 // A product is a type with
 //   ITEMS   pairs of rows; warp w of block b has items w * (BLOCKS - IDLE) + b - IDLE, and so on, by WORKERS
 //   PIECES  of 256 inputs in a row
+//   RUN     of them lie together, from a multiple of so many on
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
 // Macros: BLOCKS of the grid, the first IDLE (0) of which have no items; WARPS of a block; SLOTS of a ring; DEPTH: stages of a warp on their way while it multiplies
@@ -25,9 +26,14 @@
 #define TENSOR 0  // 1: products by tensor cores
 #endif
 
+#ifndef BULK
+#define BULK 0  // 1: a lane copies whole rows of a stage, in place of all lanes 16 bytes each
+#endif
+
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * (BLOCKS - IDLE);
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
-constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
+constexpr int BARRIERS_AT = WARPS * SLOTS * SLOT;                    // of bulk copies, one for each slot
+constexpr int RINGS = BARRIERS_AT + (BULK ? (WARPS * SLOTS * 8 + 15) / 16 * 16 : 0);  // bytes of all rings
 static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
 
 // Of this warp.
@@ -53,32 +59,46 @@ struct RingPlace {
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
   int ahead, most;  // stages on their way, and how many there may be
-  bool on_second;
+  u32 phase;        // of the barriers from `emptied` on
   u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
+
+  // At the begin of a first product, with DEPTH stages.
+  DEVICE explicit RingPlace(u8* rings) {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    slots = rings + warp * (SLOTS * SLOT);
+    filled = emptied = ahead = phase = 0;
+    once = read_once();
+    begin();
+  }
+  // The same for a product that does not follow the one before, all of which is multiplied.
+  DEVICE void begin() {
+    item = first_item();
+    stage = 0;
+    most = DEPTH;
+  }
+  // By a warp, before there are copies: its barriers.
+  DEVICE static void make_barriers(u8* rings) {
+    const int lane = threadIdx.x % 32;
+    if (BULK && lane < SLOTS) barrier_init(barrier_of(rings, lane), 1);
+    if (BULK) barrier_init_fence();
+  }
+  DEVICE static u32 barrier_of(u8* rings, int slot) {
+    return shared_address(rings + BARRIERS_AT + (threadIdx.x / 32 * SLOTS + slot) * 8);
+  }
+  DEVICE u32 barrier(int slot) const { return barrier_of(slots - threadIdx.x / 32 * (SLOTS * SLOT), slot); }
 };
 
 template <class First, class Second>
 struct Ring : RingPlace {
   const First& first;
   const Second& second;
+  bool on_second = false;
 
-  // Begins with DEPTH stages.
-  DEVICE Ring(const First& first, const Second& second, u8* rings) : first(first), second(second) {
-    const int warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32;
-    slots = rings + warp * (SLOTS * SLOT) + lane * 16;
-    item = first_item();
-    stage = filled = emptied = ahead = 0;
-    most = DEPTH;
-    once = read_once();
-    on_second = item >= items_of(first);
-    top();
-  }
   // Goes on where a ring of what was before `first`, and of `first`, has come to, once what was before is multiplied.
   DEVICE Ring(const First& first, const Second& second, const RingPlace& place)
       : RingPlace(place), first(first), second(second) {
-    on_second = false;
     if (item >= items_of(first)) to_second();
   }
   // From now on all slots but one.
@@ -98,20 +118,37 @@ struct Ring : RingPlace {
   // One stage. Returns whether it was the product's last.
   template <class Product>
   DEVICE bool copy(const Product& product) {
+    constexpr int PIECES = Product::PIECES;
     const u32 to = shared_address(slots + filled * SLOT);
     if (stage == 0)
 #pragma unroll
-      for (int row = 0; row < 2; ++row) from[row] = product.start(item, row) + lane * 8;
-    size_t offsets[STAGE];  // all before the first copy, over which the compiler moves no loads
+      for (int row = 0; row < 2; ++row) from[row] = product.start(item, row) + (BULK ? 0 : lane * 8);
+    if (BULK) {
+      constexpr int RUN = Product::RUN;
+      const int pieces = PIECES % STAGE ? min(STAGE, PIECES - stage * STAGE) : STAGE;
+      __syncwarp();  // all have read what was there
+      if (lane == 0) {
+        barrier_expect(barrier(filled), pieces * 2 * PIECE * 2);
 #pragma unroll
-    for (int i = 0; i < STAGE; ++i) offsets[i] = product.offset(min(stage * STAGE + i, Product::PIECES - 1));
+        for (int i = 0; i < STAGE; ++i) {
+          const int piece = stage * STAGE + i, run = RUN < PIECES ? min(RUN - piece % RUN, pieces - i) : pieces;
+          if (i && (RUN >= PIECES || piece % RUN || i >= pieces)) continue;
 #pragma unroll
-    for (int i = 0; i < STAGE; ++i) {
-      if (Product::PIECES % STAGE && stage * STAGE + i >= Product::PIECES) break;
+          for (int row = 0; row < 2; ++row)
+            copy_once(to + (row * STAGE + i) * PIECE * 2, from[row] + product.offset(piece), run * PIECE * 2, barrier(filled),
+                      once);
+        }
+      }
+    } else {
+      size_t offsets[STAGE];  // all before the first copy, over which the compiler moves no loads
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const u32 at = to + (i * 2 + row) * PIECE * 2;
-        cp_async_16_once(at, from[row] + offsets[i], once);
+      for (int i = 0; i < STAGE; ++i) offsets[i] = product.offset(min(stage * STAGE + i, PIECES - 1));
+#pragma unroll
+      for (int i = 0; i < STAGE; ++i) {
+        if (PIECES % STAGE && stage * STAGE + i >= PIECES) break;
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+          cp_async_16_once(to + (row * STAGE + i) * PIECE * 2 + lane * 16, from[row] + offsets[i], once);
       }
     }
     if (++filled == SLOTS) filled = 0;
@@ -126,7 +163,7 @@ struct Ring : RingPlace {
     if (ahead >= most || (on_second && item >= items_of(second))) return false;
     if (on_second) copy(second);
     else if (copy(first)) to_second();
-    cp_async_commit();
+    if (!BULK) cp_async_commit();
     ++ahead;
     return true;
   }
@@ -137,13 +174,18 @@ struct Ring : RingPlace {
   // Waits for the next stage, which the copies after it need not have landed for.
   DEVICE const uint4* next() {
     --ahead;
-    if (ahead >= 4 && SLOTS > 5) cp_async_wait<4>();
+    if (BULK) barrier_wait(barrier(emptied), phase);
+    else if (ahead >= 4 && SLOTS > 5) cp_async_wait<4>();
     else if (ahead >= 3) cp_async_wait<3>();
     else if (ahead == 2) cp_async_wait<2>();
     else if (ahead == 1) cp_async_wait<1>();
     else cp_async_wait<0>();
+    if (!BULK && TENSOR) __syncwarp();  // lanes read what others have copied
     const uint4* const found = (const uint4*)(slots + emptied * SLOT);
-    if (++emptied == SLOTS) emptied = 0;
+    if (++emptied == SLOTS) {
+      emptied = 0;
+      phase ^= 1;
+    }
     return found;
   }
 };
@@ -153,31 +195,35 @@ DEVICE float high_of(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 DEVICE float dot(u32 a, u32 x, float sum) { return high_of(a) * high_of(x) + (low_of(a) * low_of(x) + sum); }
 DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y, x.y, dot(a.x, x.x, 0.f)))); }
 
-// The products of 8 numbers that a lane has of each of two rows with as many inputs of each row, added up over lanes. Tensor
-// cores do it in an eighth of the instructions: their rows are (row, lanes 4 g to 4 g + 3), their columns the same lanes'
-// inputs, and what stands on the diagonal is wanted. Otherwise each lane multiplies its own.
+// The products of pieces of two rows with their inputs, added up over lanes. On tensor cores that takes a third of the
+// instructions: rows of theirs are (row, one of 8 parts of the piece), columns the same parts of inputs, and what stands on
+// the diagonal is wanted. Otherwise each lane multiplies 8 numbers of a row.
 struct PairSums {
 #if TENSOR
   float sums[4] = {};
 
-  DEVICE void add(float by, uint4 a, uint4 b, uint4 x) {
+  // weights: of the first row, the second STAGE pieces further. second: how much further its inputs are.
+  DEVICE void add(float by, const uint4* weights, const uint4* inputs, int second) {
+    const int lane = threadIdx.x % 32;
+    const u32 from = shared_address(weights + lane / 8 % 2 * (STAGE * 32) + lane / 16 * 8 + lane % 8);
     float found[4] = {};
-    const u32 low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
-    mma_bf16(found, low, x.x, x.y);
-    mma_bf16(found, high, x.z, x.w);
-    add(by, found);
-  }
-  DEVICE void add(float by, uint4 a, uint4 b, uint4 of_a, uint4 of_b) {
-    float found[4] = {};
-    const u32 low[4] = {a.x, 0, a.y, 0}, high[4] = {a.z, 0, a.w, 0};
-    mma_bf16(found, low, of_a.x, of_a.y);
-    mma_bf16(found, high, of_a.z, of_a.w);
-    const u32 other_low[4] = {0, b.x, 0, b.y}, other_high[4] = {0, b.z, 0, b.w};
-    mma_bf16(found, other_low, of_b.x, of_b.y);
-    mma_bf16(found, other_high, of_b.z, of_b.w);
-    add(by, found);
-  }
-  DEVICE void add(float by, const float (&found)[4]) {
+    u32 a[2][4], x[4];
+    ldmatrix_x4(x, shared_address(inputs + lane));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) ldmatrix_x4(a[half], from + half * 256);
+    if (second) {
+      u32 y[4];
+      ldmatrix_x4(y, shared_address(inputs + second + lane));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 first_row[4] = {a[half][0], 0, a[half][2], 0}, other_row[4] = {0, a[half][1], 0, a[half][3]};
+        mma_bf16(found, first_row, x[2 * half], x[2 * half + 1]);
+        mma_bf16(found, other_row, y[2 * half], y[2 * half + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) mma_bf16(found, a[half], x[2 * half], x[2 * half + 1]);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] += by * found[i];
   }
@@ -185,7 +231,7 @@ struct PairSums {
   DEVICE void reduce(float (&sum)[2]) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int row = 0; row < 2; ++row)  // of the four lanes of g, the one with columns 2 (g / 2) and 2 (g / 2) + 1
+    for (int row = 0; row < 2; ++row)  // of the four lanes of part lane / 4, the one with its column
       sum[row] = __shfl_sync(~0u, lane / 4 % 2 ? sums[2 * row + 1] : sums[2 * row], lane / 4 * 4 + lane / 8);
 #pragma unroll
     for (int by = 16; by > 2; by /= 2)
@@ -195,11 +241,12 @@ struct PairSums {
 #else
   float sums[2] = {};
 
-  DEVICE void add(float by, uint4 a, uint4 b, uint4 of_a, uint4 of_b) {
-    sums[0] += by * dot(a, of_a);
-    sums[1] += by * dot(b, of_b);
+  DEVICE void add(float by, const uint4* weights, const uint4* inputs, int second) {
+    const int lane = threadIdx.x % 32;
+    const uint4 x = inputs[lane];
+    sums[0] += by * dot(weights[lane], x);
+    sums[1] += by * dot(weights[STAGE * 32 + lane], second ? inputs[second + lane] : x);
   }
-  DEVICE void add(float by, uint4 a, uint4 b, uint4 x) { add(by, a, b, x, x); }
   DEVICE void reduce(float (&sum)[2]) const {
     sum[0] = sums[0], sum[1] = sums[1];
 #pragma unroll
@@ -220,7 +267,6 @@ template <class Product, class Source, class Factor, class Before, class Finish,
 DEVICE void multiply(
     const Product& product, Source& ring, const uint4* inputs, Factor factor, Before before, Finish finish, Ready ready = {}
 ) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = first_item(); item < Product::ITEMS; item += WORKERS) {
     PairSums sums;
@@ -235,9 +281,7 @@ DEVICE void multiply(
       for (int i = 0; i < STAGE; ++i) {
         const int piece = stage * STAGE + i;
         if (Product::PIECES % STAGE && piece >= Product::PIECES) break;
-        const uint4 a = weights[i * 2 * 32], b = weights[(i * 2 + 1) * 32], x = inputs[piece * 32 + lane];
-        if (second) sums.add(factor(piece), a, b, x, inputs[piece * 32 + lane + second]);
-        else sums.add(factor(piece), a, b, x);
+        sums.add(factor(piece), weights + i * 32, inputs + piece * 32, second);
       }
     }
     float sum[2];

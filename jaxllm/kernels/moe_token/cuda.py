@@ -130,6 +130,7 @@ def launcher(
         "ALONE": alone, "TIMELINE": int(timeline), **_parameters(L), **(macros or {}),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, defined)
+    rest += -(-WARPS * slots // 2) * 16 if defined.get("BULK") else 0
     # What blocks tell one another, and the words of their barrier; and sums of scores. As in `cuda/moe_layer.cuh`.
     told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F + -(-E // 4) * 4 + 2 * K, L * keys * 2
     shapes = [

@@ -109,6 +109,9 @@ inline void copy_to_blocks(u32 to, const void* from, u32 bytes, u32 barrier, u32
     if (emulator::eager) emulator::land_at(b);
   }
 }
+inline void copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
+  copy_to_blocks(to, from, bytes, barrier, 1u << emulator::own_rank());
+}
 inline void cluster_arrive(u32 barrier, u32 rank) {
   emulator::shared_pointer(barrier, 8, "cluster_arrive");
   if (!emulator::cluster_barrier().generation) emulator::fail("cluster_arrive: at a block that may not have started");
