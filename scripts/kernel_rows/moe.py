@@ -235,7 +235,8 @@ def layers_timeline(tokens: int, count: int = 12, **options: Any) -> dict[str, A
     found = phases(np.asarray(times)[1:-1], one_token.PHASES)
     for name, three in found.items():
         print(f"    {name:20}" + "".join(f"{us:8.2f}" for us in three))
-    print("    when phases end: first, median, last warp with products; and of attention alone")
+    print("    when phases end: first, median, last warp with products; and with attention alone:")
+    print("    its queries, units ('attention'), all of them ('merge'), and results ('wait for heads')")
     for name, groups in ends(np.asarray(times)[1:], one_token.PHASES, HEADS[shape][1]).items():
         print(f"    {name:20}" + " |".join("".join(f"{us:8.2f}" for us in three) for three in groups))
     return {"us": found["all"][1]}

@@ -272,6 +272,7 @@ DEVICE void attend(
     if (next && has_room && turn < ROOM) take_values(turn + 1, unit + step);
     else if (next) load_values(next, unit + step);
   }
+  if (has_room) timeline.mark(4);
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
   if (row < GROUP) {
@@ -292,6 +293,7 @@ DEVICE void attend(
       }
   }
   __syncthreads();
+  if (has_room) timeline.mark(5);
   for (int at = threadIdx.x; at < GROUP * H / 2; at += THREADS) {  // two dims of a head
     const int m = at / (H / 2), dim = at % (H / 2) * 2;
     float most = MASKED, total = 0.f, x = 0.f, y = 0.f;
