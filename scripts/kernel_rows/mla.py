@@ -189,8 +189,8 @@ PHASES = (
 
 def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     """Median cycles of the phases of `latent_many.cu`, of all blocks of threads that had work, for a warp of either
-    warpgroup and the one that copies, whose "keys" are waits for room and whose "values" are copies; of those of the
-    loop, for 64 tokens."""
+    warpgroup and the one that copies, whose "keys" are waits for room, "their_values" copies, "scores" prefetches and
+    "values" pages; of those of the loop, for 64 tokens."""
     used, kv = -(-tokens // O), latents()
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.standard_normal((rows, 1, heads, H)), BF16)
@@ -205,8 +205,11 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     worked = times[times[:, 0, 2] > 0]
     blocks = rows * -(-tokens // 64) * (2 if heads > 64 else 1) / max(1, len(worked))
     found: dict[str, Any] = {"worked": len(worked), "blocks": blocks}
-    done = worked[:, 0, :15].sum(1) - worked[:, 0, PHASES.index("merge")]  # until there is nothing left but to merge
+    done = worked[:, 0, :14].sum(1) - worked[:, 0, PHASES.index("merge")]  # until there is nothing left but to merge
+    late = (worked[:, 0, 15] - worked[:, 0, 15].min()) % 2**32
     found |= {"done_first": int(done.min()), "done_median": int(np.median(done)), "done_last": int(done.max())}
+    found |= {"ns": int(np.median(worked[:, 0, 14])), "ns_most": int((late + worked[:, 0, 14]).max())}
+    found |= {"began_late_ns": int(late.max())}
     for warp in (0, 4, 8):
         for which, name in enumerate(PHASES):
             each = blocks if 2 <= which <= 7 or which == 10 else 1
@@ -217,25 +220,26 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
 TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     # query heads, and how the kernel for many of them goes about it
     (64, {}),
-    (64, {"block": 32}),
-    (64, {"block": 32, "ahead": 4}),
-    (64, {"block": 32, "ahead": 8}),
-    (64, {"block": 32, "ahead": 0}),
-    (64, {"block": 32, "order": 1}),
+    (64, {"copying": 1}),
+    (64, {"copying": 2}),
+    (64, {"ahead": 0}),
+    (64, {"ahead": 1}),
     (64, {"order": 1}),
-    (64, {"order": 2}),
-    (64, {"order": 1, "ahead": 4}),
-    (64, {"block": 32, "ahead": 4, "queries_first": True}),
+    (64, {"order": 1, "ahead": 0}),
+    (64, {"block": 32}),
+    (64, {"block": 32, "ahead": 0}),
+    (64, {"early": True, "alone": True}),
     (128, {}),
+    (128, {"copying": 1}),
+    (128, {"ahead": 1}),
+    (128, {"ahead": 0}),
     (128, {"order": 1}),
     (128, {"order": 2}),
-    (128, {"queries_first": True}),
     (128, {"block": 32}),
     (128, {"block": 32, "ahead": 4}),
-    (128, {"block": 32, "ahead": 6}),
-    (128, {"block": 32, "order": 1}),
-    (128, {"block": 32, "ahead": 4, "queries_first": True}),
-    (128, {"block": 32, "ahead": 4, "cluster": 1}),
+    (128, {"queries_first": True}),
+    (128, {"early": True, "alone": True}),
+    (128, {"cluster": 1}),
 )
 
 
@@ -244,7 +248,7 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
-    yield Row("right many 32", partial(right, block=32, queries_first=True, **many))
+    yield Row("right many 32", partial(right, block=32, early=True, alone=True, **many))
     yield Row("right large many", partial(right_large, **many))
     yield Row("right large many 32", partial(right_large, block=32, **many))
     for count, heads, block in ((64, 128, 64), (64, 128, 32), (64, 64, 64), (64, 64, 32), (8, 128, 32)):
@@ -254,7 +258,7 @@ def rows() -> Iterator[Row]:
     for heads, tuning in TRIALS:
         name = f"trial B=64 x 4096, {heads} heads " + " ".join(f"{key} {int(value)}" for key, value in tuning.items())
         yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))
-    for heads in (128, 64, 16):
+    for heads in (128, 64):
         yield Row(f"bare B=64 x 4096, {heads} heads", partial(bare_speed, 64, 4096, heads))
     yield Row("three roles B=64 x 4096, 128 heads", partial(speed, 64, 4096, 128, False, source=latent_cuda.KERNEL))
     for i, (count, tokens, heads) in enumerate(SPEEDS):

@@ -75,7 +75,40 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "many_window_32": (
         (3, 64, 64, 7),
-        {"processors": 4, "window": 99, "whole": 1, "min_share": 1, "source": "latent_many", "block": 32, "order": 2},
+        {
+            "processors": 4,
+            "window": 99,
+            "whole": 1,
+            "min_share": 1,
+            "source": "latent_many",
+            "block": 32,
+            "order": 2,
+            "copying": 1,
+        },
+    ),
+    "many_rows_alone": (
+        (37, 64, 8, 9),
+        {
+            "processors": 5,
+            "whole": 1,
+            "min_share": 1,
+            "source": "latent_many",
+            "block": 32,
+            "alone": True,
+            "early": True,
+        },
+    ),
+    "many_alone_128": (
+        (3, 128, 64, 7),
+        {
+            "processors": 6,
+            "whole": 1,
+            "min_share": 2,
+            "source": "latent_many",
+            "window": 150,
+            "alone": True,
+            "early": 1,
+        },
     ),
     "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
 }

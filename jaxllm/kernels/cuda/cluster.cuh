@@ -20,6 +20,8 @@ DEVICE u64 read_once() {
 DEVICE void cp_async_16_once(u32 to, const void* from, u64 by) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(by) : "memory");
 }
+// Lets the second-level cache fetch the 128 bytes around what will be read.
+DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 // Lets the second-level cache fetch what another kernel will read; address and bytes are multiples of 16.
 DEVICE void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -1,6 +1,6 @@
-// Latents brought into stages of shared memory by the tensor memory accelerator, panel by panel, by one warp.
+// Latents brought into stages of shared memory by the tensor memory accelerator, panel by panel.
 //
-// Macros: CLUSTER; BOX; AHEAD; QUERIES_FIRST; VALUES and those of latent.cuh. Constants of the includer: BARRIERS_AT,
+// Macros: CLUSTER; BOX; AHEAD; COPYING, warps; QUERIES_FIRST; VALUES and those of latent.cuh. Constants of the includer: BARRIERS_AT,
 // READY_AT and FREED_AT, where barriers are; those of latent.cuh. A function of it: phase_ends(shared, which).
 #pragma once
 #include "cluster.cuh"
@@ -20,7 +20,10 @@ constexpr int WEIGHTS_IN_STAGE = (PANELS - 1) * PANEL;
 DEVICE int stage_of(int count) { return count % STAGES; }
 DEVICE u32 phase_of(int count) { return count / STAGES & 1; }
 
-// Where the tokens that a lane copies of each block lie.
+// Where the tokens that a lane copies of each block lie: a page, which may still be on its way, and the first of them there.
+struct Box {
+  int page, token;
+};
 struct Boxes {
   const Rows& rows;
   const int* pages;
@@ -30,37 +33,38 @@ struct Boxes {
   DEVICE Boxes(const Rows& rows, const Walk& walk, const int* pages, int first)
       : rows(rows), pages(pages), walk(walk), first(first), blocks(0) {}
 
-  // The next block's first token of the lane in the array of all pages' tokens; -1: no block is left. Tokens that nobody
-  // sees are others of the row.
-  DEVICE int next() {
+  // Those of the next block; token -1: no block is left. Tokens that nobody sees are others of the row.
+  DEVICE Box next() {
     if (blocks == 0) {
       const Run run = walk.take(rows, 0x7fffffff);
-      if (run.blocks == 0) return -1;
+      if (run.blocks == 0) return {0, -1};
       row = run.row, last = run.last, token = run.token + first, blocks = run.blocks;
     }
     const int at = min(token, last / BOX * BOX);
     token += BLOCK;
     --blocks;
-    return pages[(size_t)row * W + at / O] * O + at % O;
+    return {pages[(size_t)row * W + at / O], at % O};
   }
 };
 
-// The warp that brings latents. Its loop holds little: what it does between blocks makes all wait.
+// Warp `copier` of the COPYING that bring latents, each some of the panels: one warp's instructions for all of them take
+// longer than the copies. What it does between blocks makes all wait.
 DEVICE void bring(
     u8* shared, u32 smem, const Rows& rows, const Walk& walk, const u16* kv, const void* map, const int* pages, int rank,
-    int lane
+    int copier, int lane
 ) {
   constexpr int MINE = BLOCK / BOX / CLUSTER;  // boxes of a block, one for a lane
+  constexpr int AHEAD_ROWS = BOX / COPYING;
   const int box = (rank * MINE + min(lane, MINE - 1)) * BOX;
   Boxes boxes(rows, walk, pages, box);
-  int queue[AHEAD + 1];
+  Box queue[AHEAD + 1];
 #pragma unroll
   for (int i = 0; i <= AHEAD; ++i) queue[i] = boxes.next();
   phase_ends(shared, 0);
-  if (QUERIES_FIRST && queue[0] >= 0) named_sync(4, 288);
+  if (QUERIES_FIRST && queue[0].token >= 0) named_sync(4, 256 + 32 * COPYING);
 #pragma unroll 1
-  for (int count = 0; queue[0] >= 0; ++count) {
-    const int stage = stage_of(count), token = queue[0];
+  for (int count = 0; queue[0].token >= 0; ++count) {
+    const int stage = stage_of(count), token = queue[0].page * O + queue[0].token;
     const u32 phase = phase_of(count) ^ 1, to = smem + KV_AT + stage * STAGE + box * ROW;
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
@@ -69,7 +73,7 @@ DEVICE void bring(
       barrier_wait(half_freed(smem, stage, half), phase);
       phase_ends(shared, 2);
 #pragma unroll 1
-      for (int i = 0; i < HALF + part; ++i) {
+      for (int i = copier; i < HALF + part; i += COPYING) {
         const int panel = i < HALF ? half * HALF + i : PANELS - 1;
         const u32 here = to + panel * PANEL, full = panel_full(smem, stage, panel);
         if (lane == 0) barrier_expect(full, PANEL);
@@ -78,10 +82,15 @@ DEVICE void bring(
         else copy_box_to_blocks(here, map, panel * 64, token, 0, 0, full, (1 << CLUSTER) - 1);
       }
       __syncwarp();
+      phase_ends(shared, 6);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) queue[i] = queue[i + 1];
-    if (AHEAD && lane < MINE && queue[AHEAD] >= 0) prefetch(kv + (size_t)queue[AHEAD] * H, BOX * H * 2);
+    if (AHEAD && lane < MINE && queue[AHEAD].token >= 0) {
+      const int first = queue[AHEAD].page * O + queue[AHEAD].token + copier * AHEAD_ROWS;
+      prefetch(kv + (size_t)first * H, AHEAD_ROWS * H * 2);
+    }
+    phase_ends(shared, 4);
     queue[AHEAD] = boxes.next();
   }
 }

@@ -15,10 +15,11 @@
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
 // Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, of which more are under way;
-// CLUSTER; CTAS: clusters; BOX tokens of a copy, which O is a multiple of; AHEAD: blocks that the second-level cache is told
+// CLUSTER; CTAS: clusters; BOX tokens of a copy, which O is a multiple of; COPYING: warps that copy; AHEAD: blocks that the second-level cache is told
 // of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; 2: after
 // them, and before their end where they are there already; TIMELINE;
-// QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; MIN_SHARE; WHOLE; SCALE; FIRST.
+// QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; EARLY: whether what a
+// CTA likely reads first is fetched before it is known; COUNTED_BY_WARPS; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
 #define ITEMS_IN_EQUAL_PARTS
@@ -38,7 +39,8 @@ constexpr float TO_EXPONENT = (float)(SCALE * LOG2E), NOTHING = (float)(MASKED /
 static_assert(VALUES == 512 && H == 576 && HEADS % M == 0 && O % BOX == 0, "not what this kernel was written for");
 static_assert(ITEMS * CLUSTER * M == HEADS && BLOCK % (BOX * CLUSTER) == 0, "not what this kernel was written for");
 
-// Cycles of each warp's phases, of which the last slot has the clock at the end of the latest; nothing without TIMELINE.
+// Cycles of each warp's phases, of which the last slot has the clock at the end of the latest, and
+// when the kernel ends, in the last two: nanoseconds, and those of the GPU's clock when it began; nothing without TIMELINE.
 DEVICE void phase_ends(u8* shared, int which) {
   if (!TIMELINE || threadIdx.x % 32) return;
   u32* const times = (u32*)(shared + TIMES_AT) + threadIdx.x / 32 * PHASES;
@@ -79,7 +81,7 @@ struct Attention {
         cp_async_16(to + panel * QUERY_PANEL + i * ROW, row + panel * 64, real ? 16 : 0);
     }
     cp_async_commit();
-    if (QUERIES_FIRST && begins) named_sync(4, 288);
+    if (QUERIES_FIRST && begins) named_sync(4, 256 + 32 * COPYING);
     cp_async_wait<0>();
     fence_products();
     named_sync(3, 256);
@@ -393,6 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   const int block = blockIdx.y * gridDim.x + blockIdx.x, rank = block % CLUSTER, cluster = block / CLUSTER;
   if (cluster >= CTAS) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u64 began = TIMELINE ? nanoseconds() : 0;
   u8* const map = maps + block * 128;
   if (TIMELINE && lane < PHASES) ((u32*)(shared + TIMES_AT))[warp * PHASES + lane] = lane < PHASES - 1 ? 0 : cycles();
   if (threadIdx.x == 0) {
@@ -405,12 +408,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
-  if (warp == 8)  // the queries' room is scratch: they come after the barriers below
+  if (EARLY && warp == 10) {
+    constexpr int LINE = 32;  // pages
+    const int count = gridDim.x / CLUSTER, items = count * ITEMS, likely = min(cluster / max(CTAS / items, 1), items - 1);
+    const int row = likely / ITEMS, from = row * HEADS + (likely % ITEMS * CLUSTER + rank) * TILE;
+    if (lane == 0) prefetch(q + (size_t)from * H, M * H * 2);
+    if (lane * LINE < W) prefetch_line(pages + (size_t)row * W + lane * LINE);
+  }
+  if (warp == 8 + COUNTED_BY_WARPS)  // the queries' room is scratch: they come after the barriers below
     make_map(smem, map, {kv, {H, 1 << 30, 1, 1}, {H * 2, H * 2, H * 2}, {64, BOX, 1, 1}}, lane);
   phase_ends(shared, 11);
   const Rows rows(shared + TABLES_AT, gridDim.x / CLUSTER);
   const Work work(rows, positions, first, cluster);  // its barriers show the block what was written above, too
   phase_ends(shared, 12);
+  if (COUNTED_BY_WARPS && CLUSTER == 1) __syncthreads();
   if (CLUSTER > 1) cluster_sync();
   phase_ends(shared, 13);
 #pragma unroll 1
@@ -424,7 +435,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   }
   if (warp >= 8) {
     registers_fewer<40>();
-    if (warp == 8) bring(shared, smem, rows, work.walk, kv, map, pages, rank, lane);
+    if (COUNTED_BY_WARPS || COPYING > 1) see_map(map);
+    if (warp < 8 + COPYING) bring(shared, smem, rows, work.walk, kv, map, pages, rank, warp - 8, lane);
   } else {
     registers_more<232>();
     attend(
@@ -434,5 +446,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   }
   if (CLUSTER > 1) cluster_sync();  // others still send to this one's shared memory
   if (TIMELINE && lane < PHASES)
-    times[(block * WARPS + warp) * PHASES + lane] = ((u32*)(shared + TIMES_AT))[warp * PHASES + lane];
+    times[(block * WARPS + warp) * PHASES + lane] =
+        lane < PHASES - 2 ? ((u32*)(shared + TIMES_AT))[warp * PHASES + lane] : lane < PHASES - 1 ? nanoseconds() - began : began;
 }

@@ -10,10 +10,16 @@
 //
 // With ITEMS_IN_EQUAL_PARTS, items of one length are shared so that no CTA has parts of two, where nearly all CTAs have one.
 //
+// With COUNTED_BY_WARPS, 1: each warp counts rows for itself, without barriers; for at most 128 rows of one query token.
+//
 // Macros: CTAS; MIN_SHARE, the fewest blocks worth a CTA; WHOLE; FIRST (queries have a first visible key).
 // Constants of the includer: ITEMS of a row, BLOCK, Q query tokens of a row, WARPS and THREADS.
 #pragma once
 #include "ptx.cuh"
+
+#ifndef COUNTED_BY_WARPS
+#define COUNTED_BY_WARPS 0
+#endif
 
 constexpr float MASKED = -1e30f, UNSEEN = -1e29f;
 
@@ -41,6 +47,8 @@ struct Run {
   int row, item, blocks;  // item: of the row
   int token, last;        // first token of the first block; last visible one of the row
 };
+
+constexpr int ROWS_OF_LANE = 4;
 
 // What a CTA still has to do: from block `skip` of item `item`, at most `budget` blocks.
 struct Walk {
@@ -91,10 +99,18 @@ struct Work {
     walk.item = cta;
     walk.skip = 0;
     walk.budget = 0x7fffffff;
-    walk.whole = look(rows, positions, first);
-    if (walk.whole) return;
-    const int longest = count(rows);
-    total = rows.before[rows.count] * ITEMS;
+    int before[ROWS_OF_LANE], longest;
+    if (COUNTED_BY_WARPS) {
+      longest = count_alone(rows, positions, first, before, total);
+      walk.whole = longest <= WHOLE;
+      if (walk.whole) return;
+    } else {
+      walk.whole = look(rows, positions, first);
+      if (walk.whole) return;
+      longest = count(rows);
+      total = rows.before[rows.count];
+    }
+    total *= ITEMS;
     const int turns = (rows.count * ITEMS + CTAS - 1) / CTAS;
     walk.whole = 0.95f * turns * longest * CTAS <= total;
     if (walk.whole) return;
@@ -113,8 +129,13 @@ struct Work {
     }
     const int start = begin(cta);
     int low = 0, high = rows.count;  // before[low] * ITEMS <= start < before[high] * ITEMS
+    if (COUNTED_BY_WARPS) {
+      low = -1;
+#pragma unroll
+      for (int i = 0; i < ROWS_OF_LANE; ++i) low += __popc(__ballot_sync(~0u, before[i] * ITEMS <= start));
+    }
 #pragma unroll 1
-    while (high - low > 1) {
+    while (!COUNTED_BY_WARPS && high - low > 1) {
       const int middle = (low + high) / 2;
       if (rows.before[middle] * ITEMS <= start) low = middle;
       else high = middle;
@@ -145,6 +166,54 @@ struct Work {
     const int each = (rows.count + THREADS - 1) / THREADS;
     from = min((int)threadIdx.x * each, rows.count);
     to = min(from + each, rows.count);
+  }
+
+  // Fills the tables, by each warp alone: all of them write the same. before: the blocks before rows of this lane, whose
+  // rows follow those of the lane below, and very many for what are none; total: of all. The longest row.
+  DEVICE static int count_alone(
+      const Rows& rows, const int* positions, const int* first, int (&before)[ROWS_OF_LANE], int& total
+  ) {
+    static_assert(!COUNTED_BY_WARPS || Q == 1, "one query token of a row");
+    const int lane = threadIdx.x % 32, each = (rows.count + 31) / 32;
+    int last[ROWS_OF_LANE], low[ROWS_OF_LANE], upto = 0, longest = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_LANE; ++i) {
+      const int r = lane * each + i;
+      const bool real = i < each && r < rows.count;
+      last[i] = real ? positions[r] : -1;
+      low[i] = FIRST && real ? max(first[r], 0) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_LANE; ++i) {
+      const int r = lane * each + i;
+      const bool real = i < each && r < rows.count;
+      if (last[i] < low[i]) last[i] = -1;
+      low[i] = last[i] < 0 ? 0 : low[i] / BLOCK;
+      const int blocks = last[i] < 0 ? 0 : last[i] / BLOCK - low[i] + 1;
+      before[i] = real ? upto : 0x7fffffff / ITEMS;
+      upto += blocks;
+      longest = max(longest, blocks);
+      if (real) rows.last[r] = last[i];
+      if (FIRST && real) rows.low[r] = low[i];
+    }
+    const int mine = upto;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const int other = __shfl_up_sync(~0u, upto, by);
+      if (lane >= by) upto += other;
+      longest = max(longest, __shfl_xor_sync(~0u, longest, by));
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_LANE; ++i) {
+      const int r = lane * each + i;
+      if (i >= each || r >= rows.count) continue;
+      before[i] += upto - mine;
+      rows.before[r] = before[i];
+    }
+    total = __shfl_sync(~0u, upto, 31);
+    if (lane == 0) rows.before[rows.count] = total;
+    __syncwarp();
+    return longest;
   }
 
   // Fills the tables but for `before`; true if no row has more than WHOLE blocks.

@@ -60,6 +60,10 @@ DEVICE void make_map(u32 scratch, void* to, const Array4& of, int lane) {
       : "memory");
   asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(to) : "memory");
 }
+// What another warp of the block made, and a barrier came after: by one that lets copies be made.
+DEVICE void see_map(const void* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
 // Copies the box at these places of an array to shared memory, and tells the barrier of its bytes. What lies outside of
 // the array, as all of a box with a negative place does, becomes zeros.
 DEVICE void copy_box(u32 to, const void* map, int a, int b, int c, int d, u32 barrier) {

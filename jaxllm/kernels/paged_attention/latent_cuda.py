@@ -58,6 +58,9 @@ def configure(
     ahead: int = AHEAD,
     order: int = 0,
     queries_first: bool = False,
+    early: bool = False,
+    copying: int = 4,
+    alone: bool = False,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -66,8 +69,8 @@ def configure(
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, order, queries_first: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
-    timeline: whether the last of `results` has cycles of phases.
+    ahead, order, queries_first, early, copying: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
+    alone: whether each warp counts rows for itself. timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -100,6 +103,7 @@ def configure(
     if many:
         macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
         macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
+        macros |= {"EARLY": int(early), "COPYING": copying, "COUNTED_BY_WARPS": int(alone)}
         stages = 128 // block
         shared = 2 * (TILE + 128) * H + 8 * TILE * (stages + 1) + 8 * stages * (9 + 1 + 2) + 48 + 2 * 12 * 4 + tables
         shared += 12 * 16 * 4 * timeline

@@ -32,6 +32,7 @@ inline u8* shared_of(u32 rank, const char* what) {
 inline void cp_async_16_ahead(u32 to, const void* from, u32 bytes) { cp_async_16(to, from, bytes); }
 inline u64 read_once() { return 0; }
 inline void cp_async_16_once(u32 to, const void* from, u64) { cp_async_16(to, from, 16); }
+inline void prefetch_line(const void* from) { emulator::check_global(from, 4, "prefetch_line"); }
 inline void prefetch(const void* from, u32 bytes) {
   if ((u64)from % 16 || bytes % 16 || !bytes) emulator::fail("prefetch: not multiples of 16");
   emulator::check_global(from, bytes, "prefetch");

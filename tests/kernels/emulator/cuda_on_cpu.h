@@ -258,6 +258,7 @@ inline u32 __ballot_sync(u32 mask, int predicate) {
   });
   return mine.result;
 }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __any_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
