@@ -69,8 +69,8 @@ def configure(
     block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
     worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
     Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, order, queries_first, early, copying: see `latent_many.cu`. processors: of the GPU, each with a block of threads.
-    alone: whether each warp counts rows for itself. timeline: whether the last of `results` has cycles of phases.
+    ahead, order, queries_first, early, copying: see `latent_many.cu`. alone: whether each warp counts rows for itself.
+    processors: of the GPU, each with a block of threads. timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
