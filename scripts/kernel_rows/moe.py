@@ -269,19 +269,17 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
     return {"first_4": float(first), "first_8": float(all_of_them), "layers": count}
 
 
-FAST = {"BULK": 1, "TENSOR": 1}
+FAST = {"PACE": 1, "BULK": 1, "TENSOR": 1}
 VARIANTS: tuple[dict[str, int], ...] = (
-    {"BULK": 1},
-    {"TENSOR": 1},
-    {"PREDICTED": 3},
+    {},
+    {"PACE": 1},
+    {"PACE": 2},
     FAST,
-    FAST | {"PREDICTED": 2},
-    FAST | {"PREDICTED": 3},
-    FAST | {"PREDICTED": 4},
-    FAST | {"PREDICTED": 6},
-    FAST | {"PREDICTED": 3, "GO": 0},
-    FAST | {"NEXT": 3},
-    FAST | {"DEPTH": 3},
+    FAST | {"PACE": 2},
+    FAST | {"WITH_OUTPUT": 1},
+    FAST | {"WITH_OUTPUT": 1, "WITH_NORM": 1},
+    FAST | {"WITH_OUTPUT": 2, "WITH_NORM": 1},
+    {"BULK": 1, "TENSOR": 1},
 )
 """Macros of `cuda/moe_layers.cu`."""
 
@@ -294,7 +292,7 @@ def rows() -> Iterator[Row]:
     yield Row("layers timeline at 192 tokens", partial(layers_timeline, 192))
     yield Row("layers predicted", layers_predicted)
     for macros in VARIANTS:
-        name = ", ".join(f"{name} {value}" for name, value in macros.items())
+        name = ", ".join(f"{name} {value}" for name, value in macros.items()) or "none"
         yield Row(f"layers variant {name}", partial(qwen3, 192, macros=macros))
         yield Row(f"layers phases of variant {name}", partial(layers_timeline, 192, macros=macros))
     yield Row("layers qwen3-30b-a3b at 192 tokens, one a launch", partial(qwen3, 192, most=1))

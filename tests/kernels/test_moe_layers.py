@@ -100,7 +100,12 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch, request) -> No
 
 @pytest.mark.parametrize(
     "macros",
-    [{"PREDICTED": 1, "NEXT": 3}, {"PREDICTED": 2, "GO": 0, "TENSOR": 1}, {"BULK": 1}, {"TENSOR": 1, "BULK": 1}],
+    [
+        {"WITH_OUTPUT": 1, "NEXT": 3, "PACE": 2},
+        {"WITH_OUTPUT": 2, "WITH_NORM": 3, "TENSOR": 1},
+        {"BULK": 1},
+        {"TENSOR": 1, "BULK": 1, "PACE": 1},
+    ],
     ids=lambda macros: ",".join(macros),
 )
 def test_what_changes_no_result(macros: dict[str, int], emulated, monkeypatch) -> None:

@@ -16,7 +16,7 @@ constexpr int NEW_AT = SUMS_AT + WARPS * GROUP * 8, TABLE_AT = NEW_AT + 2 * H * 
 // What blocks tell one another (grid.cuh): the barrier's words, and then numbers in bf16.
 constexpr int TOLD_QKV = (BLOCKS + 3) / 4 * 4, TOLD_HEADS = TOLD_QKV + QKV_ROWS, TOLD_STREAM = TOLD_HEADS + ATTENDED;
 constexpr int TOLD_HIDDEN = TOLD_STREAM + WIDTH, TOLD_NEXT = TOLD_HIDDEN + CHOSEN * FFN;
-constexpr int TOLD_PREDICTED = TOLD_NEXT + WIDTH, TOLD_GO = TOLD_PREDICTED + (EXPERTS + 3) / 4 * 4;
+constexpr int TOLD_PREDICTED = TOLD_NEXT + WIDTH;  // and a word for each expert
 // Sums of scores, four of them in 128 bytes: many blocks add to them at once.
 constexpr int ALL_SUMS = (EXPERTS + 3) / 4 * 16;
 DEVICE int sum_at(int expert) { return expert / 4 * 16 + expert % 4; }

@@ -103,15 +103,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; ++layer) {
       const Layer& of = table[layer];
-      const u32 mark = TOLD * (layer + 1);
-      auto made = [&](int head) { tell_go(words, head, mark); };
       const Timeline timeline = {times + layer * (BLOCKS * WARPS * MARKS)};
       timeline.mark_end(0);
       for (int i = 0; i < 3; ++i) timeline.mark(i);
       prefetch_pages(pages, of.pool, tokens, part, parts);
       copy_units(shared, pages, of.pool, tokens, part, parts);
       attend(shared, words, of.q_norm, of.k_norm, cosine, sine, page, slot, pages, of.pool, found, sums, tokens, part, parts,
-             timeline, mark, made);
+             timeline, TOLD * (layer + 1));
       for (int i = 6; i < 16; ++i) timeline.mark(i);  // attend has marked units and the end of them all
       timeline.mark_end(1);
     }
@@ -121,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
   {
     const Qkv nothing = {table->qkv, 0}, qkv = {table->qkv, Qkv::ITEMS};
     Ring<Qkv, Qkv> ring(nothing, qkv, place);  // as at the end of a layer before
-    ring.most = SLOTS - 1;
+    ring.most = ring.later = SLOTS - 1;
     ring.top();
     place = ring;
   }
@@ -149,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const Qkv qkv = {of.qkv, Qkv::ITEMS};
     const Output output = {of.output};
     Ring<Qkv, Output> ring(qkv, output, place);
+    if (PACE) ring.later = PACE;
     multiply(qkv, ring, normed, one, none, [&](int item, float a, float b, u32) {
       if (lane) return;
       if (item < Qkv::PAIRS) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a * factor, b * factor), mark));
@@ -156,10 +155,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     });
     timeline.mark(2);
 
-    auto made = [&](int head) { tell_go(words, head, mark); };
     if (part < parts)
       attend(shared, words, of.q_norm, of.k_norm, cosine, sine, page, slot, pages, of.pool, found, sums, tokens, part, parts,
-             timeline, mark, made);
+             timeline, mark);
     else timeline.mark(3);
     timeline.mark(4);
     if (parts > 1) {
@@ -168,9 +166,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }
     timeline.mark(5);
 
-    if (PREDICTS && part >= parts && first_item() < GateUp::ITEMS) fetch_predicted(words, of.gate_up, mark);
+    if (PACE) ring.fill_paced();
+    Predicted predicted;
+    const bool predicts = PREDICTS && part >= parts && first_item() < GateUp::ITEMS;
+    if (predicts) predicted.choose(words, mark);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
     timeline.mark(6);
+    if (predicts) predicted.fetch<WITH_OUTPUT>(of.gate_up, 0);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
       const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
       if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(two, mark));
@@ -183,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     timeline.mark(8);
     of_stream.wait(words + TOLD_STREAM, mark);
     timeline.mark(9);
+    if (predicts) predicted.fetch<WITH_NORM>(of.gate_up, WITH_OUTPUT);
     factor = of_stream.norm(shared, weight);
     timeline.mark(10);
     int* const chosen = (int*)(shared + CHOICE_AT);

@@ -26,6 +26,10 @@
 #define TENSOR 0  // 1: products by tensor cores
 #endif
 
+#ifndef PACE
+#define PACE 0  // stages of a second product on their way at once, for what blocks tell comes late behind many; 0: any
+#endif
+
 #ifndef BULK
 #define BULK 0  // 1: a lane copies whole rows of a stage, in place of all lanes 16 bytes each
 #endif
@@ -58,7 +62,7 @@ struct RingPlace {
   u8* slots;       // of this warp
   int lane, item;  // item: of the next copy
   int stage, filled, emptied;
-  int ahead, most;  // stages on their way, and how many there may be
+  int ahead, most, later;  // stages on their way, and how many there may be, of the first product and of the second
   u32 phase;        // of the barriers from `emptied` on
   u64 once;
   const u16* from[2];  // this lane's part of the rows of the next copy
@@ -76,7 +80,7 @@ struct RingPlace {
   DEVICE void begin() {
     item = first_item();
     stage = 0;
-    most = DEPTH;
+    most = later = DEPTH;
   }
   // By a warp, before there are copies: its barriers.
   DEVICE static void make_barriers(u8* rings) {
@@ -108,11 +112,24 @@ struct Ring : RingPlace {
   }
   // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
   DEVICE void fill() {
-    most = SLOTS - 1;
+    most = later = SLOTS - 1;
     top();
     if (item >= Second::ITEMS) return;
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
       prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
+  }
+
+  // As `top`, where no more than PACE stages are on their way at once.
+  DEVICE void fill_paced() {
+    later = SLOTS - 1;
+#pragma unroll 1
+    do {
+      if (!BULK) cp_async_wait<(PACE ? PACE - 1 : 0)>();
+      else if (ahead >= PACE) {
+        const int slot = emptied + ahead - PACE;
+        barrier_wait(barrier(slot < SLOTS ? slot : slot - SLOTS), slot < SLOTS ? phase : phase ^ 1);
+      }
+    } while (bring());
   }
 
   // One stage. Returns whether it was the product's last.
@@ -160,7 +177,7 @@ struct Ring : RingPlace {
   }
   // Copies one stage, if there is one and room for it. Returns whether it did.
   DEVICE bool bring() {
-    if (ahead >= most || (on_second && item >= items_of(second))) return false;
+    if (ahead >= (on_second ? later : most) || (on_second && item >= items_of(second))) return false;
     if (on_second) copy(second);
     else if (copy(first)) to_second();
     if (!BULK) cp_async_commit();

@@ -93,13 +93,11 @@ DEVICE void copy_units(u8* shared, const int* pages, const u16* pool, int tokens
 }
 
 // Attention of a KV head's queries over the units of this block: part `part` of `parts`. Where there are no other parts,
-// its result is told; otherwise `found` [BLOCKS, GROUP, H] and `sums` [BLOCKS, GROUP, 2] get this part of it. Blocks that do
-// nothing else call queries_made(their KV head) when they are.
-template <class Made = Always>
+// its result is told; otherwise `found` [BLOCKS, GROUP, H] and `sums` [BLOCKS, GROUP, 2] get this part of it.
 DEVICE void attend(
     u8* shared, u32* words, const float* q_norm, const float* k_norm, const float* cosine, const float* sine,
     const int* page, const int* slot, const int* pages, u16* pool, float* found, float* sums, int tokens, int part,
-    int parts, const Timeline& timeline, u32 mark = TOLD, Made queries_made = {}
+    int parts, const Timeline& timeline, u32 mark = TOLD
 ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int head = blockIdx.x % KV, units = (tokens + UNIT - 1) / UNIT, step = parts * WARPS;
@@ -191,7 +189,6 @@ DEVICE void attend(
   }
   if (has_room) cp_async_wait<0>();
   __syncthreads();
-  if (has_room) queries_made(head);
   timeline.mark(3);
   uint4 query[KEY_PARTS];
 #pragma unroll

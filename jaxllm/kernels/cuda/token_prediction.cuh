@@ -1,23 +1,21 @@
 // Which experts a layer will probably choose, known before its attention: what the router says of the residual stream that
 // the layer begins with, to which attention adds little. Nothing but what the second-level cache fetches depends on it, in
-// the time in which memory has nothing to do because attention is awaited.
+// times in which nobody waits for what others tell, for that comes late behind many copies.
 //
-// Each block with products has one expert. Macros: PREDICTED: rows of gate and up, in pairs, that a warp fetches, those it
-// would multiply first; 0: none. GO 1: they are fetched when all queries are made, and not when the block's own are.
+// Each block with products has one expert. Macros: WITH_OUTPUT: rows of gate and up, in pairs, that a warp fetches when it
+// begins with the output product; WITH_NORM: and with the second norm.
 #pragma once
 #include "moe_layer.cuh"
 
-#ifndef PREDICTED
-#define PREDICTED 0
+#ifndef WITH_OUTPUT
+#define WITH_OUTPUT 0
 #endif
-#ifndef GO
-#define GO 1
+#ifndef WITH_NORM
+#define WITH_NORM 0
 #endif
 
-constexpr bool PREDICTS = PREDICTED > 0 && EXPERTS % 4 == 0 && EXPERTS <= BLOCKS - IDLE;
-constexpr bool GOES = PREDICTS && GO && IDLE > 0;
-constexpr int FETCHED = PREDICTED < GateUp::ITEMS / WORKERS ? PREDICTED : GateUp::ITEMS / WORKERS;
-constexpr int GUESSES = FETCHED * WORKERS / FFN + (FETCHED * WORKERS % FFN != 0);  // experts
+constexpr bool PREDICTS = WITH_OUTPUT + WITH_NORM > 0 && EXPERTS % 4 == 0 && EXPERTS <= BLOCKS - IDLE;
+constexpr int ROUNDS_OF_EXPERTS = (GateUp::ITEMS + WORKERS - 1) / WORKERS, HALF_OF_THEM = (ROUNDS_OF_EXPERTS + 1) / 2;
 
 struct Prediction {
   static constexpr int EACH = NormWeight::EACH;
@@ -57,42 +55,45 @@ struct Prediction {
   }
 };
 
-// By all threads of the block that makes the queries of a KV head, when they are made.
-DEVICE void tell_go(u32* words, int head, u32 mark) {
-  if (GOES && threadIdx.x == 0) tell(words + TOLD_GO + 2 * head, make_uint2(mark, mark));
-}
+// Of a warp: lane k has the expert with the k-th score.
+struct Predicted {
+  int experts = 0;
 
-// By a warp that waits for heads: fetches the rows that it will probably multiply first.
-DEVICE void fetch_predicted(const u32* words, const u16* gate_up, u32 mark) {
-  constexpr int GROUPS = EXPERTS / 4, EACH = (GROUPS + 31) / 32;
-  const int lane = threadIdx.x % 32;
-  if (GOES) {
-    uint2 go[1];
-    collect(go, [&](int) { return words + TOLD_GO + 2 * (blockIdx.x % KV); }, mark);
-  }
-  uint4 told[EACH];
-  collect(told, [&](int i) { return words + TOLD_PREDICTED + 4 * min(i * 32 + lane, GROUPS - 1); }, mark);
-  u32 keys[EACH][4];  // that say which expert it is, so that all differ
+  // Waits for the scores.
+  DEVICE void choose(const u32* words, u32 mark) {
+    constexpr int GROUPS = EXPERTS / 4, EACH = (GROUPS + 31) / 32;
+    const int lane = threadIdx.x % 32;
+    uint4 told[EACH];
+    collect(told, [&](int i) { return words + TOLD_PREDICTED + 4 * min(i * 32 + lane, GROUPS - 1); }, mark);
+    u32 keys[EACH][4];  // that say which expert it is, so that all differ
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const u32 group = i * 32 + lane, of[4] = {told[i].x, told[i].y, told[i].z, told[i].w};
+    for (int i = 0; i < EACH; ++i) {
+      const u32 group = i * 32 + lane, of[4] = {told[i].x, told[i].y, told[i].z, told[i].w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) keys[i][j] = group < GROUPS ? of[j] << 16 | 0xffff - (group * 4 + j) : 0;
-  }
-  int mine = 0;  // lane k has the expert with the k-th score
+      for (int j = 0; j < 4; ++j) keys[i][j] = group < GROUPS ? of[j] << 16 | 0xffff - (group * 4 + j) : 0;
+    }
 #pragma unroll 1
-  for (int k = 0; k < GUESSES; ++k) {
-    u32 most = 0;
+    for (int k = 0; k < CHOSEN; ++k) {
+      u32 most = 0;
 #pragma unroll
-    for (int i = 0; i < EACH * 4; ++i) most = max(most, keys[i / 4][i % 4]);
-    most = __reduce_max_sync(~0u, most);
+      for (int i = 0; i < EACH * 4; ++i) most = max(most, keys[i / 4][i % 4]);
+      most = __reduce_max_sync(~0u, most);
 #pragma unroll
-    for (int i = 0; i < EACH * 4; ++i) keys[i / 4][i % 4] = keys[i / 4][i % 4] == most ? 0 : keys[i / 4][i % 4];
-    if (lane == k) mine = 0xffff - (most & 0xffff);
+      for (int i = 0; i < EACH * 4; ++i) keys[i / 4][i % 4] = keys[i / 4][i % 4] == most ? 0 : keys[i / 4][i % 4];
+      if (lane == k) experts = 0xffff - (most & 0xffff);
+    }
   }
+  // Pairs of rows from number `first` on: those of every second item of this warp, and then the others, so that what is in the
+  // second-level cache and what memory has are read at the same time.
+  template <int COUNT>
+  DEVICE void fetch(const u16* gate_up, int first) const {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < FETCHED; ++i) {
-    const int item = first_item() + i * WORKERS, expert = __shfl_sync(~0u, mine, item / FFN % 32);
-    if (lane < 2) prefetch(gate_up + ((size_t)expert * (2 * FFN) + lane * FFN + item % FFN) * WIDTH, WIDTH * 2);
+    for (int i = first; i < first + COUNT; ++i) {
+      const int item = first_item() + (i < HALF_OF_THEM ? 2 * i : 2 * (i - HALF_OF_THEM) + 1) * WORKERS;
+      if (item >= GateUp::ITEMS) continue;
+      const int expert = __shfl_sync(~0u, experts, item / FFN);
+      if (lane < 2) prefetch(gate_up + ((size_t)expert * (2 * FFN) + lane * FFN + item % FFN) * WIDTH, WIDTH * 2);
+    }
   }
-}
+};

@@ -132,7 +132,7 @@ def launcher(
     ptx = call.compile_or_refuse(KERNEL, KERNEL, defined)
     rest += -(-WARPS * slots // 2) * 16 if defined.get("BULK") else 0
     # What blocks tell one another, and the words of their barrier; and sums of scores. As in `cuda/moe_layer.cuh`.
-    told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F + -(-E // 4) * 4 + 2 * K, L * keys * 2
+    told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F + -(-E // 4) * 4, L * keys * 2
     shapes = [
         jax.ShapeDtypeStruct((1, D), jnp.bfloat16),
         *(jax.ShapeDtypeStruct(layer.kv_PYKOH.shape, jnp.bfloat16) for layer in layers),
