@@ -29,6 +29,7 @@ LARGE = (
     (64, 4096, 128),
     (8, 4096, 128),
     (64, 4096, 16),
+    (64, 4096, 64),
     (5, 20_000, 64),
 )
 """Rows, tokens, query heads: as large as those whose speed is measured."""

@@ -16,14 +16,16 @@ from tests.kernels.emulator.emulator import EmulatorError, Kernels
 VALUES, H = latent_cuda.VALUES, latent_cuda.VALUES + 64
 
 
-def inputs(R, N, O, W, seed=0):
+def inputs(R, N, O, W, seed=0, even=False):
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.standard_normal((R, 1, N, H)), jnp.bfloat16)
     kv = jnp.asarray(rng.standard_normal((R * W + 1, 1, 1, O, H)), jnp.bfloat16)
     pages = (rng.permutation(R * W) + 1).reshape(R, W).astype(np.int32)
     positions = rng.integers(0, W * O, (R, 1)).astype(np.int32)
     positions[0] = W * O - 1
-    if R > 2:
+    if even:
+        positions[:, 0] = W * O - 1 - np.arange(R)
+    elif R > 2:
         positions[1] = -1
         positions[2] = 0
     for r in range(R):  # what no query sees may be anything, and its pages too
@@ -98,6 +100,14 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "early": True,
         },
     ),
+    "many_pairs": (
+        (2, 64, 32, 8),
+        {"processors": 4, "whole": 1, "min_share": 1, "source": "latent_many", "even": True},
+    ),
+    "many_pairs_of_20": (
+        (3, 20, 32, 8),
+        {"processors": 6, "whole": 1, "min_share": 1, "source": "latent_many", "even": True},
+    ),
     "many_alone_128": (
         (3, 128, 64, 7),
         {
@@ -116,9 +126,9 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 def run_case(case: str, seed: int) -> None:
     sizes, options = CASES[case]
-    q, kv, pages, positions = inputs(*sizes)
+    q, kv, pages, positions = inputs(*sizes, even=options.get("even", False))
     first = positions - options["window"] + 1 if "window" in options else None
-    tuning = {key: value for key, value in options.items() if key != "window"}
+    tuning = {key: value for key, value in options.items() if key not in ("window", "even")}
     out, lse = emulate(q, kv, pages, positions, first, scale=H**-0.5, seed=seed, **tuning)
     clean = jnp.nan_to_num(kv.astype(jnp.float32))
     wanted, wanted_lse = reference.attend(
@@ -199,6 +209,12 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "latent_many.cu",
         "attention.sum[half] * fast_exp2(attention.own_top[half] - attention.top[half])",
         "attention.sum[half]",
+    ),
+    "pair_not_awaited": (
+        "many_pairs",
+        "latent_many.cu",
+        "    if (of.lane == 0) word_wait(finished + other, 1);\n",
+        "",
     ),
     "parts_not_awaited": ("many_parts", "latent.cuh", "  if (lane == 0) word_wait(finished + part.from, parts);\n", ""),
 }

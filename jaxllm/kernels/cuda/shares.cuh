@@ -94,8 +94,9 @@ struct Part {
 struct Work {
   Walk walk;
   int cta, total, ctas;  // blocks of all items, and CTAs that share them
+  bool pairs;            // each item has two CTAs, which have nothing else
 
-  DEVICE Work(const Rows& rows, const int* positions, const int* first, int cta) : cta(cta), total(0), ctas(CTAS) {
+  DEVICE Work(const Rows& rows, const int* positions, const int* first, int cta) : cta(cta), total(0), ctas(CTAS), pairs(false) {
     walk.item = cta;
     walk.skip = 0;
     walk.budget = 0x7fffffff;
@@ -120,7 +121,7 @@ struct Work {
     if (total == items * longest) {
       int each = ctas / items;
       while (each > 1 && longest % each) --each;
-      if (each * items >= 0.95f * ctas) ctas = each * items;
+      if (each * items >= 0.95f * ctas) ctas = each * items, pairs = each == 2;
     }
 #endif
     if (cta >= ctas) {
