@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm.config import EngineConfig, KvCacheConfig, SchedulerConfig
@@ -54,6 +56,22 @@ def positive(text: str) -> int:
         if (value := int(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} must be an integer above 0")
+
+
+def _report_path(text: str) -> str:
+    """argparse type: a file that can be written, asked before anything is measured for it; - is stdout."""
+    path = Path(text)
+    if text != "-" and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; name a file in a directory that exists")
+    return text
+
+
+def add_report_option(parser: argparse.ArgumentParser) -> None:
+    """--json, of the commands that measure."""
+    parser.add_argument(
+        "--json", type=_report_path, metavar="PATH",
+        help="also write the report as JSON (- = stdout, instead of a table)",
+    )  # fmt: skip
 
 
 def _integers(text: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.bench.load import names_of
 from jaxllm.bench.serving_command import SERVE_EXAMPLES, fill_serve_parser
-from jaxllm.options import MODEL_HELP, Parser, add_engine_options, engine_config, positive
+from jaxllm.options import MODEL_HELP, Parser, add_engine_options, add_report_option, engine_config, positive
 
 _LATENCY_EXAMPLES = """\
 One fixed batch at a time: every request starts together, has --input-len random tokens and gets --output-len.
@@ -75,7 +75,7 @@ def _add_bench_options(parser: Parser, *, input_len: str, output_len: str, compa
         "--repeat", type=positive, default=3, metavar="N", help="repetitions after the warm-up (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts and lengths")
-    parser.add_argument("--json", metavar="PATH", help="also write the report as JSON (- = stdout, instead of a table)")
+    add_report_option(parser)
     if compare:
         parser.add_argument(
             "--compare-repeat", type=positive, metavar="N", help="repetitions of those (default: as --repeat)"
@@ -135,9 +135,7 @@ def fill_parser(parser: Parser) -> None:
     layouts.add_argument("--batch-sizes", default="1,64", metavar="LIST", help="(default: %(default)s)")
     layouts.add_argument("--prompt-lens", default="2048", metavar="LIST", help="(default: %(default)s)")
     layouts.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    layouts.add_argument(
-        "--json", metavar="PATH", help="also write the report as JSON (- = stdout, instead of a table)"
-    )
+    add_report_option(layouts)
     add_engine_options(layouts)
     layouts.set_defaults(run=_run_bench_layouts)
 
@@ -151,7 +149,7 @@ def fill_parser(parser: Parser) -> None:
         help="(default: %(default)s)",
     )  # fmt: skip
     comm.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    comm.add_argument("--json", metavar="PATH", help="also write the figures as JSON (- = stdout, instead of a table)")
+    add_report_option(comm)
     comm.add_argument("--debug", action="store_true", help="show the traceback of an error")
     comm.set_defaults(run=_run_bench_comm)
 

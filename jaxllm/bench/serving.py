@@ -301,7 +301,10 @@ async def wait_until_ready(client: Client, seconds: float) -> str:
         except OSError as error:
             reason = str(error)
         if time.monotonic() > end:
-            raise ConfigError(f"{client.url} is not ready: {reason}")
+            raise ConfigError(
+                f"{client.url} is not ready: {reason}; start a server there (jaxllm serve MODEL), or name another by "
+                "--base-url"
+            )
         if reason != told:
             told = reason
             print(f"[waiting up to {seconds:g} s for {client.url}: {reason}]", file=sys.stderr, flush=True)

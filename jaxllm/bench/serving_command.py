@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jaxllm.bench.load import names_of
-from jaxllm.options import Parser, positive
+from jaxllm.options import Parser, add_report_option, positive
 
 SERVE_EXAMPLES = """\
 Streams requests from any OpenAI server and reports TTFT, TPOT, ITL and goodput. Prompts are random token ids
@@ -51,9 +51,7 @@ def fill_serve_parser(parser: Parser) -> None:
         "--ready-check-timeout-sec", type=float, default=600.0, metavar="S", help="(default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--json", metavar="PATH", help="also write the figures as JSON (- = stdout, instead of a table)"
-    )
+    add_report_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_run)
 

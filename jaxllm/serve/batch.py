@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             failed = work(args.base_url, args.api_key)
         else:
             failed = _with_server(args, work)
-        print(f"jaxllm: {len(left)} answered, {failed} of them no success", file=sys.stderr, flush=True)
+        print(f"jaxllm: {len(left)} answered, {failed} of them with an error", file=sys.stderr, flush=True)
     return 0
 
 

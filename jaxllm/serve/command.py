@@ -11,9 +11,9 @@ from jaxllm.serve.options import add_server_options, check_packages, serve_setti
 from jaxllm.settings import ConfigError
 
 EXAMPLES = """\
-Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; /tokenize, /detokenize; /health,
-/v1/responses; /health_generate, /version, /metrics (Prometheus), /iteration_stats; at / a page to chat and to watch
-the engine. Needs an extra: pip install "jaxllm[serve]".
+Serves the OpenAI API: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models; beside it /tokenize,
+/detokenize, /health, /health_generate, /version, /metrics (Prometheus), /iteration_stats; at / a page to chat and to
+watch the engine. Needs an extra: pip install "jaxllm[serve]".
 --config may hold these settings beside those of the engine; options win over it.
 
 examples:

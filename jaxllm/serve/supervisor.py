@@ -106,7 +106,8 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; give another --port or --host") from None
     return sock
 
 

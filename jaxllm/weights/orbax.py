@@ -7,10 +7,12 @@ Hugging Face's names. Since arrays are chunked and unpadded, the checkpoint fits
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def convert(
         progress: show a progress bar on a terminal.
 
     Raises:
-        CheckpointError: `dst` has content, or a tensor cannot be read (nothing is written then).
+        CheckpointError: `dst` has content or cannot be made, or a tensor cannot be read (nothing is written then).
     """
     import orbax.checkpoint as ocp
     from tqdm import tqdm
@@ -143,16 +145,32 @@ def convert(
     handlers = ocp.type_handlers.create_type_handler_registry((_Pending, OneByOne(deepcopy_host_arrays=False)))
     tree = {name: _Pending(source, name) for name in source.tensors}
     save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in tree}
-    dst.mkdir(parents=True, exist_ok=True)
-    # weights hardly compress, and decompressing costs more than reading
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
-    with bar, ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(dst / SUBDIR, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(dst, f"cannot be made ({error.strerror}): name another directory") from None
+    with bar, _quiet():
+        # weights hardly compress, and decompressing costs more than reading
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(dst / SUBDIR, args=ocp.args.PyTreeSave(tree, save_args=save_args))
     for file in config_files:
         shutil.copyfile(file, dst / Path(file).name)
     if metadata is not None:
         (dst / METADATA_FILE).write_text(json.dumps(dict(metadata), ensure_ascii=False), encoding="utf-8")
     return dst
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that it keeps nothing of the sharding of jax.Arrays: here are none."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The compilation cache that processes share: entries are seen whole or not at all, and a broken one is mended."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxllm.engine.compilation_cache import enable_compilation_cache
+from jaxllm.engine.compilation_cache import _say_once, enable_compilation_cache
+from jaxllm.settings import ConfigError
 
 pytestmark = pytest.mark.quick
 
@@ -68,14 +70,35 @@ def test_an_entry_of_which_half_is_there_is_written_again(folder: Path) -> None:
     assert compile_again() == []
 
 
-def test_a_disk_that_is_full_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(self: Path, data: bytes) -> int:
         self.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert any("No space left" in text for text in compile_again())
+    _say_once.cache_clear()
+    assert compile_again() == compile_again() == []
     assert list(folder.iterdir()) == []
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert said == f"compiled programs are not kept: {str(folder)!r} cannot be written (No space left on device)"
+
+
+def test_a_cache_that_cannot_be_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"compilation_cache_dir: '.*file/xla' cannot be made \(Not a directory\); name"
+    ):
+        enable_compilation_cache(str(folder / "file" / "xla"))
+    monkeypatch.setenv("JAXLLM_CACHE", str(folder / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    enable_compilation_cache(None)
+    assert jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert re.fullmatch(r"no compiled program is kept, .*'.*file/xla' cannot be made .*; set JAXLLM_CACHE", said)
 
 
 def test_jax_s_own_cache_directory_is_left_where_it_is(folder: Path) -> None:

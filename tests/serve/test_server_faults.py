@@ -196,7 +196,7 @@ def test_settings_of_which_the_engine_makes_nothing(tmp_path: Path) -> None:
     ("options", "yaml_text", "message"),
     [
         (["--port", "99999"], "", "port"),
-        (["--host", "256.256.256.256"], "", "cannot listen on"),
+        (["--host", "256.256.256.256"], "", "give another --port or --host"),
         (["--ssl_certfile", "x.pem"], "", "belong together"),
         (["--prot", "1"], "", "did you mean --port"),
         ([], "prot: 1", "did you mean 'port'"),

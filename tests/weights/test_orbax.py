@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 from collections.abc import Callable
@@ -110,6 +111,26 @@ def test_destination_with_content_is_refused(converted: Path, memory_source: Any
     with pytest.raises(CheckpointError, match="exists and is not an empty directory"):
         convert(memory_source(ARRAYS), [], converted / "config.json")
     assert sorted(converted.rglob("*")) == before
+
+
+def test_destination_that_cannot_be_made(tmp_path: Path, memory_source: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be made \(Not a directory\): name another"):
+        convert(memory_source(ARRAYS), [], tmp_path / "file" / "model")
+
+
+def test_no_warnings_that_say_nothing(tmp_path: Path, memory_source: Any) -> None:
+    absl = logging.getLogger("absl")
+    heard: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    absl.addHandler(listener)
+    level = absl.level
+    try:
+        convert(memory_source(ARRAYS), [], tmp_path / "model")
+    finally:
+        absl.removeHandler(listener)
+    assert heard == [] and absl.level == level
 
 
 def test_damaged_source_writes_nothing(tmp_path: Path, memory_source: Any) -> None:
