@@ -269,17 +269,16 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
     return {"first_4": float(first), "first_8": float(all_of_them), "layers": count}
 
 
-FAST = {"PACE": 1, "BULK": 1, "TENSOR": 1}
+FAST = {"BULK": 1, "TENSOR": 1}
 VARIANTS: tuple[dict[str, int], ...] = (
     {},
-    {"PACE": 1},
-    {"PACE": 2},
     FAST,
+    FAST | {"PACE": 1},
     FAST | {"PACE": 2},
-    FAST | {"WITH_OUTPUT": 1},
-    FAST | {"WITH_OUTPUT": 1, "WITH_NORM": 1},
-    FAST | {"WITH_OUTPUT": 2, "WITH_NORM": 1},
-    {"BULK": 1, "TENSOR": 1},
+    FAST | {"PACE": 1, "TAIL": 2},
+    FAST | {"PACE": 1, "WITH_OUTPUT": 1},
+    FAST | {"PACE": 1, "WITH_OUTPUT": 1, "WITH_NORM": 1},
+    FAST | {"PACE": 1, "WITH_OUTPUT": 2, "WITH_NORM": 1},
 )
 """Macros of `cuda/moe_layers.cu`."""
 

@@ -101,10 +101,10 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch, request) -> No
 @pytest.mark.parametrize(
     "macros",
     [
-        {"WITH_OUTPUT": 1, "NEXT": 3, "PACE": 2},
+        {"WITH_OUTPUT": 1, "NEXT": 3, "BULK": 1, "PACE": 2},
         {"WITH_OUTPUT": 2, "WITH_NORM": 3, "TENSOR": 1},
         {"BULK": 1},
-        {"TENSOR": 1, "BULK": 1, "PACE": 1},
+        {"TENSOR": 1, "BULK": 1, "PACE": 1, "TAIL": 2},
     ],
     ids=lambda macros: ",".join(macros),
 )

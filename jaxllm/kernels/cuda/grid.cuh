@@ -96,6 +96,25 @@ DEVICE void collect(Words (&words)[N], Place place, u32 mark = TOLD) {
   }
 }
 
+// By a whole warp: the same, and after each look that finds too little it does something else.
+template <int N, class Words, class Place, class Meanwhile>
+DEVICE void collect(Words (&words)[N], Place place, u32 mark, Meanwhile meanwhile) {
+  u64 began = 0;
+  for (u32 polls = 1;; ++polls) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) look(place(i), words[i]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) all = all && is_told(words[i], mark);
+    if (__all_sync(~0u, all)) break;
+    meanwhile();
+    look_again(polls, began);
+  }
+}
+struct Nothing {};
+template <int N, class Words, class Place>
+DEVICE void collect(Words (&words)[N], Place place, u32 mark, Nothing) { collect(words, place, mark); }
+
 // A sum of what all blocks have, in 64 bits that begin as zeros: their low 8 count the blocks, so that who finds the count
 // has the sum, and the others are in fixed point, whose sums do not depend on their order. x: under 2^21 in size, or it
 // is taken for that, and NaN for the least.

@@ -22,6 +22,9 @@
 #include "token_attention.cuh"
 #include "token_experts.cuh"
 
+#ifndef TAIL
+#define TAIL 0  // stages of the next layer's first product on their way while this one's last is multiplied; 0: any
+#endif
 #ifndef NEXT
 #define NEXT 0
 #endif
@@ -139,15 +142,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const Prediction prediction(of.router);
     if (part < parts) prefetch_pages(pages, of.pool, tokens, part, parts);
     if (ROOM && (int)blockIdx.x < IDLE) copy_units(shared, pages, of.pool, tokens, part, parts);
-    if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD);
-    timeline.mark(1);
-    float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
-    float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
-    if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
     const Qkv qkv = {of.qkv, Qkv::ITEMS};
     const Output output = {of.output};
     Ring<Qkv, Output> ring(qkv, output, place);
+    if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD, copying(ring));
+    timeline.mark(1);
     if (PACE) ring.later = PACE;
+    float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
+    float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
+    if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
     multiply(qkv, ring, normed, one, none, [&](int item, float a, float b, u32) {
       if (lane) return;
       if (item < Qkv::PAIRS) tell(words + TOLD_QKV + 2 * item, words_of(pack_bf16(a * factor, b * factor), mark));
@@ -166,11 +169,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }
     timeline.mark(5);
 
-    if (PACE) ring.fill_paced();
+    ring.later = SLOTS - 1;
     Predicted predicted;
     const bool predicts = PREDICTS && part >= parts && first_item() < GateUp::ITEMS;
     if (predicts) predicted.choose(words, mark);
-    fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark);
+    fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark, copying(ring));
     timeline.mark(6);
     if (predicts) predicted.fetch<WITH_OUTPUT>(of.gate_up, 0);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
@@ -207,19 +210,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
       if (lane == 0) tell(words + TOLD_HIDDEN + item, word_of(pack_bf16(activation(gate * factor) * (up * factor), 0.f), mark));
     });
     timeline.mark(13);
-    experts.fill();
-    if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark);
+    if (PACE) experts.most = experts.later = SLOTS - 1;
+    else experts.fill();
+    if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark, copying<true>(experts));
     timeline.mark(14);
     if (NEXT && !last) prefetch_items(Qkv{table[layer + 1].qkv, Qkv::ITEMS}, NEXT);
+    auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
+    const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
+    Ring<Down, Qkv> end(down, next, experts);
+    if (TAIL) end.later = TAIL;
     bool waits = true;
     auto ready = [&](int stage) {
       if (!waits || stage * STAGE * PIECE < EARLY) return;
       waits = false;
-      fetch_told<CHOSEN * FFN - EARLY, true>(inputs + EARLY / 8, words + TOLD_HIDDEN + EARLY, mark);
+      fetch_told<CHOSEN * FFN - EARLY, true>(inputs + EARLY / 8, words + TOLD_HIDDEN + EARLY, mark, copying(end));
     };
-    auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
-    const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
-    Ring<Down, Qkv> end(down, next, experts);
     multiply(down, end, inputs, weight_of, before, [&](int item, float a, float b, u32 known) {
       const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
       if (lane) return;
@@ -227,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
       else tell(words + TOLD_NEXT + 2 * item, words_of(two, mark));
     }, ready);
     ready(Down::PIECES);  // with warps that have nothing to multiply
-    end.top();
+    end.later = SLOTS - 1;
+    if (!PACE) end.top();
     place = end;
     timeline.mark(15);
     timeline.mark_end(1);

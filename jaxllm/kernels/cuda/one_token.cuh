@@ -85,15 +85,15 @@ struct StreamPart {
 };
 
 // By all threads: COUNT bf16 that others tell, a multiple of 8, to shared memory. FREE: no thread of the block can still read
-// what was there; otherwise they wait for one another before.
-template <int COUNT, bool FREE = false>
-DEVICE void fetch_told(uint4* inputs, const u32* words, u32 mark = TOLD) {
+// what was there; otherwise they wait for one another before. meanwhile(): of whole warps, while they wait.
+template <int COUNT, bool FREE = false, class Meanwhile = Nothing>
+DEVICE void fetch_told(uint4* inputs, const u32* words, u32 mark = TOLD, Meanwhile meanwhile = {}) {
   constexpr int EACH = larger(1, (COUNT / 4 + THREADS - 1) / THREADS), AT_ONCE = EACH < 8 ? EACH : 8;
 #pragma unroll 1
   for (int first = 0; first < COUNT / 4; first += AT_ONCE * THREADS) {
     const int at = first + threadIdx.x;
     uint4 x[AT_ONCE];
-    collect(x, [&](int i) { return words + 4 * min(at + i * THREADS, COUNT / 4 - 1); }, mark);
+    collect(x, [&](int i) { return words + 4 * min(at + i * THREADS, COUNT / 4 - 1); }, mark, meanwhile);
     if (!FREE && first == 0) __syncthreads();
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)

@@ -26,18 +26,19 @@
 #define TENSOR 0  // 1: products by tensor cores
 #endif
 
-#ifndef PACE
-#define PACE 0  // stages of a second product on their way at once, for what blocks tell comes late behind many; 0: any
-#endif
-
 #ifndef BULK
 #define BULK 0  // 1: a lane copies whole rows of a stage, in place of all lanes 16 bytes each
+#endif
+
+#ifndef PACE
+#define PACE 0  // stages of a waiting warp on their way at once, for what blocks tell comes late behind many; 0: any; BULK
 #endif
 
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * (BLOCKS - IDLE);
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
 constexpr int BARRIERS_AT = WARPS * SLOTS * SLOT;                    // of bulk copies, one for each slot
 constexpr int RINGS = BARRIERS_AT + (BULK ? (WARPS * SLOTS * 8 + 15) / 16 * 16 : 0);  // bytes of all rings
+static_assert(BULK || !PACE, "only bulk copies can be asked whether they have come");
 static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
 
 // Of this warp.
@@ -114,22 +115,21 @@ struct Ring : RingPlace {
   DEVICE void fill() {
     most = later = SLOTS - 1;
     top();
-    if (item >= Second::ITEMS) return;
+    prefetch_rest();
+  }
+  DEVICE void prefetch_rest() {
+    if (item >= items_of(second)) return;
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
       prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
   }
-
-  // As `top`, where no more than PACE stages are on their way at once.
-  DEVICE void fill_paced() {
-    later = SLOTS - 1;
-#pragma unroll 1
-    do {
-      if (!BULK) cp_async_wait<(PACE ? PACE - 1 : 0)>();
-      else if (ahead >= PACE) {
-        const int slot = emptied + ahead - PACE;
-        barrier_wait(barrier(slot < SLOTS ? slot : slot - SLOTS), slot < SLOTS ? phase : phase ^ 1);
-      }
-    } while (bring());
+  // One stage, if no more than PACE are on their way then. Returns whether all slots but one are full.
+  DEVICE bool bring_paced() {
+    if (ahead >= PACE) {
+      const int slot = emptied + ahead - PACE;
+      const bool ended = barrier_ended_now(barrier(slot < SLOTS ? slot : slot - SLOTS), slot < SLOTS ? phase : phase ^ 1);
+      if (!__all_sync(~0u, ended)) return false;
+    }
+    return !bring() && ahead == SLOTS - 1;
   }
 
   // One stage. Returns whether it was the product's last.
@@ -206,6 +206,21 @@ struct Ring : RingPlace {
     return found;
   }
 };
+
+// What a warp that waits does meanwhile: its ring's copies, one after the other. REST: and once those are there, all that the
+// product's item has besides comes to the second-level cache.
+template <class Ring, bool REST>
+struct Copying {
+  Ring& ring;
+  bool done = !PACE;
+  DEVICE void operator()() {
+    if (done) return;
+    done = ring.bring_paced();
+    if (REST && done) ring.prefetch_rest();
+  }
+};
+template <bool REST = false, class Ring>
+DEVICE Copying<Ring, REST> copying(Ring& ring) { return {ring}; }
 
 DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
 DEVICE float high_of(u32 two) { return __uint_as_float(two & 0xffff0000u); }

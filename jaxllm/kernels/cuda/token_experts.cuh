@@ -14,11 +14,12 @@ struct Stream {
       x[i] = at < WIDTH / 8 ? load_kept((const uint4*)stream + at) : make_uint4(0, 0, 0, 0);
     }
   }
-  DEVICE void wait(const u32* words, u32 mark) {
+  template <class Meanwhile = Nothing>
+  DEVICE void wait(const u32* words, u32 mark, Meanwhile meanwhile = {}) {
     uint4 told[2 * EACH];
     collect(told, [&](int i) {
       return words + 8 * min((int)threadIdx.x + i / 2 * THREADS, WIDTH / 8 - 1) + i % 2 * 4;
-    }, mark);
+    }, mark, meanwhile);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const uint4 a = told[2 * i], b = told[2 * i + 1];

@@ -69,3 +69,8 @@ inline void barrier_wait(u32 barrier, u32 phase) {
   }
   if (b.copies) emulator::current->unfenced = true;
 }
+inline bool barrier_ended_now(u32 barrier, u32 phase) {
+  emulator::Barrier& b = emulator::barrier_at(barrier, "barrier_ended_now");
+  emulator::land_at(b);
+  return b.phase != phase;
+}

@@ -177,16 +177,16 @@ void run_cluster(u32 size, std::vector<u8>& stacks, std::mt19937& random) {
         std::shuffle(begin, end, random);
         for (auto i = begin; i != end; ++i) {
           Thread& t = threads[*i];
-          if (t.done || (t.waits_for && *t.waits_for == t.seen)) continue;
+          if (t.done || t.lets_others_run || (t.waits_for && *t.waits_for == t.seen)) continue;
           t.waits_for = nullptr;
           enter(t);
           switch_stack(scheduler, t.stack);
           if (!error.empty()) return;
           moved = true;
           ran |= !t.lets_others_run;
-          t.lets_others_run = false;
         }
       }
+      for (auto i = begin; i != end; ++i) threads[*i].lets_others_run = false;
     }
     if (!moved) {
       for (Thread& t : threads)
