@@ -13,16 +13,8 @@ from jaxllm.engine.lanes import Lanes
 from jaxllm.engine.request import FinishReason, Request, Sequence
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.step import LaneSteps
-from tests.engine.test_scheduler_properties import (
-    EOS,
-    FakeDevice,
-    Harness,
-    Params,
-    Truth,
-    operations,
-    replay,
-    schedulers,
-)
+from tests.engine.fake_device import EOS, FakeDevice, Harness, Params, Truth
+from tests.engine.test_scheduler_properties import operations, replay, schedulers
 
 
 class FakeDevices:

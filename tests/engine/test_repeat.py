@@ -13,8 +13,8 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.config import EngineConfig
 from jaxllm.engine.request import Update
 from jaxllm.settings import ConfigError
+from tests.engine.scheduling import add, make, prompt, turn
 from tests.engine.test_compiles import EVENTS, counting
-from tests.engine.test_scheduler import add, make, prompt, turn
 from tests.tiny_llm import EOS, PAGE, make_llm, prompts, submit, until
 
 pytestmark = [pytest.mark.timeout(300)]
