@@ -9,94 +9,17 @@ import pytest
 from jax.extend import core as jax_core
 
 from jaxllm.layers import draw, sampling
-from jaxllm.layers.sampling import PenaltyState, SamplingBatch, init_penalties, reset_slots, sample, token_logprobs
-
-INT_FIELDS = {"top_k", "position", "slot", "bias_row", "bias_token"}
-
-
-def make_batch(rows, bias=(), bias_capacity=None, **values):
-    """A SamplingBatch of neutral rows, with `values` (scalars or one per row) put in."""
-    capacity = len(bias) if bias_capacity is None else bias_capacity
-    pad = capacity - len(bias)
-    fields = dict.fromkeys(("temperature", "top_k", "min_p", "presence", "frequency", "seed"), 0)
-    fields |= {"top_p": 1.0, "repetition": 1.0, "position": 7, "slot": np.arange(rows)} | values
-    fields = {name: np.broadcast_to(value, (rows,)) for name, value in fields.items()}
-    fields["bias_row"] = np.array([row for row, _, _ in bias] + [rows] * pad)
-    fields["bias_token"] = np.array([token for _, token, _ in bias] + [0] * pad)
-    fields["bias_value"] = np.array([value for _, _, value in bias] + [1.0] * pad)
-    dtype = {name: jnp.int32 if name in INT_FIELDS else jnp.float32 for name in fields} | {"seed": jnp.uint32}
-    return SamplingBatch(**{name: jnp.asarray(value, dtype[name]) for name, value in fields.items()})
-
-
-@functools.cache
-def compiled(vocab_size, penalties, num_logprobs):
-    return jax.jit(functools.partial(sample, vocab_size=vocab_size, penalties=penalties, num_logprobs=num_logprobs))
-
-
-def run(logits, batch, state=None, vocab_size=None, num_logprobs=0, penalties=None):
-    penalties = state is not None if penalties is None else penalties
-    logits = jnp.asarray(logits)
-    return compiled(vocab_size or logits.shape[1], penalties, num_logprobs)(logits, batch, state)
-
-
-def tokens(logits, batch, **kw):
-    return np.asarray(run(logits, batch, **kw)[0].token_R)
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def reference_probs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The distribution of one row, the plain way: sort, cut, renormalise. Ties with the last kept token stay."""
-    p = np.exp(log_softmax(np.asarray(logits, np.float64) / temperature))
-    if top_k and top_k < len(p):
-        p = np.where(p >= np.sort(p)[::-1][top_k - 1], p, 0)
-    p /= p.sum()
-    if top_p < 1:
-        ordered = np.sort(p)[::-1]
-        last = min(np.searchsorted(np.cumsum(ordered), top_p * (1 - 1e-7)), len(p) - 1)
-        p = np.where(p >= ordered[last], p, 0)
-    p = np.where(p >= min_p * p.max() * (1 - 1e-7), p, 0)
-    return p / p.sum()
-
-
-def draw_many(row, count, vocab_size=None, **values):
-    """`count` tokens drawn from one row of logits, with other seeds, 50 rows a call."""
-    row = np.asarray(row, np.float32)
-    drawn = []
-    for start in range(0, count, 50):
-        batch = make_batch(50, seed=np.arange(start, start + 50), **values)
-        drawn.append(tokens(np.broadcast_to(row, (50, len(row))), batch, vocab_size=vocab_size))
-    return np.concatenate(drawn)
-
-
-def kept_by_device(logits, temperature, top_k, top_p):
-    """The set that the device's threshold keeps, per row: the filter itself, without a draw."""
-
-    def mask(x, temperature, top_k, top_p):
-        blocks = sampling._in_blocks(x, x.shape[1])
-        top = blocks.max((1, 2))
-        e = jnp.exp((blocks - top[:, None, None]) / temperature[:, None, None])
-        threshold = draw._top_k_top_p(e, draw._weight_scale(e), top_k, top_p)
-        kept = jax.lax.bitcast_convert_type(e, jnp.int32) >= threshold[:, None, None]
-        return kept.reshape(x.shape[0], -1)[:, : x.shape[1]]
-
-    rows = len(logits)
-    args = (
-        jnp.asarray(logits, jnp.float32),
-        jnp.full((rows,), temperature, jnp.float32),
-        jnp.full((rows,), top_k, jnp.int32),
-        jnp.full((rows,), top_p, jnp.float32),
-    )
-    return np.asarray(jax.jit(mask)(*args))
-
-
-def logits_like(shape, spread, seed=0):
-    return (np.random.default_rng(seed).normal(size=shape) * spread).astype(np.float32)
-
+from jaxllm.layers.sampling import init_penalties, reset_slots, sample
+from tests.layers.sampling_rows import (
+    draw_many,
+    kept_by_device,
+    log_softmax,
+    logits_like,
+    make_batch,
+    reference_probs,
+    run,
+    tokens,
+)
 
 # Greedy
 
@@ -322,133 +245,6 @@ def test_groups_of_rows_equal_one_batch(monkeypatch):
             )
 
 
-# Penalties, bias, bans
-
-
-def reference_penalties(logits, prompt, output, repetition, presence, frequency):
-    logits = np.array(logits, np.float64)
-    for token in set(prompt) | set(output):
-        logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
-    for token in set(output):
-        logits[token] -= presence + frequency * output.count(token)
-    return logits
-
-
-def penalised_by_device(logits, batch, state):
-    out = sampling._penalise(sampling._in_blocks(jnp.asarray(logits), logits.shape[1]), batch, state)
-    return np.asarray(out).reshape(len(logits), -1)[:, : logits.shape[1]]
-
-
-def test_penalties_equal_the_formulas_over_a_generation():
-    """Prompt and outputs come from reset_slots, further outputs from sample itself, slots in another order."""
-    vocab, random = 300, np.random.default_rng(4)
-    prompts = [[1, 2, 2, 9], [299, 0], [5]]
-    outputs = [[2, 7, 7, 7], [], [5, 5]]
-    known = [a + b for a, b in zip(prompts, outputs, strict=True)]
-    table = np.full((4, 10), -1)
-    for i, row in enumerate(known):
-        table[i, : len(row)] = row
-    table[3, :3] = 8  # a padding row with a slot out of range
-    state = PenaltyState(jnp.full((5, vocab), 7, jnp.int16))  # what an earlier sequence left behind
-    state = reset_slots(
-        state, jnp.asarray([4, 0, 2, 5]), jnp.asarray(table), jnp.asarray([len(p) for p in prompts] + [0])
-    )
-    values = {"repetition": [1.5, 1.0, 0.7], "presence": [0.3, 1.0, -0.5], "frequency": [0.2, 0.0, 2.0]}
-    for step in range(5):
-        logits = random.normal(size=(3, vocab)).astype(np.float32) * 2
-        batch = make_batch(3, slot=[4, 0, 2], position=step, temperature=[0, 1, 0], **values)
-        expected = [
-            reference_penalties(logits[i], prompts[i], outputs[i], *(values[name][i] for name in values))
-            for i in range(3)
-        ]
-        np.testing.assert_allclose(penalised_by_device(logits, batch, state), expected, rtol=2e-6, atol=1e-6)
-        output, state = run(logits, batch, state)
-        assert output.token_R[0] == expected[0].argmax() and output.token_R[2] == expected[2].argmax()
-        for i in range(3):
-            outputs[i].append(int(output.token_R[i]))
-    assert (np.asarray(state.seen_WV)[[1, 3]] == 7).all()  # slots of nobody in the batch stay as they were
-
-
-def test_repetition_penalty_equals_transformers():
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(1.7)
-    logits = logits_like((3, 200), 2.0)
-    seen = np.random.default_rng(0).integers(0, 200, (3, 40))
-    state = reset_slots(init_penalties(3, 200), jnp.arange(3), jnp.asarray(seen), jnp.asarray([40, 0, 13]))
-    got = penalised_by_device(logits, make_batch(3, repetition=1.7), state)
-    np.testing.assert_allclose(got, process(torch.tensor(seen), torch.tensor(logits)).numpy(), rtol=1e-6)
-
-
-@pytest.mark.parametrize("values", [{"top_k": 30}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.7}])
-def test_kept_sets_equal_transformers(values):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    logits = logits_like((6, 8000), 2.0, seed=8)
-    scores = torch.tensor(logits)
-    for name, warper in (
-        ("top_k", transformers.TopKLogitsWarper),
-        ("top_p", transformers.TopPLogitsWarper),
-        ("min_p", transformers.MinPLogitsWarper),
-    ):
-        if name in values:
-            scores = warper(values[name])(None, scores)
-    expected = torch.isfinite(scores).numpy()
-    kept = kept_by_device(logits, 1.0, values.get("top_k", 0), values.get("top_p", 1.0))
-    if "min_p" in values:
-        kept = kept & (np.exp(logits - logits.max(-1, keepdims=True)) >= values["min_p"])
-    assert (kept != expected).sum() <= 1
-
-
-def test_neutral_penalties_change_nothing():
-    logits = logits_like((4, 3000), 2.0)
-    batch = make_batch(4, temperature=0.8, seed=np.arange(4), top_p=0.9)
-    state = reset_slots(init_penalties(4, 3000), jnp.arange(4), jnp.arange(40).reshape(4, 10), jnp.full((4,), 5))
-    np.testing.assert_array_equal(tokens(logits, batch, state=state), tokens(logits, batch))
-
-
-def test_counts_saturate_instead_of_wrapping():
-    state = PenaltyState(jnp.full((1, 10), 2 * sampling._MAX_COUNT, jnp.int16))
-    _, state = run(np.eye(1, 10, 3), make_batch(1), state)
-    np.testing.assert_array_equal(state.seen_WV, np.full((1, 10), 2 * sampling._MAX_COUNT))
-    many = jnp.full((1, 40_000), 3)
-    assert reset_slots(state, jnp.zeros(1, int), many, jnp.zeros(1, int)).seen_WV[0, 3] == 2 * sampling._MAX_COUNT
-
-
-def test_ignored_rows_leave_the_state_alone():
-    before = jnp.zeros((2, 10), jnp.int16)
-    for out_of_range in (2, 1 << 30, -1):
-        _, state = run(np.eye(1, 10, 3), make_batch(1, slot=out_of_range), PenaltyState(before), penalties=False)
-        np.testing.assert_array_equal(state.seen_WV, before)
-
-
-def test_penalties_need_a_state():
-    with pytest.raises(ValueError, match="init_penalties"):
-        run(np.zeros((1, 10)), make_batch(1), penalties=True)
-
-
-def test_bias_moves_bans_and_ignores_padding():
-    logits = np.zeros((20, 30_000), np.float32)  # enough for several groups of rows
-    bias = [(row, 100 + row, 5.0) for row in range(20)] + [(3, 103, -5.0), (3, 9, 1.0), (5, 105, -np.inf), (5, 0, 1.0)]
-    bias += [(7, 29_999, 9.0), (8, 30_000, 99.0), (9, -1, 99.0), (-1, 5, 99.0), (20, 5, 99.0)]
-    expected = 100 + np.arange(20)
-    expected[[3, 5, 7]] = 9, 0, 29_999
-    np.testing.assert_array_equal(tokens(logits, make_batch(20, bias=bias, bias_capacity=64)), expected)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_banned_tokens_never_come(temperature):
-    """All but one token banned, by the logits or by the bias, in presence of NaN and inf at banned tokens."""
-    logits = np.full((8, 200), -np.inf, np.float32)
-    logits[:, 150] = -3.0
-    batch = make_batch(8, temperature=temperature, top_p=0.5, seed=np.arange(8))
-    assert set(tokens(logits, batch)) == {150}
-    logits = np.zeros((8, 200), np.float32)
-    logits[:, 5], logits[:, 6] = np.inf, np.nan
-    bans = [(row, token, -np.inf) for row in range(8) for token in range(200) if token != 150]
-    batch = make_batch(8, bias=bans, temperature=temperature, seed=np.arange(8))
-    assert set(tokens(logits, batch)) == {150}
-
-
 # Broken and padded logits
 
 
@@ -482,46 +278,6 @@ def test_bfloat16_logits_are_sampled_as_float32():
     logits = jnp.asarray(logits_like((4, 2000), 2.0), jnp.bfloat16)
     batch = make_batch(4, temperature=1.0, seed=np.arange(4))
     np.testing.assert_array_equal(tokens(logits, batch), tokens(logits.astype(jnp.float32), batch))
-
-
-# Logprobs
-
-
-@pytest.mark.parametrize("vocab", [30, 1000, 20_000])
-def test_logprobs_are_of_the_models_own_distribution(vocab):
-    logits = logits_like((5, vocab), 3.0)
-    state = reset_slots(init_penalties(5, vocab), jnp.arange(5), jnp.arange(5)[:, None], jnp.ones(5, int))
-    batch = make_batch(5, bias=[(0, 3, 30.0)], temperature=0.7, top_k=9, repetition=2.0, seed=np.arange(5))
-    output, _ = run(logits, batch, state, num_logprobs=20)
-    expected = log_softmax(logits)
-    token = np.asarray(output.token_R)
-    assert token[0] == 3
-    chosen = expected[np.arange(5), token]
-    np.testing.assert_allclose(output.logprob_R, chosen, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(output.rank_R, 1 + (expected > chosen[:, None]).sum(-1))
-    order = np.argsort(-logits, -1, kind="stable")[:, :20]
-    np.testing.assert_array_equal(output.top_ids_RX, order)
-    np.testing.assert_allclose(output.top_logprobs_RX, np.take_along_axis(expected, order, 1), rtol=1e-5, atol=1e-5)
-
-
-def test_top_logprobs_break_ties_by_lower_id():
-    logits = np.round(logits_like((3, 10_000), 0.3), 1)
-    output, _ = run(logits, make_batch(3), num_logprobs=20)
-    np.testing.assert_array_equal(output.top_ids_RX, np.argsort(-logits, -1, kind="stable")[:, :20])
-
-
-def test_token_logprobs_of_given_tokens():
-    logits = logits_like((4, 700), 2.0)
-    given = jnp.asarray([0, 699, 128, 127])
-    output = token_logprobs(jnp.asarray(logits), given, 700, num_logprobs=3)
-    np.testing.assert_allclose(output.logprob_R, log_softmax(logits)[np.arange(4), given], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(output.token_R, given)
-
-
-def test_no_logprobs_leave_empty_fields():
-    output, _ = run(logits_like((4, 700), 2.0), make_batch(4))
-    assert output.top_ids_RX.shape == output.top_logprobs_RX.shape == (4, 0)
-    assert not np.asarray(output.logprob_R).any() and not np.asarray(output.rank_R).any()
 
 
 # What the program may not contain
