@@ -47,6 +47,13 @@ def print_latent_share(config: dict[str, Any], ranks: int, result: Result) -> No
     """How much of a row's bare step the kernel of attention over latents takes, by itself and with the same shapes."""
     from kernel_rows.mla import speed
 
+    from jaxllm.kernels.cuda import call
+
+    try:
+        call.require("")
+    except NotImplementedError as reason:
+        print(f"{result.row.name}: the kernel by itself is not measured: {reason}")
+        return
     row, layers = result.row, config["num_hidden_layers"]
     heads = config["num_attention_heads"] // ranks
     kernel = speed(row.batch, row.input_len + row.output_len // 2, heads, False)
