@@ -13,8 +13,6 @@
 // Macros: those of moe_token.cuh with ATTENDED = HEADS * H; HEADS of queries; KV heads; H head dim, 128; O tokens of a
 // page; NORM_HEADS 1: queries and keys have norms; SCALE_QK on q.k; ALONE: units for each warp up to which a KV head is one
 // block's.
-// NEXT: items of a warp's queries, keys and values of the next layer that come to the second-level cache with the end of this
-// one.
 // IDLE KV: a block for each KV head does nothing but attention, which all wait for.
 // LAYERS and, for each of them, what the kernel takes: LAYER_PARAMETERS and POOL_PARAMETERS are parameters, pointers to the
 // arrays of `Layer` and to the pool, which FILL_TABLE writes to a `table` of Layer.
@@ -24,9 +22,6 @@
 
 #ifndef TAIL
 #define TAIL 0  // stages of the next layer's first product on their way while this one's last is multiplied; 0: any
-#endif
-#ifndef NEXT
-#define NEXT 0
 #endif
 
 struct Layer {
@@ -59,12 +54,6 @@ struct Qkv {
 DEVICE int stages_at(const Qkv&, int item) { return stages_of<Qkv>() / (item < Qkv::PAIRS ? 1 : 2); }
 DEVICE int items_of(const Qkv& product) { return product.items; }
 DEVICE int second_inputs(const Qkv&, int item) { return item < Qkv::PAIRS ? 0 : WIDTH / 16; }
-// Lets the second-level cache fetch this warp's first items.
-DEVICE void prefetch_items(const Qkv& qkv, int items) {
-  const int lane = threadIdx.x % 32, item = first_item() + lane / 2 * WORKERS;
-  if (lane / 2 < items && item < Qkv::ITEMS) prefetch(qkv.start(item, lane % 2), item < Qkv::PAIRS ? WIDTH * 2 : WIDTH);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     const u16* __restrict__ x,         // [WIDTH], the residual stream
     const float* __restrict__ cosine,  // [H / 2]
@@ -170,12 +159,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     timeline.mark(5);
 
     ring.later = SLOTS - 1;
-    Predicted predicted;
-    const bool predicts = PREDICTS && part >= parts && first_item() < GateUp::ITEMS;
-    if (predicts) predicted.choose(words, mark);
+    // Of this warp: the experts in the order in which it multiplies with them, first as they are predicted, and their weights.
+    int* const experts_here = (int*)(shared + CHOICE_AT) + 2 * CHOSEN + threadIdx.x / 32 * 2 * CHOSEN;
+    float* const weights_here = (float*)experts_here + CHOSEN;
+    if (PREDICTS) predict(words, experts_here, mark);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark, copying(ring));
     timeline.mark(6);
-    if (predicts) predicted.fetch<WITH_OUTPUT>(of.gate_up, 0);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
       const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
       if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(two, mark));
@@ -183,12 +172,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     });
     timeline.mark(7);
 
+    const GateUp gate_up = {of.gate_up, experts_here};
+    const Down down = {of.down, experts_here};
+    place = ring;
+    place.begin();
+    Ring<GateUp, Down> experts(gate_up, down, place);
+    experts.later = 0;
+    experts.most = GUESS_EARLY;
+    if (PREDICTS) experts.top();
+
     u64* const of_layer = scores + layer * ALL_SUMS;
     of_experts.tell_all(shared, of_layer);
     timeline.mark(8);
     of_stream.wait(words + TOLD_STREAM, mark);
     timeline.mark(9);
-    if (predicts) predicted.fetch<WITH_NORM>(of.gate_up, WITH_OUTPUT);
+    experts.most = GUESS;
+    if (PREDICTS) experts.top();
+    if (PREDICTS && WITH_NORM) fetch_predicted<WITH_NORM>(of.gate_up, experts_here);
     factor = of_stream.norm(shared, weight);
     timeline.mark(10);
     int* const chosen = (int*)(shared + CHOICE_AT);
@@ -196,15 +196,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     choose_by_block(shared, of_layer, factor, of.bias, chosen, weights, timeline);
     timeline.mark(12);
 
-    const GateUp gate_up = {of.gate_up, chosen};
-    const Down down = {of.down, chosen};
-    place = ring;
-    place.begin();
-    Ring<GateUp, Down> experts(gate_up, down, place);
+    const int expert = chosen[min(lane, CHOSEN - 1)];
+    int at = lane;
+    if (PREDICTS) {
+      const u32 right = place_experts(experts_here, expert, at);
+      const int begun = experts.on_second ? GateUp::ITEMS : experts.item + (experts.stage ? WORKERS : 0);
+      bool all = true;
+      for (int item = first_item(); item < begun; item += WORKERS) all = all && right >> item / FFN & 1;
+      if (!all) experts.restart();
+      __syncwarp();
+    }
+    if (lane < CHOSEN) experts_here[at] = expert;
+    __syncwarp();
+    experts.most = experts.later = DEPTH;
     experts.top();
-    float* const own_weights = weights + CHOSEN + threadIdx.x / 32 * CHOSEN;  // of this warp
-    const float weight_here = weigh_expert(shared, weights);                  // while they come
-    if (lane < CHOSEN) own_weights[lane] = weight_here;
+    const float weight_here = weigh_expert(shared, weights);  // while they come
+    if (lane < CHOSEN) weights_here[at] = weight_here;
     __syncwarp();
     multiply(gate_up, experts, normed, one, none, [&](int item, float gate, float up, u32) {
       if (lane == 0) tell(words + TOLD_HIDDEN + item, word_of(pack_bf16(activation(gate * factor) * (up * factor), 0.f), mark));
@@ -214,8 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     else experts.fill();
     if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark, copying<true>(experts));
     timeline.mark(14);
-    if (NEXT && !last) prefetch_items(Qkv{table[layer + 1].qkv, Qkv::ITEMS}, NEXT);
-    auto weight_of = [&](int piece) { return own_weights[piece / OF_EXPERT]; };
+    auto weight_of = [&](int piece) { return weights_here[piece / OF_EXPERT]; };
     const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
     Ring<Down, Qkv> end(down, next, experts);
     if (TAIL) end.later = TAIL;

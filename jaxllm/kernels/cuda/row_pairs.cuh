@@ -122,6 +122,12 @@ struct Ring : RingPlace {
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
       prefetch(second.start(item, at % 2) + second.offset(at / 2), PIECE * 2);
   }
+  // Begins anew: what has been brought is not wanted.
+  DEVICE void restart() {
+    while (ahead) next();
+    begin();
+    on_second = item >= items_of(first);
+  }
   // One stage, if no more than PACE are on their way then. Returns whether all slots but one are full.
   DEVICE bool bring_paced() {
     if (ahead >= PACE) {

@@ -1,21 +1,28 @@
 // Which experts a layer will probably choose, known before its attention: what the router says of the residual stream that
-// the layer begins with, to which attention adds little. Nothing but what the second-level cache fetches depends on it, in
-// times in which nobody waits for what others tell, for that comes late behind many copies.
+// the layer begins with, to which attention adds little. The first rows of those come to the rings before the choice, while
+// they would be empty; if others are chosen, the rings begin anew.
 //
-// Each block with products has one expert. Macros: WITH_OUTPUT: rows of gate and up, in pairs, that a warp fetches when it
-// begins with the output product; WITH_NORM: and with the second norm.
+// Each block with products has one expert. Macros: GUESS: stages of a ring that come before the choice, at most SLOTS - 1;
+// GUESS_EARLY: of these so many right after the output product, the others when the stream is there; WITH_NORM: pairs of
+// rows after those that a warp lets the second-level cache fetch with the second norm.
 #pragma once
 #include "moe_layer.cuh"
 
-#ifndef WITH_OUTPUT
-#define WITH_OUTPUT 0
+#ifndef GUESS
+#define GUESS 0
+#endif
+#ifndef GUESS_EARLY
+#define GUESS_EARLY 0
 #endif
 #ifndef WITH_NORM
 #define WITH_NORM 0
 #endif
 
-constexpr bool PREDICTS = WITH_OUTPUT + WITH_NORM > 0 && EXPERTS % 4 == 0 && EXPERTS <= BLOCKS - IDLE;
-constexpr int ROUNDS_OF_EXPERTS = (GateUp::ITEMS + WORKERS - 1) / WORKERS, HALF_OF_THEM = (ROUNDS_OF_EXPERTS + 1) / 2;
+constexpr bool PREDICTS = GUESS > 0 && EXPERTS % 4 == 0 && EXPERTS <= BLOCKS - IDLE;
+// Items of a warp that are guessed, and of how many experts all warps' are.
+constexpr int GUESSED = (GUESS + stages_of<GateUp>() - 1) / stages_of<GateUp>();
+constexpr int PLACES = GUESSED * WORKERS < GateUp::ITEMS ? (GUESSED * WORKERS + FFN - 1) / FFN : CHOSEN;
+static_assert(GUESS < SLOTS && GUESS_EARLY <= GUESS, "room in a ring");
 
 struct Prediction {
   static constexpr int EACH = NormWeight::EACH;
@@ -55,45 +62,60 @@ struct Prediction {
   }
 };
 
-// Of a warp: lane k has the expert with the k-th score.
-struct Predicted {
-  int experts = 0;
-
-  // Waits for the scores.
-  DEVICE void choose(const u32* words, u32 mark) {
-    constexpr int GROUPS = EXPERTS / 4, EACH = (GROUPS + 31) / 32;
-    const int lane = threadIdx.x % 32;
-    uint4 told[EACH];
-    collect(told, [&](int i) { return words + TOLD_PREDICTED + 4 * min(i * 32 + lane, GROUPS - 1); }, mark);
-    u32 keys[EACH][4];  // that say which expert it is, so that all differ
+// By a warp, when the scores are told: the experts with the highest ones, in their order.
+DEVICE void predict(const u32* words, int* experts, u32 mark) {
+  constexpr int GROUPS = EXPERTS / 4, EACH = (GROUPS + 31) / 32;
+  const int lane = threadIdx.x % 32;
+  uint4 told[EACH];
+  collect(told, [&](int i) { return words + TOLD_PREDICTED + 4 * min(i * 32 + lane, GROUPS - 1); }, mark);
+  u32 keys[EACH][4];  // that say which expert it is, so that all differ
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const u32 group = i * 32 + lane, of[4] = {told[i].x, told[i].y, told[i].z, told[i].w};
+  for (int i = 0; i < EACH; ++i) {
+    const u32 group = i * 32 + lane, of[4] = {told[i].x, told[i].y, told[i].z, told[i].w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) keys[i][j] = group < GROUPS ? of[j] << 16 | 0xffff - (group * 4 + j) : 0;
-    }
+    for (int j = 0; j < 4; ++j) keys[i][j] = group < GROUPS ? of[j] << 16 | 0xffff - (group * 4 + j) : 0;
+  }
+  int mine = 0;
 #pragma unroll 1
-    for (int k = 0; k < CHOSEN; ++k) {
-      u32 most = 0;
+  for (int k = 0; k < CHOSEN; ++k) {
+    u32 most = 0;
 #pragma unroll
-      for (int i = 0; i < EACH * 4; ++i) most = max(most, keys[i / 4][i % 4]);
-      most = __reduce_max_sync(~0u, most);
+    for (int i = 0; i < EACH * 4; ++i) most = max(most, keys[i / 4][i % 4]);
+    most = __reduce_max_sync(~0u, most);
 #pragma unroll
-      for (int i = 0; i < EACH * 4; ++i) keys[i / 4][i % 4] = keys[i / 4][i % 4] == most ? 0 : keys[i / 4][i % 4];
-      if (lane == k) experts = 0xffff - (most & 0xffff);
-    }
+    for (int i = 0; i < EACH * 4; ++i) keys[i / 4][i % 4] = keys[i / 4][i % 4] == most ? 0 : keys[i / 4][i % 4];
+    if (lane == k) mine = 0xffff - (most & 0xffff);
   }
-  // Pairs of rows from number `first` on: those of every second item of this warp, and then the others, so that what is in the
-  // second-level cache and what memory has are read at the same time.
-  template <int COUNT>
-  DEVICE void fetch(const u16* gate_up, int first) const {
-    const int lane = threadIdx.x % 32;
+  if (lane < CHOSEN) experts[lane] = mine;
+  __syncwarp();
+}
+
+// By a warp: the place of chosen expert `lane` among those that are multiplied. What is predicted for one of the first PLACES
+// and is chosen stays there, and the others take what is left, in their order. Returns which places are right.
+DEVICE u32 place_experts(const int* predicted, int expert, int& place) {
+  const int lane = threadIdx.x % 32;
+  u32 lanes = 0, places = 0;
+  place = -1;
 #pragma unroll
-    for (int i = first; i < first + COUNT; ++i) {
-      const int item = first_item() + (i < HALF_OF_THEM ? 2 * i : 2 * (i - HALF_OF_THEM) + 1) * WORKERS;
-      if (item >= GateUp::ITEMS) continue;
-      const int expert = __shfl_sync(~0u, experts, item / FFN);
-      if (lane < 2) prefetch(gate_up + ((size_t)expert * (2 * FFN) + lane * FFN + item % FFN) * WIDTH, WIDTH * 2);
-    }
+  for (int at = 0; at < PLACES; ++at) {
+    const bool here = lane < CHOSEN && predicted[at] == expert;
+    const u32 whose = __ballot_sync(~0u, here);
+    if (here) place = at;
+    lanes |= whose;
+    if (whose) places |= 1u << at;
   }
-};
+  if (place >= 0) return places;
+  const int before = __popc(~lanes & ((1u << lane) - 1));
+#pragma unroll
+  for (int at = 0; at < CHOSEN; ++at)
+    if (!(places >> at & 1) && __popc(~places & ((1u << at) - 1)) == before) place = at;
+  return places;
+}
+
+// By a warp: the second-level cache fetches COUNT pairs of rows after those that are guessed.
+template <int COUNT>
+DEVICE void fetch_predicted(const u16* gate_up, const int* experts) {
+  const int lane = threadIdx.x % 32, item = first_item() + (GUESSED + lane / 2) * WORKERS;
+  if (lane / 2 >= COUNT || item >= GateUp::ITEMS) return;
+  prefetch(gate_up + ((size_t)experts[item / FFN] * (2 * FFN) + lane % 2 * FFN + item % FFN) * WIDTH, WIDTH * 2);
+}
