@@ -220,27 +220,16 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
 
 TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     # query heads, and how the kernel for many of them goes about it
-    (64, {}),
-    (64, {"copying": 1}),
-    (64, {"copying": 2}),
-    (64, {"ahead": 0}),
-    (64, {"ahead": 1}),
+    (64, {"order": 3}),
+    (128, {"order": 3}),
+    (64, {"order": 3, "ahead": 1}),
+    (128, {"order": 3, "ahead": 1}),
     (64, {"order": 1}),
-    (64, {"order": 1, "ahead": 0}),
-    (64, {"block": 32}),
-    (64, {"block": 32, "ahead": 0}),
-    (64, {"early": True, "alone": True}),
-    (128, {}),
-    (128, {"copying": 1}),
-    (128, {"ahead": 1}),
-    (128, {"ahead": 0}),
-    (128, {"order": 1}),
-    (128, {"order": 2}),
-    (128, {"block": 32}),
-    (128, {"block": 32, "ahead": 4}),
-    (128, {"queries_first": True}),
-    (128, {"early": True, "alone": True}),
-    (128, {"cluster": 1}),
+    (128, {"order": 3, "early": False, "alone": False}),
+    (128, {"order": 3, "ahead": 0}),
+    (64, {"order": 3, "queries_first": True}),
+    (128, {"order": 3, "queries_first": True}),
+    (128, {"order": 3, "block": 32}),
 )
 
 
@@ -249,13 +238,11 @@ def rows() -> Iterator[Row]:
     yield Row("right", right)
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
-    yield Row("right many 32", partial(right, block=32, early=True, alone=True, **many))
+    yield Row("right many 3", partial(right, order=3, **many))
     yield Row("right large many", partial(right_large, **many))
-    yield Row("right large many 32", partial(right_large, block=32, **many))
-    for count, heads, block in ((64, 128, 64), (64, 128, 32), (64, 64, 64), (64, 64, 32), (8, 128, 32)):
-        yield Row(
-            f"phases of many B={count} x 4096, {heads} heads {block}", partial(phases, count, 4096, heads, block=block)
-        )
+    yield Row("right large many 3", partial(right_large, order=3, **many))
+    for count, heads in ((64, 128), (64, 64), (8, 128)):
+        yield Row(f"phases of many B={count} x 4096, {heads} heads", partial(phases, count, 4096, heads, order=3))
     for heads, tuning in TRIALS:
         name = f"trial B=64 x 4096, {heads} heads " + " ".join(f"{key} {int(value)}" for key, value in tuning.items())
         yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))

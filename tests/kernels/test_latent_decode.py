@@ -62,6 +62,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "many_parts": ((1, 12, 64, 11), {"processors": 9, "whole": 1}),
     "two_tiles_shared": ((3, 128, 64, 5), {"processors": 4, "whole": 1, "min_share": 2}),
     "many_whole": ((3, 128, 32, 9), {"processors": 4, "source": "latent_many", "whole": 5}),
+    "many_whole_split": ((3, 128, 32, 9), {"processors": 4, "source": "latent_many", "whole": 5, "order": 3}),
     "many_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2, "source": "latent_many"}),
     "many_window": (
         (3, 20, 16, 23),
@@ -102,7 +103,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "many_pairs": (
         (2, 64, 32, 8),
-        {"processors": 4, "whole": 1, "min_share": 1, "source": "latent_many", "even": True},
+        {"processors": 4, "whole": 1, "min_share": 1, "source": "latent_many", "even": True, "order": 3},
     ),
     "many_pairs_of_20": (
         (3, 20, 32, 8),
@@ -185,7 +186,7 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     ),
     "half_freed_early": (
         "many_whole",
-        "latent_many.cu",
+        "latent_halves.cuh",
         "      wgmma_wait<0>();\n      end_their_values(count - 1);\n    }\n"
         "    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);\n",
         "      end_their_values(count - 1);\n    }\n"
@@ -193,17 +194,17 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     ),
     "other_weights_not_awaited": (
         "many_whole",
-        "latent_many.cu",
+        "latent_halves.cuh",
         "    barrier_wait(weights_ready(smem, stage), phase_of(count));\n",
         "",
     ),
     "weights_over_keys": (
         "many_whole",
-        "latent_many.cu",
+        "latent_halves.cuh",
         "    named_sync(1 + group, 128);  // all have the scores: the last panel is read\n",
         "",
     ),
-    "unseen_not_cleared": ("many_whole", "latent_many.cu", "    if (tail) {  // what", "    if (false) {  // what"),
+    "unseen_not_cleared": ("many_whole", "latent_halves.cuh", "    if (tail) {  // what", "    if (false) {  // what"),
     "sums_of_another_scale": (
         "many_shared",
         "latent_many.cu",
@@ -212,7 +213,7 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     ),
     "pair_not_awaited": (
         "many_pairs",
-        "latent_many.cu",
+        "latent_pair.cuh",
         "    if (of.lane == 0) word_wait(finished + other, 1);\n",
         "",
     ),

@@ -18,8 +18,8 @@ from jaxllm.kernels.paged_attention.types import Implementation
 KERNEL = "latent_decode"
 FEW_HEADS = "latent_few"
 MANY = "latent_many"
-"""For multiples of 128 heads: on an H200 64 rows of 4,096 tokens take 158 us with 128, where KERNEL takes 165, and 8
-rows 42 where it takes 55; with 64 heads KERNEL takes 99, and this one 123. With 128 heads it takes 163 without
+"""For more than FEW heads: on an H200 64 rows of 4,096 tokens take 158 us with 128, where KERNEL takes 165, and 8
+rows 42 where it takes 55; with 64 heads this one takes 100 us, and KERNEL 113. With 128 heads it takes 163 without
 clusters; 164 where values come before keys; 171 where the second-level cache is told 4 blocks ahead, and 12 more where
 it is not told; and KERNEL with its copies 168."""
 VALUES = 512
@@ -55,12 +55,12 @@ def configure(
     min_share: int | None = None,
     source: str | None = None,
     cluster: int | None = None,
-    ahead: int = AHEAD,
-    order: int = 0,
+    ahead: int | None = None,
+    order: int | None = None,
     queries_first: bool = False,
-    early: bool = False,
+    early: bool = True,
     copying: int = 4,
-    alone: bool = False,
+    alone: bool = True,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -83,7 +83,7 @@ def configure(
         raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
-    source = source or (FEW_HEADS if N <= FEW else MANY if N % (2 * TILE) == 0 and call.usable(MANY) else KERNEL)
+    source = source or (FEW_HEADS if N <= FEW else MANY if call.usable(MANY) else KERNEL)
     few, many = source == FEW_HEADS, source == MANY
     cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
     ctas = processors // cluster
@@ -101,6 +101,10 @@ def configure(
     }
     tables = (12 if first else 8) * R + 4
     if many:
+        if ahead is None:
+            ahead = AHEAD if cluster > 1 else 0
+        if order is None:
+            order = 0 if cluster > 1 else 1
         macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
         macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
         macros |= {"EARLY": int(early), "COPYING": copying, "COUNTED_BY_WARPS": int(alone)}
