@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from jaxllm.engine.tokenizer import Tokenizer
@@ -31,3 +32,10 @@ def live(server_directory: Path) -> Iterator[Live]:
 def tokenizer(live: Live, server_directory: Path) -> Tokenizer:
     """The tokenizer of that server."""
     return Tokenizer.from_directory(server_directory / "tokenizer")
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, without retries."""
+    with openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as found:
+        yield found

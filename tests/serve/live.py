@@ -26,6 +26,8 @@ TEMPLATE = (
 )
 KEY = "sk-of-this-test"
 READY = re.compile(r"serving (\S+) at (\S+) \(engine: process (\d+)\)")
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 TINY: dict[str, Any] = {
     "dtype": "float32",
     "max_batch_size": SLOTS,
@@ -164,3 +166,8 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
         if last != "[DONE]":
             yield json.loads(last)
     assert last == "[DONE]"
+
+
+def text_of(live: Live, **fields: Any) -> str:
+    """What it says after a prompt."""
+    return live.post("/v1/completions", {**TEXT, **fields}).raise_for_status().json()["choices"][0]["text"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import openai
 import pytest
 
 from jaxllm.serve.store import ResponseStore
-from tests.serve.live import KEY, Live
+from tests.serve.live import Live
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -21,12 +20,6 @@ ASK: dict[str, Any] = {"model": "tiny", "input": "Hi", "temperature": 0.0, "max_
 TOOL: Any = {"type": "function", "name": "f", "strict": True, "parameters": {
     "type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False,
 }}  # fmt: skip
-
-
-@pytest.fixture
-def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as found:
-        yield found
 
 
 def test_whole_and_kept(live: Live, client: openai.OpenAI) -> None:
