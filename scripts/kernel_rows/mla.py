@@ -229,6 +229,7 @@ TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     (128, {"order": 3, "ahead": 0}),
     (64, {"order": 3, "queries_first": True}),
     (128, {"order": 3, "queries_first": True}),
+    (128, {"order": 3, "cluster": 1}),
     (128, {"order": 3, "block": 32}),
 )
 

@@ -129,22 +129,33 @@ struct Attention {
       high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
       high = fmaxf(top[half], high * TO_EXPONENT);
       keep[half] = fast_exp2(top[half] - high);
-      float total = 0.f;
 #pragma unroll
       for (int i = 0; i < BLOCK / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = s[i * 4 + half * 2 + j];
           x = fast_exp2(x * TO_EXPONENT - high);
-          total += x;
         }
-      sum[half] = sum[half] * fast_exp2(own_top[half] - high) + total;
+      sum[half] *= fast_exp2(own_top[half] - high);
       top[half] = own_top[half] = high;
     }
 #pragma unroll
     for (int i = 0; i < BLOCK / 16; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) mine[i][j] = pack_bf16(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+  }
+
+  // Adds them up, which nobody waits for.
+  DEVICE void add_weights() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total[2] = {0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < BLOCK / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) total[j] += s[i * 4 + half * 2 + j];
+      sum[half] += total[0] + total[1];
+    }
   }
 
   // Tells the other warpgroup of them.
@@ -231,6 +242,7 @@ struct Attention {
     phase_ends(shared, 10);
     shrink(keep[0], keep[1]);
     multiply_values(stage_of(count), mine);
+    add_weights();
     wgmma_wait<0>();
     keep_weights(mine);
     free(stage_of(count));

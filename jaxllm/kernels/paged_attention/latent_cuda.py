@@ -207,7 +207,7 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
 
 def check_many() -> None:
     """As `check`, of `latent_many.cu`."""
-    check(((128, False, MANY), (128, True, MANY)))
+    check(((128, False, MANY), (128, True, MANY), (64, False, MANY)))
 
 
 def check(
