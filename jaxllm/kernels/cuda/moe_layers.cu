@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
 
     ring.later = SLOTS - 1;
     // Of this warp: the experts in the order in which it multiplies with them, first as they are predicted, and their weights.
-    int* const experts_here = (int*)(shared + CHOICE_AT) + 2 * CHOSEN + threadIdx.x / 32 * 2 * CHOSEN;
+    int* const experts_here = (int*)(shared + CHOICE_AT) + threadIdx.x / 32 * 2 * CHOSEN;
     float* const weights_here = (float*)experts_here + CHOSEN;
     if (PREDICTS) predict(words, experts_here, mark);
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark, copying(ring));
@@ -191,26 +191,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     if (PREDICTS && WITH_NORM) fetch_predicted<WITH_NORM>(of.gate_up, experts_here);
     factor = of_stream.norm(shared, weight);
     timeline.mark(10);
-    int* const chosen = (int*)(shared + CHOICE_AT);
-    float* const weights = (float*)chosen + CHOSEN;
-    choose_by_block(shared, of_layer, factor, of.bias, chosen, weights, timeline);
+    const Chosen chosen(of_layer, factor, of.bias, timeline);
     timeline.mark(12);
 
-    const int expert = chosen[min(lane, CHOSEN - 1)];
     int at = lane;
     if (PREDICTS) {
-      const u32 right = place_experts(experts_here, expert, at);
+      const u32 right = place_experts(experts_here, chosen.expert, at);
       const int begun = experts.on_second ? GateUp::ITEMS : experts.item + (experts.stage ? WORKERS : 0);
       bool all = true;
       for (int item = first_item(); item < begun; item += WORKERS) all = all && right >> item / FFN & 1;
       if (!all) experts.restart();
       __syncwarp();
     }
-    if (lane < CHOSEN) experts_here[at] = expert;
+    if (lane < CHOSEN) experts_here[at] = chosen.expert;
     __syncwarp();
     experts.most = experts.later = DEPTH;
     experts.top();
-    const float weight_here = weigh_expert(shared, weights);  // while they come
+    const float weight_here = chosen.weight();  // while they come
     if (lane < CHOSEN) weights_here[at] = weight_here;
     __syncwarp();
     multiply(gate_up, experts, normed, one, none, [&](int item, float gate, float up, u32) {

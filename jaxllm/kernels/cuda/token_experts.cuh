@@ -123,72 +123,67 @@ struct Scores {
   }
 };
 
-// Waits for the sums of scores, which are multiplied with `factor`, and chooses as `choose` does: an expert's place is the
-// number of those before it. All threads have `chosen` afterwards; weights are what weigh_expert makes weights of.
-DEVICE void choose_by_block(
-    u8* shared, const u64* sums, float factor, const float* __restrict__ bias, int* chosen, float* weights,
-    const Timeline& timeline
-) {
-  constexpr int SHARES = shares_of(THREADS / EXPERTS), GROUPS = (EXPERTS + 3) / 4;  // of four experts
-  u32* const keys = (u32*)(shared + KEYS_AT);
-  float* const scores = (float*)(shared + SCORES_AT);
-  for (int expert = threadIdx.x; expert < GROUPS * 4; expert += THREADS) {
-    if (expert >= EXPERTS) {
-      keys[expert] = 0;
-      continue;
-    }
-    const float told = collect_sum(sums + sum_at(expert), BLOCKS - IDLE) * factor;
-    const float score = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
-    scores[expert] = score;
-    keys[expert] = ordered(BIAS ? score + __ldg(bias + expert) : score);
-  }
-  __syncthreads();
-  timeline.mark(11);
-  const int share = threadIdx.x % SHARES;
-  for (int first = 0; first < EXPERTS; first += THREADS / SHARES) {
-    const int expert = min(first + (int)threadIdx.x / SHARES, EXPERTS - 1);
-    const u32 key = keys[expert];
-    int place = 0;
-#pragma unroll 8
-    for (int group = share; group < GROUPS; group += SHARES) {
-      const uint4 others = ((const uint4*)keys)[group];
-      const u32 above = group < expert / 4 ? key - 1 : key;  // those before it win a tie
-      place += (others.x > above) + (others.y > above) + (others.z > above) + (others.w > above);
-    }
-#pragma unroll
-    for (int i = 0; i < 3; ++i)  // and those of its own group
-      if (share == 0 && i < expert % 4 && keys[expert / 4 * 4 + i] == key) ++place;
-#pragma unroll
-    for (int by = SHARES / 2; by; by /= 2) place += __shfl_xor_sync(~0u, place, by);
-    if (share == 0 && place < CHOSEN && first + threadIdx.x / SHARES < EXPERTS) {
-      chosen[place] = expert;
-      weights[place] = scores[expert];
-    }
-  }
-  __syncthreads();
-}
+// What a warp chooses: lane k has the expert with the k-th score, and its weight, for k < CHOSEN.
+struct Chosen {
+  static constexpr int GROUPS = (EXPERTS + 3) / 4, EACH = (GROUPS + 31) / 32;  // of four experts
+  int expert = 0;
+  float score = 0.f, sum = 1.f;  // sum: of all experts' exponentials, if they are divided by that
 
-// By a warp: the weight of the chosen expert `lane`, by what choose_by_block left.
-DEVICE float weigh_expert(const u8* shared, const float* weights) {
-  const int lane = threadIdx.x % 32;
-  float weight = lane < CHOSEN ? weights[lane] : 0.f;
-  if (!SIGMOID) {
-    const float most = weights[0];
-    weight = lane < CHOSEN ? exponential(weight - most) : 0.f;
-    if (!NORMALISE) {  // of all
-      const float* const scores = (const float*)(shared + SCORES_AT);
-      float sum = 0.f;
-      for (int expert = lane; expert < EXPERTS; expert += 32) sum += exponential(scores[expert] - most);
+  // Waits for the sums of scores, which are multiplied with `factor`, and chooses as `choose` does, by every warp for itself:
+  // that takes no barrier.
+  DEVICE Chosen(const u64* sums, float factor, const float* __restrict__ bias, const Timeline& timeline) {
+    const int lane = threadIdx.x % 32;
+    float scores[EACH * 4];
+    u32 keys[EACH * 4];
+#pragma unroll
+    for (int i = 0; i < EACH * 4; ++i) {
+      const int at = min(number(i), EXPERTS - 1);
+      const float told = collect_sum(sums + sum_at(at), BLOCKS - IDLE) * factor;
+      scores[i] = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
+      keys[i] = number(i) < EXPERTS ? ordered(BIAS ? scores[i] + __ldg(bias + at) : scores[i]) : 0u;
+    }
+    __syncwarp();
+    timeline.mark(11);
+#pragma unroll 1
+    for (int k = 0; k < CHOSEN; ++k) {
+      u32 best = 0;
+      int its_number = 0;
+      float its_score = 0.f;
+#pragma unroll
+      for (int i = 0; i < EACH * 4; ++i)  // the first of equal ones
+        if (keys[i] > best) best = keys[i], its_number = number(i), its_score = scores[i];
+      const u32 most = __reduce_max_sync(~0u, best);
+      const int found = (int)__reduce_min_sync(~0u, best == most ? (u32)its_number : ~0u);
+#pragma unroll
+      for (int i = 0; i < EACH * 4; ++i) keys[i] = number(i) == found ? 0 : keys[i];
+      const float its = __shfl_sync(~0u, its_score, found / 4 % 32);
+      if (lane == k) expert = found, score = its;
+    }
+    if (!SIGMOID && !NORMALISE) {
+      const float most = __shfl_sync(~0u, score, 0);
+      sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < EACH * 4; ++i) sum += number(i) < EXPERTS ? exponential(scores[i] - most) : 0.f;
 #pragma unroll
       for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-      weight /= sum;
     }
   }
-  if (NORMALISE) {
-    float sum = weight;
+  // Of this lane's expert i.
+  DEVICE static int number(int i) { return (i / 4 * 32 + (int)threadIdx.x % 32) * 4 + i % 4; }
+  // By the whole warp.
+  DEVICE float weight() const {
+    const int lane = threadIdx.x % 32;
+    float weight = lane < CHOSEN ? score : 0.f;
+    if (!SIGMOID) {
+      const float most = __shfl_sync(~0u, score, 0);
+      weight = lane < CHOSEN ? exponential(score - most) / (NORMALISE ? 1.f : sum) : 0.f;
+    }
+    if (NORMALISE) {
+      float all = weight;
 #pragma unroll
-    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-    weight /= sum + 1e-20f;
+      for (int by = 16; by; by /= 2) all += __shfl_xor_sync(~0u, all, by);
+      weight /= all + 1e-20f;
+    }
+    return weight * SCALE;
   }
-  return weight * SCALE;
-}
+};

@@ -116,8 +116,8 @@ def launcher(
     group = N // K
     # As in `cuda/moe_token.cuh` and `cuda/moe_layer.cuh`.
     keys = -(-E // 4) * 16
-    results = max(4 * WARPS * group * (H + 8), WARPS * -(-E // 32) * 128 + 2 * keys)
-    rest = 4 * D + 2 * max(A, X * F) + (WARPS + 1) * X * 8 + WARPS * 4 + 16
+    results = max(4 * WARPS * group * (H + 8), WARPS * -(-E // 32) * 128)
+    rest = 4 * D + 2 * max(A, X * F) + WARPS * X * 8 + WARPS * 4 + 16
     rest += 2 * group * (H + 8) + results + 8 * WARPS * group + 4 * H + 8 * len(Layer._fields) * L
     slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
     if slots < 3:
