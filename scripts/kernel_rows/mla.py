@@ -220,17 +220,18 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
 
 TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     # query heads, and how the kernel for many of them goes about it
+    (64, {"order": 1}),
+    (128, {"order": 0}),
     (64, {"order": 3}),
     (128, {"order": 3}),
-    (64, {"order": 3, "ahead": 1}),
     (128, {"order": 3, "ahead": 1}),
-    (64, {"order": 1}),
-    (128, {"order": 3, "early": False, "alone": False}),
-    (128, {"order": 3, "ahead": 0}),
-    (64, {"order": 3, "queries_first": True}),
+    (64, {"order": 3, "ahead": 1}),
+    (128, {"order": 1}),
+    (64, {"order": 0}),
+    (128, {"order": 0, "block": 32}),
+    (64, {"order": 0, "block": 32}),
     (128, {"order": 3, "queries_first": True}),
     (128, {"order": 3, "cluster": 1}),
-    (128, {"order": 3, "block": 32}),
 )
 
 

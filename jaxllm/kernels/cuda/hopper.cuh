@@ -14,6 +14,15 @@ DEVICE u64 matrix_descriptor(u32 address, u32 row, u32 leading, u32 stride) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | swizzle << 62;
 }
 
+// The same `bytes` further on.
+DEVICE u64 descriptor_at(u64 descriptor, u32 bytes) {
+  return descriptor >> 32 << 32 | ((u32)descriptor + (bytes >> 4));
+}
+// A number that all lanes of a warp have, known as such to the compiler: what depends on it needs no instructions of lanes,
+// of which there otherwise are twenty between products.
+template <class T>
+DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }
+
 #ifdef JAXLLM_EMULATE
 #include "hopper_on_cpu.h"
 #else

@@ -11,14 +11,12 @@ struct Attention {
   u8* shared;
   u32 smem;
   int group, thread, lane, row;
-  u64 query;
   float o[VALUES / 4], s[BLOCK / 2];
   u32 theirs[BLOCK / 16][4], mine[BLOCK / 16][4];  // weights
   float top[2], own_top[2], sum[2];                // own: of the last block whose weights this warpgroup made
 
   DEVICE Attention(u8* shared, u32 smem, int group, int thread)
-      : shared(shared), smem(smem), group(group), thread(thread), lane(thread % 32), row(thread / 32 * 16 + lane / 4),
-        query(matrix_descriptor(smem, ROW, 16, 8 * ROW)) {}
+      : shared(shared), smem(smem), group(group), thread(thread), lane(thread % 32), row(thread / 32 * 16 + lane / 4) {}
 
   DEVICE float2* told(int stage) const { return (float2*)(shared + TOLD_AT) + stage * TILE; }
   DEVICE uint4* weights(int stage) const { return (uint4*)(shared + KV_AT + stage * STAGE + WEIGHTS_IN_STAGE); }
@@ -53,31 +51,31 @@ struct Attention {
   // panels are those of its own columns. count: of all its CTA's blocks before.
   template <int FROM, int TO>
   DEVICE void multiply_keys(int count) {
-    const int stage = stage_of(count);
-    const u32 phase = phase_of(count);
-    const u64 keys = matrix_descriptor(smem + KV_AT + stage * STAGE, ROW, 16, 8 * ROW);
+    const int stage = uniform(stage_of(count));
+    const u32 phase = phase_of(count), own = uniform(group) * HALF, panels = uniform(smem) + KV_AT + stage * STAGE;
+    const u64 keys = matrix_descriptor(panels, ROW, 16, 8 * ROW);
+    const u64 query = matrix_descriptor(uniform(smem), ROW, 16, 8 * ROW);
     if (FROM == 0) wgmma_pin(s);
 #pragma unroll
     for (int i = FROM; i < TO; ++i) {
-      const int panel = i < 2 * HALF ? i ^ group * HALF : i;
+      const int panel = i < 2 * HALF ? i ^ own : i;
       barrier_wait(panel_full(smem, stage, panel), phase);
+      const u64 a = descriptor_at(query, panel * QUERY_PANEL), b = descriptor_at(keys, panel * PANEL);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        Wgmma<BLOCK>::ss(
-            s, query + (panel * QUERY_PANEL + k * 32) / 16, keys + (panel * PANEL + k * 32) / 16, i + k > 0
-        );
+      for (int k = 0; k < 4; ++k) Wgmma<BLOCK>::ss(s, descriptor_at(a, k * 32), descriptor_at(b, k * 32), i + k > 0);
     }
     wgmma_commit();
   }
 
   // Begins result += weights @ values.
   DEVICE void multiply_values(int stage, const u32 (&p)[BLOCK / 16][4]) {
-    const u64 values = matrix_descriptor(smem + KV_AT + stage * STAGE + group * HALF * PANEL, ROW, PANEL, 8 * ROW);
+    const u32 panels = uniform(smem) + KV_AT + uniform(stage) * STAGE + uniform(group) * HALF * PANEL;
+    const u64 values = matrix_descriptor(panels, ROW, PANEL, 8 * ROW);
     wgmma_pin(o);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < BLOCK / 16; ++i) Wgmma<VALUES / 2>::rs(o, p[i], values + i * 16 * ROW / 16);
+    for (int i = 0; i < BLOCK / 16; ++i) Wgmma<VALUES / 2>::rs(o, p[i], descriptor_at(values, i * 16 * ROW));
     wgmma_commit();
   }
 
