@@ -83,13 +83,15 @@ struct Attention {
   }
 
   DEVICE void multiply_keys(u32 stage) {
-    const u64 keys = matrix_descriptor(stage, ROW, 16, 8 * ROW), query = matrix_descriptor(smem, ROW, 16, 8 * ROW);
+    const u64 keys = matrix_descriptor(uniform(stage), ROW, 16, 8 * ROW);
+    const u64 query = matrix_descriptor(uniform(smem), ROW, 16, 8 * ROW);
     wgmma_pin(s);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < H / 16; ++i) {
       const int inside = i % 4 * 32;
-      Wgmma<N>::ss(s, keys + (i / 4 * PANEL + inside) / 16, query + (i / 4 * QUERY_PANEL + inside) / 16, i > 0);
+      const u64 key = descriptor_at(keys, i / 4 * PANEL + inside);
+      Wgmma<N>::ss(s, key, descriptor_at(query, i / 4 * QUERY_PANEL + inside), i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -139,8 +141,8 @@ struct Attention {
   }
 
   DEVICE void multiply_values(u32 stage) {
-    const u64 values = matrix_descriptor(stage, ROW, PANEL, 8 * ROW);
-    const u64 weights = matrix_descriptor(smem + WEIGHTS_AT, ROW, 16, 8 * ROW);
+    const u64 values = matrix_descriptor(uniform(stage), ROW, PANEL, 8 * ROW);
+    const u64 weights = matrix_descriptor(uniform(smem) + WEIGHTS_AT, ROW, 16, 8 * ROW);
 #pragma unroll
     for (int i = 0; i < VALUES / 64; ++i) wgmma_pin(o[i]);
     wgmma_fence();
@@ -148,7 +150,7 @@ struct Attention {
     for (int i = 0; i < VALUES / 64; ++i)
 #pragma unroll
       for (int k = 0; k < BLOCK / 16; ++k)
-        Wgmma<N>::ss_mn(o[i], values + (i * PANEL + k * 16 * ROW) / 16, weights + k * 2);
+        Wgmma<N>::ss_mn(o[i], descriptor_at(values, i * PANEL + k * 16 * ROW), descriptor_at(weights, k * 32));
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
