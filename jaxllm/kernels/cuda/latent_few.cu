@@ -12,6 +12,7 @@
 // Grid: R, and then enough to have CTAS; the number of rows R is read from it, so that one program serves all of them.
 #define GRID_BARRIER  // all CTAs run at once
 #define ITEMS_IN_EQUAL_PARTS
+#define COUNTED_BY_WARPS 1
 
 constexpr int Q = 1, ITEMS = 1, N = HEADS_ROOM;
 constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = (THREADS - 128) / STAGES;
@@ -245,7 +246,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_few(
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
   const Rows rows(shared + TABLES_AT, gridDim.x);
-  const Work work(rows, positions, first, cta);  // its barriers show those above, too
+  const Work work(rows, positions, first, cta);
+  __syncthreads();
 #pragma unroll 1
   for (int r = cta; r < rows.count; r += CTAS) {  // rows that see nothing
     if (rows.last[r] >= 0) continue;
