@@ -166,9 +166,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     fetch_told<ATTENDED, true>(inputs, words + TOLD_HEADS, mark, copying(ring));
     timeline.mark(6);
     multiply(output, ring, inputs, one, before, [&](int item, float a, float b, u32 known) {
-      const u32 two = pack_bf16(low_of(known) + a, high_of(known) + b);
-      if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(two, mark));
-      of_experts.add(item, two);
+      const float x = low_of(known) + a, y = high_of(known) + b;
+      if (lane == 0) tell(words + TOLD_STREAM + 2 * item, words_of(pack_bf16(x, y), mark));
+      of_experts.add(item, x, y);
     });
     timeline.mark(7);
 

@@ -95,11 +95,11 @@ struct Scores {
     const int expert = min(i * 32 + (int)threadIdx.x % 32, EXPERTS - 1);
     return __ldg((const u32*)(router + (size_t)expert * WIDTH) + item);
   }
-  // two: numbers of the stream.
-  DEVICE void add(int item, u32 two) {
+  // x, y: numbers of the stream before they are rounded, for scores make much of small differences.
+  DEVICE void add(int item, float x, float y) {
     const bool ahead = item == mine || WIDTH / 2 <= WORKERS;
     const float2 of = ahead ? weight : __ldg((const float2*)norm + item);
-    const float x = low_of(two) * of.x, y = high_of(two) * of.y;
+    x *= of.x, y *= of.y;
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
       const u32 by = ahead ? route[i] : route_of(i, item);
