@@ -10,32 +10,18 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.kernels.cuda import call, rtc, timeline
+from jaxllm.kernels.cuda import call, timeline
 from jaxllm.kernels.dense_layer import cuda, reference
-from tests.kernels.emulator.emulator import Kernels
 
 HOW = {"scale": 0.1, "eps": 1e-6}
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    """Launches of few blocks go to the emulator, with the seed that is set."""
-
-    def compile_ptx(kernel, source, macros):
-        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
-
-    def launch(name, kernels, operands, results, *, grid, threads, shared=0, aliases=None):
-        wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
-        operands = [np.asarray(operand) for operand in operands]
-        how = {"grid": grid, "threads": threads, "shared": shared, "aliases": aliases, "seed": seed[0]}
-        return kernels.run(name, operands, wanted, **how)
-
-    seed = [0]
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+def emulated(emulated, monkeypatch):
+    """Launches of few blocks."""
     monkeypatch.setattr(call, "SMS", 5)
     monkeypatch.setattr(cuda, "WARPS", 2)
-    return seed
+    return emulated
 
 
 CASES = [
@@ -60,7 +46,7 @@ def test_layers_equal_xla(case, seed: int, emulated) -> None:
     operands = reference.random_operands(
         D, (N, K), F, tokens, layers=layers, H=H, page=page, norms=more, bias=more, seed=seed
     )
-    emulated[0] = seed
+    emulated.seed = seed
     pools = [layer.kv_PYKOH for layer in operands.layers]
     if tokens:  # what is where the last token goes, and what follows it, may be anything
         pools = [kv.at[operands.page[0], :, :, (tokens - 1) % page :].set(jnp.nan) for kv in pools]

@@ -11,9 +11,7 @@ from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda, ring_cuda
 from jaxllm.kernels.grouped_matmul.ring_cuda import Tiling
 from jaxllm.kernels.linear.quantized import dequantize
-from tests.kernels.test_grouped_skinny import emulated, expected, operands, scaled
-
-__all__ = ["emulated"]
+from tests.kernels.test_grouped_skinny import expected, operands, scaled
 
 CASES = [
     ("elsewhere", 40, 3, 5, 320, 128, (Tiling(1, 1, 4, 3, 2), Tiling(2, 1, 2, 2, 2))),
@@ -29,13 +27,13 @@ def test_equals_float64(case, seed: int, emulated, monkeypatch) -> None:
     monkeypatch.setattr(call, "SMS", 3)
     *sizes, splits = case
     arrays = operands(*sizes)
-    emulated[0][0] = seed
+    emulated.seed = seed
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], arrays[1], arrays[3], arrays[4])]
     run = ring_cuda.implementation(*shapes, activation="silu", of=sizes[3] + 2, splits=splits)
     out = np.asarray(run(*map(jnp.asarray, arrays)))
     wanted = expected(*arrays)
     assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
-    assert emulated[1] == [cuda.LIST] * (sizes[1] > 1) + [ring_cuda.KERNEL, ring_cuda.KERNEL]
+    assert emulated.ran == [cuda.LIST] * (sizes[1] > 1) + [ring_cuda.KERNEL, ring_cuda.KERNEL]
 
 
 SLOW = pytest.mark.slow
@@ -54,7 +52,7 @@ def test_e4m3_equals_float64(case, seed: int, emulated, monkeypatch) -> None:
     *sizes, group, splits = case
     x, chosen, weights, *both = operands(*sizes)
     kept = [scaled(wide, group, seed) for wide in both]
-    emulated[0][0] = seed
+    emulated.seed = seed
     of_x, of_chosen = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, chosen))
     run = ring_cuda.implementation(of_x, of_chosen, *kept, activation="silu", of=sizes[3] + 2, splits=splits)
     out = np.asarray(run(*map(jnp.asarray, (x, chosen, weights)), *kept))

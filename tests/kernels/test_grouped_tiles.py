@@ -10,9 +10,7 @@ import pytest
 from jaxllm.kernels.cuda import call
 from jaxllm.kernels.grouped_matmul import cuda, ring_cuda, tiles_cuda
 from jaxllm.kernels.linear.quantized import dequantize, quantize_tokens
-from tests.kernels.test_grouped_skinny import emulated, expected, operands, scaled
-
-__all__ = ["emulated"]
+from tests.kernels.test_grouped_skinny import expected, operands, scaled
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -21,13 +19,13 @@ def test_equals_float64(kind: str, seed: int, emulated, monkeypatch) -> None:
     """Two blocks take several tiles each, some of which are not full."""
     monkeypatch.setattr(call, "SMS", 2)
     arrays = operands(kind, 90, 2, 3, 256, 128)
-    emulated[0][0] = seed
+    emulated.seed = seed
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], arrays[1], arrays[3], arrays[4])]
     out = np.asarray(tiles_cuda.implementation(*shapes, activation="silu", of=3)(*map(jnp.asarray, arrays)))
     wanted = expected(*arrays)
     assert out.dtype == np.float32
     assert np.abs(out - wanted).max() < 6e-3 * np.abs(wanted).max()
-    assert emulated[1] == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
+    assert emulated.ran == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -37,7 +35,7 @@ def test_e4m3_equals_float64(group: int | None, seed: int, emulated, monkeypatch
     monkeypatch.setattr(call, "SMS", 2)
     x, chosen, weights, *both = operands("elsewhere", 90, 2, 3, 256, 128)
     kept = [scaled(wide, group, seed) for wide in both]
-    emulated[0][0] = seed
+    emulated.seed = seed
     of_x, of_chosen = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, chosen))
     run = tiles_cuda.implementation(of_x, of_chosen, *kept, activation="silu", of=3)
     out = np.asarray(run(*map(jnp.asarray, (x, chosen, weights)), *kept))
@@ -45,7 +43,7 @@ def test_e4m3_equals_float64(group: int | None, seed: int, emulated, monkeypatch
     wanted = expected(rounded(x), chosen, weights, *numbers, then=rounded)
     assert np.abs(out - wanted).max() < 1e-2 * np.abs(wanted).max()
     assert np.abs(out - expected(x, chosen, weights, *numbers)).max() < 0.1 * np.abs(wanted).max()
-    assert emulated[1] == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
+    assert emulated.ran == [cuda.LIST, tiles_cuda.KERNEL, tiles_cuda.KERNEL]
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

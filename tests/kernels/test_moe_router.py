@@ -8,29 +8,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.kernels.router import cuda
 from jaxllm.kernels.router.cuda import Choice
-from tests.kernels.emulator.emulator import Kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    def compile_ptx(kernel, source, macros):
-        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
-
-    def launch(name, kernels, operands, results, *, grid, threads, shared=0):
-        wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
-        return kernels.run(name, operands, wanted, grid=grid, threads=threads, shared=shared, seed=seed[0])
-
-    seed = [0]
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+def emulated(emulated, monkeypatch):
     monkeypatch.setattr(call, "require", lambda kernel: None)
-    return seed
+    return emulated
 
 
 def run(T: int, E: int, D: int, choice: Choice, bias: bool = False, seed: int = 0):
@@ -69,7 +58,7 @@ CASES = [
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("T", "E", "D", "choice", "bias"), CASES)
 def test_equals_float64(T: int, E: int, D: int, choice: Choice, bias: bool, seed: int, emulated) -> None:
-    emulated[0] = seed
+    emulated.seed = seed
     arguments, found = run(T, E, D, choice, bias, seed)
     check(arguments, found, choice)
     logits = (found[0].astype(np.float64) @ arguments[2].astype(np.float64).T).astype(np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import narrow_cuda, reference
 from jaxllm.kernels.linear.narrow_cuda import Split
 from jaxllm.kernels.linear.product import BlockedTokens, ScaledTokens
@@ -19,7 +19,7 @@ from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.stream import Unmultiplied, like, settle
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -78,18 +78,7 @@ EPS = 1e-2
 
 def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """What `narrow_cuda.implementation` launches, on the emulator."""
-    ran: list[Kernels] = []
-
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared):
-        shapes = [(result.shape, np.dtype(result.dtype)) for result in results]
-        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, seed=seed)
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed)
     monkeypatch.setattr(narrow_cuda, "splitting", lambda *_: case.split)
     monkeypatch.setattr(Split, "stages", lambda *_, **__: case.stages)
     monkeypatch.setitem(narrow_cuda.CLUSTERS, case.split.cluster, case.clusters)

@@ -10,17 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.paged_attention import decode_cuda, rope_cuda
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def emulate(given: Any, width: int, seed: int, ctas: int, monkeypatch: pytest.MonkeyPatch, **tuning: int) -> Any:
     """What `rope_cuda.implementation` launches, on a GPU with room for `ctas` blocks."""
-    ran: list[Kernels] = []
     configure = decode_cuda.configure
 
     def configured(*shapes: Any, **options: Any) -> decode_cuda.Launch:
@@ -28,18 +27,8 @@ def emulate(given: Any, width: int, seed: int, ctas: int, monkeypatch: pytest.Mo
         macros = {**launch.macros, "CTAS": ctas}
         return decode_cuda.Launch(macros, (shapes[0][0], -(-ctas // shapes[0][0])), launch.threads, launch.shared)
 
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared, aliases):
-        shapes = [(result.shape, np.dtype(result.dtype)) for result in results]
-        operands = [np.asarray(a) for a in operands]
-        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, aliases=aliases, seed=seed)
-
     monkeypatch.setattr(decode_cuda, "configure", configured)
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed)
     H = given[3].shape[-1]
     return rope_cuda.implementation(given[0].shape, given[3], width, H**-0.5, None)(*given)
 

@@ -8,30 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.linear.product import Product, QuantizedTokens
 from jaxllm.kernels.linear.quantized import quantize_tokens
 from jaxllm.kernels.linear.reference import rms_norm
 from jaxllm.kernels.rows import cuda, reference
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 EPS = 1e-5
 
 
 @pytest.fixture
-def on_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are launched on the emulator."""
-
-    def compile(kernel: str, source: str, macros: dict[str, Any]) -> Kernels:
-        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
-
-    def launch(name: str, kernels: Kernels, arguments, results, **how) -> list[np.ndarray]:
-        shapes = [(result.shape, result.dtype) for result in results]
-        return kernels.run(name, [np.asarray(a) for a in arguments], shapes, **how, seed=1)
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile)
-    monkeypatch.setattr(call, "launch", launch)
+def on_emulator(emulated: Launches) -> None:
+    emulated.seed = 1
 
 
 def product_of(T: int, F: int, dtype: Any, splits: int, scaled: bool) -> Product:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from jaxllm.formats import Format
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import api, fp8_cuda, quantized, reference
 from jaxllm.kernels.linear.fp8_cuda import Split
 from jaxllm.kernels.linear.product import Activations, QuantizedTokens
 from jaxllm.kernels.linear.quantized import QuantizedWeight, quantize, quantize_tokens
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -89,18 +89,7 @@ def expected(case: Case, arguments: list[np.ndarray]) -> np.ndarray:
 
 def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """What `fp8_cuda.implementation` launches, on the emulator."""
-    ran: list[Kernels] = []
-
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared):
-        out = [(result.shape, np.dtype(result.dtype)) for result in results]
-        return ran[0].run(name, operands, out, grid=grid, threads=threads, shared=shared, seed=seed)
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed)
     kernel = fp8_cuda.implementation(
         jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype),
         case.features,

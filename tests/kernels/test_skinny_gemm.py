@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import cuda
 from jaxllm.kernels.linear.cuda import Tiling
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -71,26 +71,7 @@ def operands(case: Case, seed: int) -> list[np.ndarray]:
 
 def run(case: Case, arguments: list[np.ndarray], seed: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """What `cuda.implementation` launches, on the emulator."""
-    ran: list[np.ndarray] = []
-
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared):
-        (result,) = results
-        return ran[0].run(
-            name,
-            operands,
-            [(result.shape, np.dtype(result.dtype))],
-            grid=(case.clusters * case.split.cluster,),
-            threads=threads,
-            shared=shared,
-            seed=seed,
-        )
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed, grid=(case.clusters * case.split.cluster,))
     x, weight = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2])
     kernel = cuda.implementation(
         x,

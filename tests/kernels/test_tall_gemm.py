@@ -10,7 +10,8 @@ import pytest
 
 from jaxllm.kernels.cuda import call, rtc
 from jaxllm.kernels.linear import api, tall_cuda
-from tests.kernels.emulator.emulator import EmulatorError, Kernels
+from tests.kernels.emulator.emulator import EmulatorError
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SLOW = pytest.mark.slow
@@ -23,19 +24,7 @@ def operands(T: int, F: int, D: int) -> tuple[np.ndarray, np.ndarray]:
 
 def run(x, weight, seed: int, monkeypatch: pytest.MonkeyPatch, activation: str = "silu") -> np.ndarray:
     """What `tall_cuda.implementation` launches, on the emulator, by four blocks at most."""
-    ran: list[Kernels] = []
-
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared):
-        shapes = [(result.shape, np.dtype(result.dtype)) for result in results]
-        operands = [np.asarray(x) for x in operands]
-        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, seed=seed)
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed)
     monkeypatch.setattr(tall_cuda, "CLUSTERS", 2)
     return tall_cuda.implementation(jax.ShapeDtypeStruct(weight.shape, weight.dtype), activation)(x, weight)
 

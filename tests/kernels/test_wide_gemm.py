@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm.kernels.cuda import call, rtc
+from jaxllm.kernels.cuda import call
 from jaxllm.kernels.linear import api, narrow_cuda, wide_cuda
 from jaxllm.kernels.linear.product import BlockedTokens, Product, ScaledTokens
 from jaxllm.layers.linear import ColumnLinear, RowLinear
 from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.stream import Unadded, like, settle
-from tests.kernels.emulator.emulator import Kernels
+from tests.kernels.emulator.launches import Launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -44,18 +44,7 @@ def run(
     squares: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `wide_cuda.implementation` launches, on the emulator."""
-    ran: list[Kernels] = []
-
-    def compile_ptx(kernel, source, macros):
-        ran.append(Kernels(rtc.SOURCES / f"{source}.cu", macros))
-        return ""
-
-    def launch(name, ptx, operands, results, *, grid, threads, shared):
-        shapes = [(result.shape, np.dtype(result.dtype)) for result in results]
-        return ran[0].run(name, operands, shapes, grid=grid, threads=threads, shared=shared, seed=seed)
-
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+    Launches(monkeypatch, seed)
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     if stages is not None:
         monkeypatch.setattr(wide_cuda, "stages", lambda *_: stages)
