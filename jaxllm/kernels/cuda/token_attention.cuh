@@ -291,25 +291,31 @@ DEVICE void attend(
   }
   __syncthreads();
   if (has_room) timeline.mark(5);
-  for (int at = threadIdx.x; at < GROUP * H / 2; at += THREADS) {  // two dims of a head
-    const int m = at / (H / 2), dim = at % (H / 2) * 2;
-    float most = MASKED, total = 0.f, x = 0.f, y = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, of_warps[(w * GROUP + m) * 2]);
+  for (int at = threadIdx.x; at < GROUP * H / 4; at += THREADS) {  // four dims of a head
+    const int m = at / (H / 4), dim = at % (H / 4) * 4;
+    float most = MASKED, total = 0.f;
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    float2 of_warp[WARPS];
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
-      const float by = fast_exp2(of_warps[(w * GROUP + m) * 2] - most);
-      const float2 two = *(const float2*)(results + (w * GROUP + m) * WIDE + dim);
-      total += of_warps[(w * GROUP + m) * 2 + 1] * by;
-      x += two.x * by;
-      y += two.y * by;
+      of_warp[w] = *(const float2*)(of_warps + (w * GROUP + m) * 2);
+      most = fmaxf(most, of_warp[w].x);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float by = fast_exp2(of_warp[w].x - most);
+      const float4 four = *(const float4*)(results + (w * GROUP + m) * WIDE + dim);
+      total += of_warp[w].y * by;
+      x = make_float4(x.x + four.x * by, x.y + four.y * by, x.z + four.z * by, x.w + four.w * by);
     }
     if (parts == 1) {
-      const float inverse = total > 0.f ? 1.f / total : 0.f;
-      tell(words + TOLD_HEADS + (head * GROUP + m) * H + dim, words_of(pack_bf16(x * inverse, y * inverse), mark));
+      const float by = total > 0.f ? 1.f / total : 0.f;
+      u32* const to = words + TOLD_HEADS + (head * GROUP + m) * H + dim;
+      tell(to, words_of(pack_bf16(x.x * by, x.y * by), mark));
+      tell(to + 2, words_of(pack_bf16(x.z * by, x.w * by), mark));
     } else {
       const size_t of = (size_t)blockIdx.x * GROUP + m;
-      *(float2*)(found + of * H + dim) = make_float2(x, y);
+      *(float4*)(found + of * H + dim) = x;
       if (dim == 0) *(float2*)(sums + of * 2) = make_float2(most, total);
     }
   }
