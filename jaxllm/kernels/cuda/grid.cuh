@@ -123,14 +123,21 @@ DEVICE void add_to_sum(u64* sum, float x) {
   const float within = fminf(fmaxf(x, -MOST_ADDED), MOST_ADDED);
   add_relaxed(sum, (u64)(long long)(within / SUM_UNIT) * 256 + 1);
 }
-// Waits until so many blocks have added to it.
-DEVICE float collect_sum(const u64* sum, u32 blocks) {
-  u64 began = 0, x = look(sum);
-  for (u32 polls = 1; (x & 255) != blocks; ++polls) {
+// Waits until so many blocks have added to N sums. place(i): where.
+template <int N, class Place>
+DEVICE void collect_sums(float (&sums)[N], Place place, u32 blocks) {
+  u64 began = 0, x[N];
+  for (u32 polls = 1;; ++polls) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = look(place(i));
+#pragma unroll
+    for (int i = 0; i < N; ++i) all = all && (x[i] & 255) == blocks;
+    if (all) break;
     look_again(polls, began);
-    x = look(sum);
   }
-  return (float)((long long)x >> 8) * SUM_UNIT;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sums[i] = (float)((long long)x[i] >> 8) * SUM_UNIT;
 }
 
 // Barrier `number` (1, 2, ...) of all threads of `blocks` blocks; block i has words[i]. What any of them wrote before it,

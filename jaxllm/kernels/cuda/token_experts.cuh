@@ -135,12 +135,13 @@ struct Chosen {
     const int lane = threadIdx.x % 32;
     float scores[EACH * 4];
     u32 keys[EACH * 4];
+    collect_sums(scores, [&](int i) { return sums + sum_at(min(number(i), EXPERTS - 1)); }, BLOCKS - IDLE);
 #pragma unroll
     for (int i = 0; i < EACH * 4; ++i) {
-      const int at = min(number(i), EXPERTS - 1);
-      const float told = collect_sum(sums + sum_at(at), BLOCKS - IDLE) * factor;
+      const float told = scores[i] * factor;
       scores[i] = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
-      keys[i] = number(i) < EXPERTS ? ordered(BIAS ? scores[i] + __ldg(bias + at) : scores[i]) : 0u;
+      const float key = BIAS ? scores[i] + __ldg(bias + min(number(i), EXPERTS - 1)) : scores[i];
+      keys[i] = number(i) < EXPERTS ? ordered(key) : 0u;
     }
     __syncwarp();
     timeline.mark(11);
