@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -94,6 +96,11 @@ def test_matrix_instructions(tmp_path) -> None:
 GOOD = {"WAIT": "cp_async_wait<0>()", "BARRIER": "__syncthreads()", "LENGTH": 64}
 
 
+def says(message: str | None) -> contextlib.AbstractContextManager[object]:
+    """The emulator raises this, or nothing."""
+    return contextlib.nullcontext() if message is None else pytest.raises(EmulatorError, match=message)
+
+
 @pytest.mark.parametrize(
     ("wrong", "seed", "message"),
     [
@@ -113,16 +120,10 @@ def test_mistakes_are_found(tmp_path, wrong, seed, message) -> None:
     x = np.arange(64, dtype=np.float32)
     built = kernels(tmp_path, "reverse", REVERSE, **{**GOOD, **wrong})
 
-    def run() -> None:
+    with says(message):
         (y,) = built.run("reverse", [x], [((64,), np.float32)], grid=(1,), threads=64, shared=256, seed=seed)
         if not (y == x[::-1]).all():
             raise EmulatorError("wrong")
-
-    if message is None:
-        run()
-    else:
-        with pytest.raises(EmulatorError, match=message):
-            run()
 
 
 SOUND = {
@@ -153,16 +154,10 @@ def test_barriers_and_clusters(tmp_path, wrong, seed, message) -> None:
     x = np.arange(256, dtype=np.float32)
     built = kernels(tmp_path, "exchange", EXCHANGE, **{**SOUND, **wrong})
 
-    def run() -> None:
+    with says(message):
         (y,) = built.run("exchange", [x], [((256,), np.float32)], grid=(4,), threads=64, shared=1024, seed=seed)
         if not (y.reshape(2, 2, 64) == -x.reshape(2, 2, 64)[:, ::-1]).all():
             raise EmulatorError("wrong")
-
-    if message is None:
-        run()
-    else:
-        with pytest.raises(EmulatorError, match=message):
-            run()
 
 
 def test_e4m3(tmp_path) -> None:
