@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.kernels.draws import Draws, random_place
 from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.linear.reference import gated, rms_norm
 from jaxllm.kernels.paged_attention import reference as attention
@@ -93,45 +94,27 @@ def random_operands(
     tokens: in the context, this one too. heads: of queries, and of keys and values.
     """
     N, K = heads
-    W, rows = max(1, -(-tokens // page)), (N + 2 * K) * H
-    pages = np.random.default_rng(seed).permutation(W + 2)[:W].astype(np.int32) + 1
+    first, *keys = jax.random.split(jax.random.key(seed), layers + 1)
+    place = random_place(first, tokens, H=H, page=page, seed=seed)
+    W, rows = place[4].shape[1], (N + 2 * K) * H
 
     @jax.jit
     def make_layer(key: jax.Array) -> Layer:
-        keys = iter(jax.random.split(key, 10))
-
-        def bf16(*shape: int, scale: float = 1.0) -> jax.Array:
-            return jax.random.normal(next(keys), shape, jnp.bfloat16) * scale
-
-        def norm(size: int) -> jax.Array:
-            return jax.random.uniform(next(keys), (size,), jnp.float32, 0.5, 1.5)
-
+        draws = Draws(key, 10)
         return Layer(
-            bf16(rows, D, scale=D**-0.5),
-            bf16(D, N * H, scale=(N * H) ** -0.5),
-            bf16(2 * F, D, scale=D**-0.5),
-            bf16(D, F, scale=2 * F**-0.5),
-            bf16(rows) if bias else None,
-            norm(D),
-            norm(D),
-            norm(H) if norms else None,
-            norm(H) if norms else None,
-            bf16(W + 3, 2, K, page, H),
+            draws.bf16(rows, D, scale=D**-0.5),
+            draws.bf16(D, N * H, scale=(N * H) ** -0.5),
+            draws.bf16(2 * F, D, scale=D**-0.5),
+            draws.bf16(D, F, scale=2 * F**-0.5),
+            draws.bf16(rows) if bias else None,
+            draws.norm(D),
+            draws.norm(D),
+            draws.norm(H) if norms else None,
+            draws.norm(H) if norms else None,
+            draws.bf16(W + 3, 2, K, page, H),
         )
 
-    first, *keys = jax.random.split(jax.random.key(seed), layers + 1)
-    last = max(tokens - 1, 0)
-    angle = jax.random.uniform(first, (1, 1, H // 2), jnp.float32, 0.0, 6.0)
-    return Operands(
-        jax.random.normal(first, (1, D), jnp.bfloat16),
-        jnp.cos(angle),
-        jnp.sin(angle),
-        jnp.asarray([pages[last // page] if tokens else 0], jnp.int32),
-        jnp.asarray([last % page], jnp.int32),
-        jnp.asarray(pages[None]),
-        jnp.asarray([tokens - 1], jnp.int32),
-        tuple(map(make_layer, keys)),
-    )
+    return Operands(jax.random.normal(first, (1, D), jnp.bfloat16), *place, tuple(map(make_layer, keys)))
 
 
 def difference(

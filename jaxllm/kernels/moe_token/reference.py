@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.kernels.draws import Draws, random_place
 from jaxllm.kernels.grouped_matmul import reference as experts
 from jaxllm.kernels.linear.product import Product
 from jaxllm.kernels.linear.reference import rms_norm
@@ -123,45 +124,28 @@ def random_operands(
     Of a size that keeps what is added near what is there.
     """
     (N, K), H = heads, HEAD_DIM
-    W = max(1, -(-tokens // page))
-    pages = np.random.default_rng(seed).permutation(W + 2)[:W].astype(np.int32) + 1
-    last = max(tokens - 1, 0)
+    first, second, *keys = jax.random.split(jax.random.key(seed), 2 + layers)
+    place = random_place(first, tokens, H=H, page=page, seed=seed)
+    W = place[4].shape[1]
 
     @jax.jit
     def make(key: jax.Array) -> Layer:
-        keys = iter(jax.random.split(key, 12))
-
-        def bf16(*shape: int, scale: float = 1.0) -> jax.Array:
-            return jax.random.normal(next(keys), shape, jnp.bfloat16) * scale
-
-        def norm(size: int) -> jax.Array:
-            return jax.random.uniform(next(keys), (size,), jnp.float32, 0.5, 1.5)
-
+        draws = Draws(key, 12)
         return Layer(
-            norm(D),
-            bf16((N + 2 * K) * H, D, scale=D**-0.5),
-            norm(H) if norms else None,
-            norm(H) if norms else None,
-            bf16(D, N * H, scale=(N * H) ** -0.5),
-            norm(D),
-            bf16(E, D, scale=4 * D**-0.5),
-            jax.random.uniform(next(keys), (E,)) if bias else None,
-            bf16(E, 2 * F, D, scale=D**-0.5),
-            bf16(E, D, F, scale=2 * F**-0.5),
-            bf16(W + 3, 2, K, page, H),
+            draws.norm(D),
+            draws.bf16((N + 2 * K) * H, D, scale=D**-0.5),
+            draws.norm(H) if norms else None,
+            draws.norm(H) if norms else None,
+            draws.bf16(D, N * H, scale=(N * H) ** -0.5),
+            draws.norm(D),
+            draws.bf16(E, D, scale=4 * D**-0.5),
+            draws.uniform(E) if bias else None,
+            draws.bf16(E, 2 * F, D, scale=D**-0.5),
+            draws.bf16(E, D, F, scale=2 * F**-0.5),
+            draws.bf16(W + 3, 2, K, page, H),
         )
 
-    first, second, *keys = jax.random.split(jax.random.key(seed), 2 + layers)
-    angle = jax.random.uniform(first, (1, 1, H // 2), jnp.float32, 0.0, 6.0)
-    token = Token(
-        jax.random.normal(second, (1, D), jnp.bfloat16),
-        jnp.cos(angle),
-        jnp.sin(angle),
-        jnp.asarray([pages[last // page] if tokens else 0], jnp.int32),
-        jnp.asarray([last % page], jnp.int32),
-        jnp.asarray(pages[None]),
-        jnp.asarray([tokens - 1], jnp.int32),
-    )
+    token = Token(jax.random.normal(second, (1, D), jnp.bfloat16), *place)
     return Operands(token, tuple(make(key) for key in keys))
 
 
