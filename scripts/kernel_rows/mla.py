@@ -198,7 +198,7 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     pages = jnp.asarray(rng.permutation(kv.shape[0])[: rows * used].reshape(rows, used), jnp.int32)
     positions = jnp.full((rows, 1), tokens - 1, jnp.int32)
     launch = latent_cuda.configure(
-        q.shape, kv.shape, used, VALUES, scale=SCALE, first=False, source=latent_cuda.MANY, timeline=True, **tuning
+        q.shape, kv.shape, used, VALUES, scale=SCALE, first=False, source=latent_cuda.KERNEL, timeline=True, **tuning
     )
     run = jax.jit(bare(launch, q.shape))
     for _ in range(3):
@@ -236,7 +236,7 @@ TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
 
 
 def rows() -> Iterator[Row]:
-    many: dict[str, Any] = {"source": latent_cuda.MANY}
+    many: dict[str, Any] = {"source": latent_cuda.KERNEL}
     yield Row("right", right)
     yield Row("right large", right_large)
     yield Row("right many", partial(right, **many))
@@ -250,6 +250,5 @@ def rows() -> Iterator[Row]:
         yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))
     for heads in (128, 64):
         yield Row(f"bare B=64 x 4096, {heads} heads", partial(bare_speed, 64, 4096, heads))
-    yield Row("three roles B=64 x 4096, 128 heads", partial(speed, 64, 4096, 128, False, source=latent_cuda.KERNEL))
     for i, (count, tokens, heads) in enumerate(SPEEDS):
         yield Row(f"speed B={count} x {tokens}, {heads} heads", partial(speed, count, tokens, heads, i < 2))

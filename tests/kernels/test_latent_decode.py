@@ -61,20 +61,20 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "shared_window": ((4, 5, 32, 13), {"processors": 5, "whole": 1, "window": 150, "min_share": 2}),
     "many_parts": ((1, 12, 64, 11), {"processors": 9, "whole": 1}),
     "two_tiles_shared": ((3, 128, 64, 5), {"processors": 4, "whole": 1, "min_share": 2}),
-    "many_whole": ((3, 128, 32, 9), {"processors": 4, "source": "latent_many", "whole": 5}),
-    "many_whole_split": ((3, 128, 32, 9), {"processors": 4, "source": "latent_many", "whole": 5, "order": 3}),
-    "many_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2, "source": "latent_many"}),
+    "many_whole": ((3, 128, 32, 9), {"processors": 4, "whole": 5}),
+    "many_whole_split": ((3, 128, 32, 9), {"processors": 4, "whole": 5, "order": 3}),
+    "many_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2}),
     "many_window": (
         (3, 20, 16, 23),
-        {"processors": 4, "window": 100, "whole": 1, "min_share": 1, "source": "latent_many"},
+        {"processors": 4, "window": 100, "whole": 1, "min_share": 1},
     ),
     "many_small_pages": (
         (4, 64, 8, 37),
-        {"processors": 3, "whole": 1, "min_share": 1, "source": "latent_many"},
+        {"processors": 3, "whole": 1, "min_share": 1},
     ),
     "many_whole_32": (
         (3, 128, 32, 9),
-        {"processors": 4, "source": "latent_many", "whole": 10, "block": 32, "ahead": 3, "queries_first": True},
+        {"processors": 4, "whole": 10, "block": 32, "ahead": 3, "queries_first": True},
     ),
     "many_window_32": (
         (3, 64, 64, 7),
@@ -83,7 +83,6 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "window": 99,
             "whole": 1,
             "min_share": 1,
-            "source": "latent_many",
             "block": 32,
             "order": 2,
             "copying": 1,
@@ -95,7 +94,6 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "processors": 5,
             "whole": 1,
             "min_share": 1,
-            "source": "latent_many",
             "block": 32,
             "alone": True,
             "early": True,
@@ -103,11 +101,11 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "many_pairs": (
         (2, 64, 32, 8),
-        {"processors": 4, "whole": 1, "min_share": 1, "source": "latent_many", "even": True, "order": 3},
+        {"processors": 4, "whole": 1, "min_share": 1, "even": True, "order": 3},
     ),
     "many_pairs_of_20": (
         (3, 20, 32, 8),
-        {"processors": 6, "whole": 1, "min_share": 1, "source": "latent_many", "even": True},
+        {"processors": 6, "whole": 1, "min_share": 1, "even": True},
     ),
     "many_alone_128": (
         (3, 128, 64, 7),
@@ -115,13 +113,12 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "processors": 6,
             "whole": 1,
             "min_share": 2,
-            "source": "latent_many",
             "window": 150,
             "alone": True,
             "early": 1,
         },
     ),
-    "tall_blocks": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "block": 64, "min_share": 1}),
+    "pages_of_16": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "min_share": 1}),
 }
 
 
@@ -152,12 +149,6 @@ def test_equals_reference(case: str, seed: int) -> None:
 
 BROKEN: dict[str, tuple[str, str, str, str]] = {
     # case, file, right, wrong
-    "stage_freed_early": (
-        "two_tiles_shared",
-        "latent_decode.cu",
-        "      wgmma_wait<0>();\n      wgmma_pin(o[0]);\n",
-        "",
-    ),
     "copies_not_fenced": (
         "shared_window",
         "latent.cuh",
@@ -165,18 +156,23 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "    barrier_arrive",
     ),
     "queries_not_fenced": (
-        "two_tiles_shared",
-        "latent_decode.cu",
-        "    fence_products();\n    named_sync(1, 128);\n    const int lowest",
-        "    const int lowest",
+        "many_whole",
+        "latent_halves.cuh",
+        "    fence_products();\n    named_sync(3, 256);\n",
+        "    named_sync(3, 256);\n",
     ),
     "values_of_the_other_half": (
-        "two_tiles_shared",
-        "latent_decode.cu",
-        "group * (VALUES / 2 / 64) * PANEL, ROW",
-        "(1 - group) * (VALUES / 2 / 64) * PANEL, ROW",
+        "many_whole",
+        "latent_halves.cuh",
+        "uniform(group) * HALF * PANEL",
+        "(1 - uniform(group)) * HALF * PANEL",
     ),
-    "never_shrinks": ("two_tiles_shared", "latent_decode.cu", "if (shrinks) {", "if (false) {"),
+    "never_shrinks": (
+        "many_whole",
+        "latent_halves.cuh",
+        "    if (!__any_sync(~0u, first != 1.f || second != 1.f)) return;\n",
+        "    return;\n",
+    ),
     "few_never_shrink": ("shared_window", "latent_few.cu", "if (__any_sync(~0u, shrinks)) {", "if (false) {"),
     "weights_not_awaited": (
         "shared_window",
@@ -187,10 +183,8 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "half_freed_early": (
         "many_whole",
         "latent_halves.cuh",
-        "      wgmma_wait<0>();\n      end_their_values(count - 1);\n    }\n"
-        "    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);\n",
-        "      end_their_values(count - 1);\n    }\n"
-        "    tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);\n    wgmma_wait<0>();\n",
+        "    add_weights();\n    wgmma_wait<0>();\n    keep_weights(mine);\n    free(stage_of(count));\n",
+        "    add_weights();\n    keep_weights(mine);\n    free(stage_of(count));\n",
     ),
     "other_weights_not_awaited": (
         "many_whole",

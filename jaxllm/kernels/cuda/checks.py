@@ -74,7 +74,7 @@ def _check(quantized: bool, latent: bool, experts: bool) -> bool:
     checks |= {name: partial(rows.check, name) for name in rows.KERNELS if rows.is_used(name)}
     checks |= {quantized_cuda.KERNEL: quantized_cuda.check} if quantized else {}
     checks |= {fp8_cuda.KERNEL: fp8_cuda.check} if quantized else {}
-    checks |= {latent_cuda.KERNEL: latent_cuda.check, latent_cuda.MANY: latent_cuda.check_many} if latent else {}
+    checks |= {latent_cuda.KERNEL: latent_cuda.check} if latent else {}
     if experts:
         checks |= {experts_cuda.KERNEL: experts_cuda.check, tiles_cuda.KERNEL: tiles_cuda.check}
         checks |= {ring_cuda.KERNEL: ring_cuda.check, router.KERNEL: router.check}

@@ -1,4 +1,4 @@
-// Attention of one query token per row over paged latents, as latent_decode.cu has it, for few query heads (a tensor-
+// Attention of one query token per row over paged latents, as latent_many.cu has it, for few query heads (a tensor-
 // parallel share of them): memory decides, and products must not take rows that hold no heads.
 //
 // So heads are the columns of both products, of which matrix instructions have as few as eight:

@@ -1,5 +1,5 @@
-"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_decode.cu` or
-`cuda/latent_many.cu` and, for few heads, `cuda/latent_few.cu`."""
+"""Attention of one query token per row over paged latents on a Hopper GPU, by `cuda/latent_many.cu` and, for few heads,
+`cuda/latent_few.cu`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,17 @@ from jaxllm.kernels.paged_attention import reference
 from jaxllm.kernels.paged_attention.decode_cuda import Launch, attend
 from jaxllm.kernels.paged_attention.types import Implementation
 
-KERNEL = "latent_decode"
+KERNEL = "latent_many"
 FEW_HEADS = "latent_few"
-MANY = "latent_many"
-"""For more than FEW heads: on an H200 64 rows of 4,096 tokens take 158 us with 128, where KERNEL takes 165, and 8
-rows 42 where it takes 55; with 64 heads this one takes 100 us, and KERNEL 113. With 128 heads it takes 163 without
-clusters; 164 where values come before keys; 171 where the second-level cache is told 4 blocks ahead, and 12 more where
-it is not told; and KERNEL with its copies 168."""
 VALUES = 512
 """Numbers of a token's value: those that all models with such attention have."""
 FEW = 16
 """Query heads that `latent_few.cu` has: on an H200 64 rows of 4,096 tokens take 87 us with 8 heads and 93 with 16,
-where the other kernel takes 99 with 16; its tiles of 64 make that the same work for all numbers up to 64. With 32, this
-one took 107."""
+where the other kernel takes 99 with 16; its tiles of 64 make that the same work for all numbers up to 64."""
 TILE = 64
 """Query heads of an item of work: the rows of one matrix instruction."""
 BLOCK = 64
-"""Tokens that are worked on at once; stages for 128 fit into shared memory. On an H200 64 rows of 4,096 tokens take
-168 us with 128 heads and 98 with 16, where blocks of 32 take 194 and 106; and where the room of a block is filled and
-given back in two halves, 177 and 101; where the second-level cache is told of blocks before, 167 and 102."""
+"""Tokens that are worked on at once; two stages of them fit into shared memory."""
 MAX_ROWS = 128
 """Rows of a launch; their tables lie in shared memory."""
 AHEAD = 2
@@ -66,9 +58,10 @@ def configure(
 ) -> Launch:
     """Macros and sizes for q_RQNH, kv_PYKOH with Y = K = 1, and pages_RW with W = width.
 
-    block: tokens worked on at once. whole, min_share: in blocks, of the longest rows that are not shared, and that are
-    worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it can, else KERNEL.
-    Of MANY only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
+    block: tokens worked on at once, 64 or, of KERNEL, 32. whole, min_share: in blocks, of the longest rows that are not
+    shared, and that are worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it
+    can, else KERNEL.
+    Of KERNEL only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
     ahead, order, queries_first, early, copying: see `latent_many.cu`. alone: whether each warp counts rows for itself.
     processors: of the GPU, each with a block of threads. timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
@@ -83,9 +76,9 @@ def configure(
         raise NotImplementedError(f"{N} query heads: more than {TILE}, and no multiple")
     if O % 8:
         raise NotImplementedError(f"pages of {O} tokens, not a multiple of 8")
-    source = source or (FEW_HEADS if N <= FEW else MANY if call.usable(MANY) else KERNEL)
-    few, many = source == FEW_HEADS, source == MANY
-    cluster = (cluster or (2 if N % (2 * TILE) == 0 else 1)) if many else 1
+    source = source or (FEW_HEADS if N <= FEW else KERNEL)
+    few = source == FEW_HEADS
+    cluster = 1 if few else cluster or (2 if N % (2 * TILE) == 0 else 1)
     ctas = processors // cluster
     macros: dict[str, object] = {
         "HEADS": N,
@@ -100,29 +93,24 @@ def configure(
         "FIRST": int(first),
     }
     tables = (12 if first else 8) * R + 4
-    if many:
-        if ahead is None:
-            ahead = AHEAD if cluster > 1 else 0
-        if order is None:
-            order = 0 if cluster > 1 else 1
-        macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
-        macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
-        macros |= {"EARLY": int(early), "COPYING": copying, "COUNTED_BY_WARPS": int(alone)}
-        stages = 128 // block
-        shared = 2 * (TILE + 128) * H + 8 * TILE * (stages + 1) + 8 * stages * (9 + 1 + 2) + 48 + 2 * 12 * 4 + tables
-        shared += 12 * 16 * 4 * timeline
-        return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
-    macros["BLOCK"] = block
     if few:
         if N > FEW:
             raise NotImplementedError(f"{N} query heads in the kernel for at most {FEW}")
         room = 8 if N <= 8 else 16
-        macros |= {"HEADS_ROOM": room, "STAGES": STAGES}
+        macros |= {"HEADS_ROOM": room, "BLOCK": block, "STAGES": STAGES}
         shared = 2 * (room + STAGES * block) * H + 128 * room + 16 * room + 16 * STAGES + 48 + 2 * 12 * 4 + tables
         return fitting(Launch(macros, (R, -(-ctas // R)), 384, shared), R)
-    panels = 2 * (TILE + 128) * H  # queries and stages
-    shared = panels + 2 * TILE * block + 2 * 4 * TILE + 8 * (2 * 128 // block + 2) + 48 + 2 * 16 * 4 + tables
-    return fitting(Launch(macros, (R, -(-ctas // R)), 512, shared), R)
+    if ahead is None:
+        ahead = AHEAD if cluster > 1 else 0
+    if order is None:
+        order = 0 if cluster > 1 else 1
+    macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
+    macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
+    macros |= {"EARLY": int(early), "COPYING": copying, "COUNTED_BY_WARPS": int(alone)}
+    stages = 128 // block
+    shared = 2 * (TILE + 128) * H + 8 * TILE * (stages + 1) + 8 * stages * (9 + 1 + 2) + 48 + 2 * 12 * 4 + tables
+    shared += 12 * 16 * 4 * timeline
+    return fitting(Launch(macros, (R * cluster, -(-ctas // R)), 384, shared), R)
 
 
 def fitting(launch: Launch, rows: int) -> Launch:
@@ -134,7 +122,7 @@ def fitting(launch: Launch, rows: int) -> Launch:
 
 def source_of(launch: Launch) -> str:
     """The kernel of a launch, and the name of its source."""
-    return FEW_HEADS if "HEADS_ROOM" in launch.macros else MANY if "CLUSTER" in launch.macros else KERNEL
+    return FEW_HEADS if "HEADS_ROOM" in launch.macros else KERNEL
 
 
 def choose(
@@ -199,24 +187,15 @@ def results(launch: Launch, q_shape: tuple[int, ...]) -> list[tuple[tuple[int, .
         (parts, jnp.float32),
         ((ctas,), jnp.int32),
     ]
-    if source_of(launch) == MANY:
+    if source_of(launch) == KERNEL:
         timed = ctas if launch.macros["TIMELINE"] else 1
         written += [((ctas, 128), jnp.uint8), ((timed, 12, 16), jnp.uint32)]
     return written
 
 
-def check_many() -> None:
-    """As `check`, of `latent_many.cu`."""
-    check(((128, False, MANY), (128, True, MANY), (64, False, MANY)))
-
-
-def check(
-    cases: tuple[tuple[int, bool, str], ...] = ((128, False, KERNEL), (16, True, FEW_HEADS), (32, False, KERNEL)),
-) -> None:
-    """Raises ArithmeticError if a kernel differs from the reference on a small input.
-
-    cases: query heads, whether queries see a window, and the kernel.
-    """
+def check() -> None:
+    """Raises ArithmeticError if a kernel differs from the reference on a small input."""
+    cases = ((128, False, KERNEL), (128, True, KERNEL), (64, False, KERNEL), (32, False, KERNEL), (16, True, FEW_HEADS))
     rng = np.random.default_rng(0)
     for N, windowed, source in cases:
         R, O, H, W = 5, 32, VALUES + 64, 40
