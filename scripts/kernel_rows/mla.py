@@ -220,17 +220,15 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
 
 TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
     # query heads, and how the kernel for many of them goes about it
+    (64, {"order": 0, "block": 32}),
+    (128, {"order": 0, "block": 32, "ahead": 4}),
+    (64, {"order": 1, "block": 32}),
+    (128, {"order": 3, "block": 32, "ahead": 4}),
+    (64, {"order": 3, "block": 32}),
     (64, {"order": 1}),
     (128, {"order": 0}),
-    (64, {"order": 3}),
-    (128, {"order": 3}),
-    (128, {"order": 3, "ahead": 1}),
-    (64, {"order": 3, "ahead": 1}),
-    (128, {"order": 1}),
-    (64, {"order": 0}),
-    (128, {"order": 0, "block": 32}),
-    (64, {"order": 0, "block": 32}),
-    (128, {"order": 3, "queries_first": True}),
+    (64, {"order": 1, "copying": 4}),
+    (128, {"order": 0, "block": 32, "ahead": 4, "copying": 4}),
     (128, {"order": 3, "cluster": 1}),
 )
 
@@ -243,8 +241,9 @@ def rows() -> Iterator[Row]:
     yield Row("right many 3", partial(right, order=3, **many))
     yield Row("right large many", partial(right_large, **many))
     yield Row("right large many 3", partial(right_large, order=3, **many))
-    for count, heads in ((64, 128), (64, 64), (8, 128)):
-        yield Row(f"phases of many B={count} x 4096, {heads} heads", partial(phases, count, 4096, heads, order=3))
+    for heads, block in ((64, 64), (128, 64), (64, 32), (128, 32)):
+        name = f"phases B=64 x 4096, {heads} heads, blocks of {block}"
+        yield Row(name, partial(phases, 64, 4096, heads, block=block, order=int(heads == block)))
     for heads, tuning in TRIALS:
         name = f"trial B=64 x 4096, {heads} heads " + " ".join(f"{key} {int(value)}" for key, value in tuning.items())
         yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))

@@ -19,10 +19,11 @@
 // of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; 2: after
 // them, and before their end where they are there already; TIMELINE;
 // QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; EARLY: whether what a
-// CTA likely reads first is fetched before it is known; COUNTED_BY_WARPS; MIN_SHARE; WHOLE; SCALE; FIRST.
+// CTA likely reads first is fetched before it is known; MIN_SHARE; WHOLE; SCALE; FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
 #define ITEMS_IN_EQUAL_PARTS
+#define COUNTED_BY_WARPS 1
 
 constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
 constexpr int ITEMS = (HEADS + TILE * CLUSTER - 1) / (TILE * CLUSTER), M = HEADS < TILE ? HEADS : TILE;
@@ -165,21 +166,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
   }
-  if (EARLY && warp == 10) {
+  if (EARLY && warp == WARPS - 2) {
     constexpr int LINE = 32;  // pages
     const int count = gridDim.x / CLUSTER, items = count * ITEMS, likely = min(cluster / max(CTAS / items, 1), items - 1);
     const int row = likely / ITEMS, from = row * HEADS + (likely % ITEMS * CLUSTER + rank) * TILE;
     if (lane == 0) prefetch(q + (size_t)from * H, M * H * 2);
     if (lane * LINE < W) prefetch_line(pages + (size_t)row * W + lane * LINE);
   }
-  if (warp == 8 + COUNTED_BY_WARPS)  // the queries' room is scratch: they come after the barriers below
+  if (warp == WARPS - 1)  // the queries' room is scratch: they come after the barriers below
     make_map(smem, map, {kv, {H, 1 << 30, 1, 1}, {H * 2, H * 2, H * 2}, {64, BOX, 1, 1}}, lane);
   phase_ends(shared, 11);
   const Rows rows(shared + TABLES_AT, gridDim.x / CLUSTER);
-  const Work work(rows, positions, first, cluster);  // its barriers show the block what was written above, too
+  // Warps that neither multiply nor copy have no rows to count.
+  const Work work(warp < 8 + COPYING ? rows : Rows(shared + TABLES_AT, 0), positions, first, cluster);
   phase_ends(shared, 12);
-  if (COUNTED_BY_WARPS && CLUSTER == 1) __syncthreads();
   if (CLUSTER > 1) cluster_sync();
+  else __syncthreads();
   phase_ends(shared, 13);
 #pragma unroll 1
   for (int r = cluster; r < rows.count; r += CTAS) {  // rows that see nothing
@@ -192,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   }
   if (warp >= 8) {
     registers_fewer<40>();
-    if (COUNTED_BY_WARPS || COPYING > 1) see_map(map);
+    see_map(map);
     if (warp < 8 + COPYING) bring(shared, smem, rows, work.walk, kv, map, pages, rank, warp - 8, lane);
   } else {
     registers_more<232>();

@@ -38,8 +38,7 @@ struct Pair {
   // SIDE: which half of its columns a warpgroup makes. Sums of rows are there.
   template <int SIDE>
   DEVICE void exchange(Attention& of) const {
-    constexpr int EACH = VALUES / 32, AT_ONCE = 8, MINE = SIDE * EACH, THEIRS = EACH - MINE;
-    static_assert(EACH % AT_ONCE == 0, "not what this kernel was written for");
+    constexpr int EACH = VALUES / 32, MINE = SIDE * EACH, THEIRS = EACH - MINE;
     float inverse[2], log[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -54,11 +53,13 @@ struct Pair {
       room(cta, of.group)[i * 128 + of.thread] =
           make_float4(o[0] * inverse[0], o[1] * inverse[0], o[2] * inverse[1], o[3] * inverse[1]);
     }
-    __threadfence();
     named_sync(3, 256);
-    if (of.group == 0 && of.thread == 0) word_release(finished + cta, 1);
+    if (of.group == 0 && of.thread == 0) word_release(finished + cta, 1);  // all that came before the barrier, too
     if (of.lane == 0) word_wait(finished + other, 1);
     __syncwarp();
+    float4 four[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) four[i] = __ldcg(room(other, of.group) + i * 128 + of.thread);
     float mine[2], theirs[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -70,16 +71,10 @@ struct Pair {
       mine[half] *= inverse[half] / all, theirs[half] /= all;
     }
 #pragma unroll
-    for (int from = 0; from < EACH; from += AT_ONCE) {
-      float4 four[AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) four[i] = __ldcg(room(other, of.group) + (from + i) * 128 + of.thread);
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        float* const o = of.o + (MINE + from + i) * 4;
-        o[0] = o[0] * mine[0] + four[i].x * theirs[0], o[1] = o[1] * mine[0] + four[i].y * theirs[0];
-        o[2] = o[2] * mine[1] + four[i].z * theirs[1], o[3] = o[3] * mine[1] + four[i].w * theirs[1];
-      }
+    for (int i = 0; i < EACH; ++i) {
+      float* const o = of.o + (MINE + i) * 4;
+      o[0] = o[0] * mine[0] + four[i].x * theirs[0], o[1] = o[1] * mine[0] + four[i].y * theirs[0];
+      o[2] = o[2] * mine[1] + four[i].z * theirs[1], o[3] = o[3] * mine[1] + four[i].w * theirs[1];
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

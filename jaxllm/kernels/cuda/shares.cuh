@@ -212,7 +212,7 @@ struct Work {
       rows.before[r] = before[i];
     }
     total = __shfl_sync(~0u, upto, 31);
-    if (lane == 0) rows.before[rows.count] = total;
+    if (lane == 0 && rows.count) rows.before[rows.count] = total;
     __syncwarp();
     return longest;
   }

@@ -51,8 +51,7 @@ def configure(
     order: int | None = None,
     queries_first: bool = False,
     early: bool = True,
-    copying: int = 4,
-    alone: bool = True,
+    copying: int = 2,
     processors: int = call.SMS,
     timeline: bool = False,
 ) -> Launch:
@@ -62,8 +61,8 @@ def configure(
     shared, and that are worth sharing a row for; None: 256 tokens. source: the kernel; None: FEW_HEADS where it
     can, else KERNEL.
     Of KERNEL only: cluster: blocks of threads that share what they read; None: as many tiles as a row has, at most 2.
-    ahead, order, queries_first, early, copying: see `latent_many.cu`. alone: whether each warp counts rows for itself.
-    processors: of the GPU, each with a block of threads. timeline: whether the last of `results` has cycles of phases.
+    ahead, order, queries_first, early, copying: see `latent_many.cu`. processors: of the GPU, each with a block of
+    threads. timeline: whether the last of `results` has cycles of phases.
     Raises NotImplementedError for what the kernel cannot do.
     """
     R, Q, N, H = q_shape
@@ -106,7 +105,7 @@ def configure(
         order = 0 if cluster > 1 else 1
     macros |= {"CLUSTER": cluster, "BOX": math.gcd(O, block // cluster), "AHEAD": ahead}
     macros |= {"TIMELINE": int(timeline), "BLOCK": block, "ORDER": order, "QUERIES_FIRST": int(queries_first)}
-    macros |= {"EARLY": int(early), "COPYING": copying, "COUNTED_BY_WARPS": int(alone)}
+    macros |= {"EARLY": int(early), "COPYING": copying}
     stages = 128 // block
     shared = 2 * (TILE + 128) * H + 8 * TILE * (stages + 1) + 8 * stages * (9 + 1 + 2) + 48 + 2 * 12 * 4 + tables
     shared += 12 * 16 * 4 * timeline
