@@ -99,9 +99,8 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "macros",
     [
-        {"BULK": 1, "PACE": 2, "GUESS": 3, "GUESS_EARLY": 1},
-        {"BULK": 1, "TENSOR": 1, "PACE": 1, "TAIL": 2, "GUESS": 2, "WITH_NORM": 1},
-        {"GUESS": 1, "TENSOR": 1},
+        {"PACE": 2, "GUESS": 3, "GUESS_EARLY": 1},
+        {"PACE": 1, "TAIL": 2, "GUESS": 2, "WITH_NORM": 1},
     ],
     ids=lambda macros: ",".join(macros),
 )

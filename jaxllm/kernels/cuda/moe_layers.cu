@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     Ring<Qkv, Output> ring(qkv, output, place);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD, copying(ring));
     timeline.mark(1);
-    if (PACE) ring.later = PACE;
+    ring.later = PACE;
     float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
     float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
     if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
@@ -214,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
       if (lane == 0) tell(words + TOLD_HIDDEN + item, word_of(pack_bf16(activation(gate * factor) * (up * factor), 0.f), mark));
     });
     timeline.mark(13);
-    if (PACE) experts.most = experts.later = SLOTS - 1;
-    else experts.fill();
+    experts.most = experts.later = SLOTS - 1;
     if (EARLY) fetch_told<EARLY, true>(inputs, words + TOLD_HIDDEN, mark, copying<true>(experts));
     timeline.mark(14);
     auto weight_of = [&](int piece) { return weights_here[piece / OF_EXPERT]; };
@@ -236,10 +235,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     }, ready);
     ready(Down::PIECES);  // with warps that have nothing to multiply
     end.later = SLOTS - 1;
-    if (!PACE) end.top();
     place = end;
     timeline.mark(15);
     timeline.mark_end(1);
   }
-  cp_async_wait<0>();
 }

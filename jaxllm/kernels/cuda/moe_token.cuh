@@ -7,7 +7,7 @@
 
 // Shared memory: the rings, the residual stream as it is and times its norm's weight, inputs of other products, what each warp
 // knows of the choice, sums of squares.
-constexpr int NORMED_AT = RINGS, STREAM_AT = NORMED_AT + WIDTH * 2, INPUTS_AT = STREAM_AT + WIDTH * 2;
+constexpr int NORMED_AT = RINGS + BARRIERS, STREAM_AT = NORMED_AT + WIDTH * 2, INPUTS_AT = STREAM_AT + WIDTH * 2;
 constexpr int CHOICE_AT = INPUTS_AT + larger(ATTENDED, CHOSEN * FFN) * 2, SQUARES_AT = CHOICE_AT + WARPS * CHOSEN * 8;
 constexpr int SHARED_END = SQUARES_AT + WARPS * 4;
 constexpr int OF_EXPERT = FFN / PIECE;  // pieces

@@ -1,7 +1,7 @@
 // Products of one token with weights, two rows at a time, by warps that share nothing: each has its own ring in shared
-// memory, which every lane fills by asynchronous copies of what it will read itself, so that nobody waits for anybody. A
-// ring has the weights of two products that follow each other: while the results of the first are exchanged, those of
-// the second come already. A ring can go on with what the second one is followed by.
+// memory, which its first lane fills by bulk copies of whole rows of a stage, so that nobody waits for anybody. A ring has
+// the weights of two products that follow each other: while the results of the first are exchanged, those of the second come
+// already. A ring can go on with what the second one is followed by.
 //
 // A product is a type with
 //   ITEMS   pairs of rows; warp w of block b has items w * (BLOCKS - IDLE) + b - IDLE, and so on, by WORKERS
@@ -9,8 +9,9 @@
 //   RUN     of them lie together, from a multiple of so many on
 //   const u16* start(int item, int row)   where row 0 or 1 of a pair begins
 //   size_t offset(int piece)              of a piece from there
-// Macros: BLOCKS of the grid, the first IDLE (0) of which have no items; WARPS of a block; SLOTS of a ring; DEPTH: stages of a warp on their way while it multiplies
-// the first product (SLOTS - 1), for more of them delay what others read.
+// Macros: BLOCKS of the grid, the first IDLE (0) of which have no items; WARPS of a block; SLOTS of a ring; DEPTH: stages of a
+// warp on their way while it multiplies the first product (SLOTS - 1); PACE: of a warp that waits (1). What blocks tell one
+// another comes late behind many copies, so there are no more of them than memory needs to be busy.
 #pragma once
 #include "cluster.cuh"
 
@@ -22,23 +23,14 @@
 #define IDLE 0
 #endif
 
-#ifndef TENSOR
-#define TENSOR 0  // 1: products by tensor cores
-#endif
-
-#ifndef BULK
-#define BULK 0  // 1: a lane copies whole rows of a stage, in place of all lanes 16 bytes each
-#endif
-
 #ifndef PACE
-#define PACE 0  // stages of a waiting warp on their way at once, for what blocks tell comes late behind many; 0: any; BULK
+#define PACE 1
 #endif
 
 constexpr int THREADS = WARPS * 32, WORKERS = WARPS * (BLOCKS - IDLE);
 constexpr int PIECE = 256, STAGE = 4, SLOT = STAGE * 2 * PIECE * 2;  // inputs; pieces of two rows; bytes
-constexpr int BARRIERS_AT = WARPS * SLOTS * SLOT;                    // of bulk copies, one for each slot
-constexpr int RINGS = BARRIERS_AT + (BULK ? (WARPS * SLOTS * 8 + 15) / 16 * 16 : 0);  // bytes of all rings
-static_assert(BULK || !PACE, "only bulk copies can be asked whether they have come");
+constexpr int RINGS = WARPS * SLOTS * SLOT;                          // bytes of all rings
+constexpr int BARRIERS = (WARPS * SLOTS * 8 + 15) / 16 * 16;         // after them, one for each slot
 static_assert(SLOTS > 1 && DEPTH > 0 && DEPTH < SLOTS, "a ring");
 
 // Of this warp.
@@ -66,7 +58,7 @@ struct RingPlace {
   int ahead, most, later;  // stages on their way, and how many there may be, of the first product and of the second
   u32 phase;        // of the barriers from `emptied` on
   u64 once;
-  const u16* from[2];  // this lane's part of the rows of the next copy
+  const u16* from[2];  // the rows of the next copy
 
   // At the begin of a first product, with DEPTH stages.
   DEVICE explicit RingPlace(u8* rings) {
@@ -86,11 +78,11 @@ struct RingPlace {
   // By a warp, before there are copies: its barriers.
   DEVICE static void make_barriers(u8* rings) {
     const int lane = threadIdx.x % 32;
-    if (BULK && lane < SLOTS) barrier_init(barrier_of(rings, lane), 1);
-    if (BULK) barrier_init_fence();
+    if (lane < SLOTS) barrier_init(barrier_of(rings, lane), 1);
+    barrier_init_fence();
   }
   DEVICE static u32 barrier_of(u8* rings, int slot) {
-    return shared_address(rings + BARRIERS_AT + (threadIdx.x / 32 * SLOTS + slot) * 8);
+    return shared_address(rings + RINGS + (threadIdx.x / 32 * SLOTS + slot) * 8);
   }
   DEVICE u32 barrier(int slot) const { return barrier_of(slots - threadIdx.x / 32 * (SLOTS * SLOT), slot); }
 };
@@ -111,12 +103,7 @@ struct Ring : RingPlace {
 #pragma unroll 1
     while (bring()) continue;
   }
-  // While nothing else is to be done: all slots but one; and the second-level cache fetches what there is no room for.
-  DEVICE void fill() {
-    most = later = SLOTS - 1;
-    top();
-    prefetch_rest();
-  }
+  // Lets the second-level cache fetch what there is no room for.
   DEVICE void prefetch_rest() {
     if (item >= items_of(second)) return;
     for (int at = 2 * stage * STAGE + lane; at < 2 * Second::PIECES; at += 32)
@@ -145,33 +132,20 @@ struct Ring : RingPlace {
     const u32 to = shared_address(slots + filled * SLOT);
     if (stage == 0)
 #pragma unroll
-      for (int row = 0; row < 2; ++row) from[row] = product.start(item, row) + (BULK ? 0 : lane * 8);
-    if (BULK) {
-      constexpr int RUN = Product::RUN;
-      const int pieces = PIECES % STAGE ? min(STAGE, PIECES - stage * STAGE) : STAGE;
-      __syncwarp();  // all have read what was there
-      if (lane == 0) {
-        barrier_expect(barrier(filled), pieces * 2 * PIECE * 2);
-#pragma unroll
-        for (int i = 0; i < STAGE; ++i) {
-          const int piece = stage * STAGE + i, run = RUN < PIECES ? min(RUN - piece % RUN, pieces - i) : pieces;
-          if (i && (RUN >= PIECES || piece % RUN || i >= pieces)) continue;
-#pragma unroll
-          for (int row = 0; row < 2; ++row)
-            copy_once(to + (row * STAGE + i) * PIECE * 2, from[row] + product.offset(piece), run * PIECE * 2, barrier(filled),
-                      once);
-        }
-      }
-    } else {
-      size_t offsets[STAGE];  // all before the first copy, over which the compiler moves no loads
-#pragma unroll
-      for (int i = 0; i < STAGE; ++i) offsets[i] = product.offset(min(stage * STAGE + i, PIECES - 1));
+      for (int row = 0; row < 2; ++row) from[row] = product.start(item, row);
+    constexpr int RUN = Product::RUN;
+    const int pieces = PIECES % STAGE ? min(STAGE, PIECES - stage * STAGE) : STAGE;
+    __syncwarp();  // all have read what was there
+    if (lane == 0) {
+      const u32 told = barrier(filled);
+      barrier_expect(told, pieces * 2 * PIECE * 2);
 #pragma unroll
       for (int i = 0; i < STAGE; ++i) {
-        if (PIECES % STAGE && stage * STAGE + i >= PIECES) break;
+        const int piece = stage * STAGE + i, run = RUN < PIECES ? min(RUN - piece % RUN, pieces - i) : pieces;
+        if (i && (RUN >= PIECES || piece % RUN || i >= pieces)) continue;
 #pragma unroll
         for (int row = 0; row < 2; ++row)
-          cp_async_16_once(to + (row * STAGE + i) * PIECE * 2 + lane * 16, from[row] + offsets[i], once);
+          copy_once(to + (row * STAGE + i) * PIECE * 2, from[row] + product.offset(piece), run * PIECE * 2, told, once);
       }
     }
     if (++filled == SLOTS) filled = 0;
@@ -186,7 +160,6 @@ struct Ring : RingPlace {
     if (ahead >= (on_second ? later : most) || (on_second && item >= items_of(second))) return false;
     if (on_second) copy(second);
     else if (copy(first)) to_second();
-    if (!BULK) cp_async_commit();
     ++ahead;
     return true;
   }
@@ -197,13 +170,7 @@ struct Ring : RingPlace {
   // Waits for the next stage, which the copies after it need not have landed for.
   DEVICE const uint4* next() {
     --ahead;
-    if (BULK) barrier_wait(barrier(emptied), phase);
-    else if (ahead >= 4 && SLOTS > 5) cp_async_wait<4>();
-    else if (ahead >= 3) cp_async_wait<3>();
-    else if (ahead == 2) cp_async_wait<2>();
-    else if (ahead == 1) cp_async_wait<1>();
-    else cp_async_wait<0>();
-    if (!BULK && TENSOR) __syncwarp();  // lanes read what others have copied
+    barrier_wait(barrier(emptied), phase);
     const uint4* const found = (const uint4*)(slots + emptied * SLOT);
     if (++emptied == SLOTS) {
       emptied = 0;
@@ -218,7 +185,7 @@ struct Ring : RingPlace {
 template <class Ring, bool REST>
 struct Copying {
   Ring& ring;
-  bool done = !PACE;
+  bool done = false;
   DEVICE void operator()() {
     if (done) return;
     done = ring.bring_paced();
@@ -230,14 +197,11 @@ DEVICE Copying<Ring, REST> copying(Ring& ring) { return {ring}; }
 
 DEVICE float low_of(u32 two) { return bf16_to_float((u16)two); }
 DEVICE float high_of(u32 two) { return __uint_as_float(two & 0xffff0000u); }
-DEVICE float dot(u32 a, u32 x, float sum) { return high_of(a) * high_of(x) + (low_of(a) * low_of(x) + sum); }
-DEVICE float dot(uint4 a, uint4 x) { return dot(a.w, x.w, dot(a.z, x.z, dot(a.y, x.y, dot(a.x, x.x, 0.f)))); }
 
 // The products of pieces of two rows with their inputs, added up over lanes. On tensor cores that takes a third of the
 // instructions: rows of theirs are (row, one of 8 parts of the piece), columns the same parts of inputs, and what stands on
-// the diagonal is wanted. Otherwise each lane multiplies 8 numbers of a row.
+// the diagonal is wanted.
 struct PairSums {
-#if TENSOR
   float sums[4] = {};
 
   // weights: of the first row, the second STAGE pieces further. second: how much further its inputs are.
@@ -276,23 +240,6 @@ struct PairSums {
 #pragma unroll
       for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
   }
-#else
-  float sums[2] = {};
-
-  DEVICE void add(float by, const uint4* weights, const uint4* inputs, int second) {
-    const int lane = threadIdx.x % 32;
-    const uint4 x = inputs[lane];
-    sums[0] += by * dot(weights[lane], x);
-    sums[1] += by * dot(weights[STAGE * 32 + lane], second ? inputs[second + lane] : x);
-  }
-  DEVICE void reduce(float (&sum)[2]) const {
-    sum[0] = sums[0], sum[1] = sums[1];
-#pragma unroll
-    for (int by = 16; by; by /= 2)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) sum[row] += __shfl_xor_sync(~0u, sum[row], by);
-  }
-#endif
 };
 
 // Multiplies `inputs`, bf16 in shared memory, with the rows of a product that the ring has. factor(piece): of a piece's
@@ -326,20 +273,4 @@ DEVICE void multiply(
     sums.reduce(sum);
     finish(item, sum[0], sum[1], known);
   }
-}
-
-// By all threads: COUNT bf16, a multiple of 8, to shared memory; what other blocks wrote.
-template <int COUNT>
-DEVICE void fetch_inputs(uint4* inputs, const u16* from) {
-  constexpr int EACH = COUNT ? (COUNT / 8 + THREADS - 1) / THREADS : 1, AT_ONCE = EACH < 8 ? EACH : 8;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < COUNT / 8; first += AT_ONCE * THREADS) {
-    uint4 x[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) x[i] = __ldcg((const uint4*)from + min(first + i * THREADS, COUNT / 8 - 1));
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (first + i * THREADS < COUNT / 8) inputs[first + i * THREADS] = x[i];
-  }
-  __syncthreads();
 }

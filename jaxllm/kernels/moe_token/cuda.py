@@ -117,7 +117,7 @@ def launcher(
     # As in `cuda/moe_token.cuh` and `cuda/moe_layer.cuh`.
     keys = -(-E // 4) * 16
     results = max(4 * WARPS * group * (H + 8), WARPS * -(-E // 32) * 128)
-    rest = 4 * D + 2 * max(A, X * F) + WARPS * X * 8 + WARPS * 4 + 16
+    rest = 4 * D + 2 * max(A, X * F) + WARPS * X * 8 + WARPS * 4 + 32 + WARPS * MOST_SLOTS * 8
     rest += 2 * group * (H + 8) + results + 8 * WARPS * group + 4 * H + 8 * len(Layer._fields) * L
     slots = min(MOST_SLOTS, (call.MAX_SHARED - rest) // (WARPS * SLOT)) if slots is None else slots
     if slots < 3:
@@ -130,7 +130,6 @@ def launcher(
         "ALONE": alone, "TIMELINE": int(timeline), **_parameters(L), **(macros or {}),
     }  # fmt: skip
     ptx = call.compile_or_refuse(KERNEL, KERNEL, defined)
-    rest += -(-WARPS * slots // 2) * 16 if defined.get("BULK") else 0
     # What blocks tell one another, and the words of their barrier; and sums of scores. As in `cuda/moe_layer.cuh`.
     told, scores = -(-call.SMS // 4) * 4 + rows + A + 2 * D + X * F + -(-E // 4) * 4, L * keys * 2
     shapes = [
