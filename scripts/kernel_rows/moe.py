@@ -269,23 +269,13 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
     return {"first_4": float(first), "first_8": float(all_of_them), "layers": count}
 
 
-FAST = {"BULK": 1, "TENSOR": 1}
-PACED = FAST | {"PACE": 1}
-GUESSED = PACED | {"GUESS": 4}
 VARIANTS: tuple[dict[str, int], ...] = (
     {},
-    FAST,
-    PACED,
-    PACED | {"TAIL": 2},
-    FAST | {"PACE": 2},
-    GUESSED | {"GUESS_EARLY": 1},
-    GUESSED | {"GUESS_EARLY": 2},
-    GUESSED | {"GUESS_EARLY": 0},
-    GUESSED | {"GUESS_EARLY": 4},
-    GUESSED | {"GUESS_EARLY": 2, "DEPTH": 3},
-    GUESSED | {"GUESS_EARLY": 2, "WITH_NORM": 1},
-    PACED | {"GUESS": 3, "GUESS_EARLY": 1},
-    FAST | {"GUESS": 4, "GUESS_EARLY": 2},
+    {"GUESS": 2},
+    {"GUESS": 3},
+    {"GUESS": 0},
+    {"DEPTH": 3},
+    {"TAIL": 2},
 )
 """Macros of `cuda/moe_layers.cu`."""
 

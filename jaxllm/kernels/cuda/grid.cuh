@@ -123,9 +123,9 @@ DEVICE void add_to_sum(u64* sum, float x) {
   const float within = fminf(fmaxf(x, -MOST_ADDED), MOST_ADDED);
   add_relaxed(sum, (u64)(long long)(within / SUM_UNIT) * 256 + 1);
 }
-// Waits until so many blocks have added to N sums. place(i): where.
-template <int N, class Place>
-DEVICE void collect_sums(float (&sums)[N], Place place, u32 blocks) {
+// By a whole warp: waits until so many blocks have added to N sums. place(i): where. meanwhile(): after looks that find too few.
+template <int N, class Place, class Meanwhile>
+DEVICE void collect_sums(float (&sums)[N], Place place, u32 blocks, Meanwhile meanwhile) {
   u64 began = 0, x[N];
   for (u32 polls = 1;; ++polls) {
     bool all = true;
@@ -133,7 +133,8 @@ DEVICE void collect_sums(float (&sums)[N], Place place, u32 blocks) {
     for (int i = 0; i < N; ++i) x[i] = look(place(i));
 #pragma unroll
     for (int i = 0; i < N; ++i) all = all && (x[i] & 255) == blocks;
-    if (all) break;
+    if (__all_sync(~0u, all)) break;
+    meanwhile();
     look_again(polls, began);
   }
 #pragma unroll

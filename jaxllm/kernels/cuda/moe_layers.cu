@@ -177,21 +177,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     place = ring;
     place.begin();
     Ring<GateUp, Down> experts(gate_up, down, place);
-    experts.later = 0;
-    experts.most = GUESS_EARLY;
-    if (PREDICTS) experts.top();
+    experts.most = GUESS;
+    auto guessing = [&] {
+      if (PREDICTS) experts.bring_first_paced();
+    };
+    guessing();
 
     u64* const of_layer = scores + layer * ALL_SUMS;
     of_experts.tell_all(shared, of_layer);
     timeline.mark(8);
-    of_stream.wait(words + TOLD_STREAM, mark);
+    of_stream.wait(words + TOLD_STREAM, mark, guessing);
     timeline.mark(9);
-    experts.most = GUESS;
-    if (PREDICTS) experts.top();
-    if (PREDICTS && WITH_NORM) fetch_predicted<WITH_NORM>(of.gate_up, experts_here);
     factor = of_stream.norm(shared, weight);
     timeline.mark(10);
-    const Chosen chosen(of_layer, factor, of.bias, timeline);
+    guessing();
+    float* const scores_here = (float*)(shared + RESULTS_AT);
+    collect_scores(scores_here, of_layer, factor, guessing);
+    timeline.mark(11);
+    const Chosen chosen(scores_here, of.bias);
     timeline.mark(12);
 
     int at = lane;

@@ -115,14 +115,20 @@ struct Ring : RingPlace {
     begin();
     on_second = item >= items_of(first);
   }
+  // Whether fewer than PACE stages are on their way.
+  DEVICE bool has_paced() const {
+    if (ahead < PACE) return true;
+    const int slot = emptied + ahead - PACE;
+    const bool ended = barrier_ended_now(barrier(slot < SLOTS ? slot : slot - SLOTS), slot < SLOTS ? phase : phase ^ 1);
+    return __all_sync(~0u, ended);
+  }
   // One stage, if no more than PACE are on their way then. Returns whether all slots but one are full.
-  DEVICE bool bring_paced() {
-    if (ahead >= PACE) {
-      const int slot = emptied + ahead - PACE;
-      const bool ended = barrier_ended_now(barrier(slot < SLOTS ? slot : slot - SLOTS), slot < SLOTS ? phase : phase ^ 1);
-      if (!__all_sync(~0u, ended)) return false;
-    }
-    return !bring() && ahead == SLOTS - 1;
+  DEVICE bool bring_paced() { return has_paced() && !bring() && ahead == SLOTS - 1; }
+  // The same, of the first product alone.
+  DEVICE void bring_first_paced() {
+    if (on_second || ahead >= most || !has_paced()) return;
+    if (copy(first)) to_second();
+    ++ahead;
   }
 
   // One stage. Returns whether it was the product's last.

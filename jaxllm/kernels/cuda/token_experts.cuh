@@ -123,54 +123,69 @@ struct Scores {
   }
 };
 
-// What a warp chooses: lane k has the expert with the k-th score, and its weight, for k < CHOSEN.
+// By all threads: waits for the sums of scores, of which each warp looks at some, and multiplies them with `factor`; all have
+// the scores afterwards. meanwhile(): of whole warps, while they wait.
+template <class Meanwhile>
+DEVICE void collect_scores(float* scores, const u64* sums, float factor, Meanwhile meanwhile) {
+  constexpr int OF_WARP = (EXPERTS + WARPS - 1) / WARPS, EACH = (OF_WARP + 31) / 32;
+  const int first = threadIdx.x / 32 * OF_WARP, lane = threadIdx.x % 32;
+  auto number = [&](int i) { return min(first + min(i * 32 + lane, OF_WARP - 1), EXPERTS - 1); };
+  float found[EACH];
+  collect_sums(found, [&](int i) { return sums + sum_at(number(i)); }, BLOCKS - IDLE, meanwhile);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const float told = found[i] * factor;
+    scores[number(i)] = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
+  }
+  __syncthreads();
+}
+
+// What a warp chooses, as `choose` does: lane k has the expert with the k-th score for k < CHOSEN, and the score.
 struct Chosen {
-  static constexpr int GROUPS = (EXPERTS + 3) / 4, EACH = (GROUPS + 31) / 32;  // of four experts
+  static constexpr int EACH = ((EXPERTS + 3) / 4 + 31) / 32 * 4;  // of a lane, next to one another
   int expert = 0;
   float score = 0.f, sum = 1.f;  // sum: of all experts' exponentials, if they are divided by that
 
-  // Waits for the sums of scores, which are multiplied with `factor`, and chooses as `choose` does, by every warp for itself:
-  // that takes no barrier.
-  DEVICE Chosen(const u64* sums, float factor, const float* __restrict__ bias, const Timeline& timeline) {
-    const int lane = threadIdx.x % 32;
-    float scores[EACH * 4];
-    u32 keys[EACH * 4];
-    collect_sums(scores, [&](int i) { return sums + sum_at(min(number(i), EXPERTS - 1)); }, BLOCKS - IDLE);
+  DEVICE Chosen(const float* scores, const float* __restrict__ bias) {
+    const int lane = threadIdx.x % 32, first = lane * EACH;
+    u32 keys[EACH];
+    int number[EACH];
 #pragma unroll
-    for (int i = 0; i < EACH * 4; ++i) {
-      const float told = scores[i] * factor;
-      scores[i] = SIGMOID ? 1.f / (1.f + exponential(-told)) : told;
-      const float key = BIAS ? scores[i] + __ldg(bias + min(number(i), EXPERTS - 1)) : scores[i];
-      keys[i] = number(i) < EXPERTS ? ordered(key) : 0u;
+    for (int i = 0; i < EACH; ++i) {
+      number[i] = min(first + i, EXPERTS - 1);
+      const float score = scores[number[i]];
+      keys[i] = first + i < EXPERTS ? ordered(BIAS ? score + __ldg(bias + number[i]) : score) : 0u;
     }
-    __syncwarp();
-    timeline.mark(11);
+#pragma unroll
+    for (int last = EACH - 1; last; --last)  // the highest first, and of equal ones the first
+#pragma unroll
+      for (int i = 0; i < last; ++i) {
+        const u32 key = keys[i], other = keys[i + 1];
+        const int its = number[i], others = number[i + 1];
+        keys[i] = other > key ? other : key, keys[i + 1] = other > key ? key : other;
+        number[i] = other > key ? others : its, number[i + 1] = other > key ? its : others;
+      }
 #pragma unroll 1
     for (int k = 0; k < CHOSEN; ++k) {
-      u32 best = 0;
-      int its_number = 0;
-      float its_score = 0.f;
+      const u32 lanes = __ballot_sync(~0u, keys[0] == __reduce_max_sync(~0u, keys[0]));
+      const int whose = __ffsll(lanes) - 1, found = __shfl_sync(~0u, number[0], whose);
+      if (lane == k) expert = found;
+      if (lane != whose) continue;
 #pragma unroll
-      for (int i = 0; i < EACH * 4; ++i)  // the first of equal ones
-        if (keys[i] > best) best = keys[i], its_number = number(i), its_score = scores[i];
-      const u32 most = __reduce_max_sync(~0u, best);
-      const int found = (int)__reduce_min_sync(~0u, best == most ? (u32)its_number : ~0u);
-#pragma unroll
-      for (int i = 0; i < EACH * 4; ++i) keys[i] = number(i) == found ? 0 : keys[i];
-      const float its = __shfl_sync(~0u, its_score, found / 4 % 32);
-      if (lane == k) expert = found, score = its;
+      for (int i = 0; i < EACH; ++i) {
+        keys[i] = i + 1 < EACH ? keys[min(i + 1, EACH - 1)] : 0u;
+        number[i] = number[min(i + 1, EACH - 1)];
+      }
     }
+    score = scores[expert];
     if (!SIGMOID && !NORMALISE) {
       const float most = __shfl_sync(~0u, score, 0);
       sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < EACH * 4; ++i) sum += number(i) < EXPERTS ? exponential(scores[i] - most) : 0.f;
+      for (int i = lane; i < EXPERTS; i += 32) sum += exponential(scores[i] - most);
 #pragma unroll
       for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
     }
   }
-  // Of this lane's expert i.
-  DEVICE static int number(int i) { return (i / 4 * 32 + (int)threadIdx.x % 32) * 4 + i % 4; }
   // By the whole warp.
   DEVICE float weight() const {
     const int lane = threadIdx.x % 32;

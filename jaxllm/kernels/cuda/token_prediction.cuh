@@ -2,27 +2,20 @@
 // the layer begins with, to which attention adds little. The first rows of those come to the rings before the choice, while
 // they would be empty; if others are chosen, the rings begin anew.
 //
-// Each block with products has one expert. Macros: GUESS: stages of a ring that come before the choice, at most SLOTS - 1;
-// GUESS_EARLY: of these so many right after the output product, the others when the stream is there; WITH_NORM: pairs of
-// rows after those that a warp lets the second-level cache fetch with the second norm.
+// Each block with products has one expert. Macro GUESS: stages of a ring that come before the choice, one after the other, at
+// most SLOTS - 1.
 #pragma once
 #include "moe_layer.cuh"
 
 #ifndef GUESS
 #define GUESS 0
 #endif
-#ifndef GUESS_EARLY
-#define GUESS_EARLY 0
-#endif
-#ifndef WITH_NORM
-#define WITH_NORM 0
-#endif
 
 constexpr bool PREDICTS = GUESS > 0 && EXPERTS % 4 == 0 && EXPERTS <= BLOCKS - IDLE;
 // Items of a warp that are guessed, and of how many experts all warps' are.
 constexpr int GUESSED = (GUESS + stages_of<GateUp>() - 1) / stages_of<GateUp>();
 constexpr int PLACES = GUESSED * WORKERS < GateUp::ITEMS ? (GUESSED * WORKERS + FFN - 1) / FFN : CHOSEN;
-static_assert(GUESS < SLOTS && GUESS_EARLY <= GUESS, "room in a ring");
+static_assert(GUESS < SLOTS, "room in a ring");
 
 struct Prediction {
   static constexpr int EACH = NormWeight::EACH;
@@ -110,12 +103,4 @@ DEVICE u32 place_experts(const int* predicted, int expert, int& place) {
   for (int at = 0; at < CHOSEN; ++at)
     if (!(places >> at & 1) && __popc(~places & ((1u << at) - 1)) == before) place = at;
   return places;
-}
-
-// By a warp: the second-level cache fetches COUNT pairs of rows after those that are guessed.
-template <int COUNT>
-DEVICE void fetch_predicted(const u16* gate_up, const int* experts) {
-  const int lane = threadIdx.x % 32, item = first_item() + (GUESSED + lane / 2) * WORKERS;
-  if (lane / 2 >= COUNT || item >= GateUp::ITEMS) return;
-  prefetch(gate_up + ((size_t)experts[item / FFN] * (2 * FFN) + lane % 2 * FFN + item % FFN) * WIDTH, WIDTH * 2);
 }
