@@ -10,31 +10,17 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.kernels.cuda import call, rtc, timeline
+from jaxllm.kernels.cuda import call, timeline
 from jaxllm.kernels.moe_token import cuda, reference
 from jaxllm.kernels.router.cuda import Choice
-from tests.kernels.emulator.emulator import Kernels
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    """Launches of few blocks go to the emulator, with the seed that is set."""
-
-    def compile_ptx(kernel, source, macros):
-        return Kernels(rtc.SOURCES / f"{source}.cu", macros)
-
-    def launch(name, kernels, operands, results, *, grid, threads, shared=0, aliases=None):
-        wanted = [(result.shape, np.dtype(result.dtype)) for result in results]
-        operands = [np.asarray(operand) for operand in operands]
-        how = {"grid": grid, "threads": threads, "shared": shared, "aliases": aliases, "seed": seed[0]}
-        return kernels.run(name, operands, wanted, **how)
-
-    seed = [0]
-    monkeypatch.setattr(call, "compile_or_refuse", compile_ptx)
-    monkeypatch.setattr(call, "launch", launch)
+def emulated(emulated, monkeypatch):
+    """Launches of few blocks."""
     monkeypatch.setattr(call, "SMS", 5)
     monkeypatch.setattr(cuda, "WARPS", 2)
-    return seed
+    return emulated
 
 
 CASES = [
@@ -66,7 +52,7 @@ def test_layers_equal_xla(case, seed: int, emulated, monkeypatch) -> None:
     operands = reference.random_operands(
         256, (N, K), E, 256, tokens, layers=layers, page=page, norms=norms, bias=not norms, seed=seed
     )
-    emulated[0] = seed
+    emulated.seed = seed
     token, before = operands
     if tokens:  # what is where the last token goes, and what follows it, may be anything
         at = np.s_[token.page[0], :, :, (tokens - 1) % page :]
