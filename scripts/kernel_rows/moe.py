@@ -271,11 +271,13 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
 
 VARIANTS: tuple[dict[str, int], ...] = (
     {},
-    {"GUESS": 2},
+    {"AHEAD": 2},
+    {"AHEAD": 4},
+    {"AHEAD": 4, "TAIL": 2},
+    {"AHEAD": 4, "GUESS": 3},
     {"GUESS": 3},
-    {"GUESS": 0},
     {"DEPTH": 3},
-    {"TAIL": 2},
+    {"GUESS": 0},
 )
 """Macros of `cuda/moe_layers.cu`."""
 

@@ -3,7 +3,8 @@
 // At one token every weight is read once and nothing is computed twice, so a layer is the time of its bytes plus what
 // passes between them. Kernels that follow one another begin and end, 3 us each, and find their instructions in no cache;
 // here blocks stay, one on each multiprocessor, while the copies of what comes next go on (row_pairs.cuh): with the end of a
-// layer come the first rows of the next one. Only while the experts are chosen is there nothing to copy.
+// layer come the first rows of the next one, and before the experts are chosen those of which the stream before attention says
+// that they will be (token_prediction.cuh).
 //
 // Blocks tell one another numbers with marks (grid.cuh), in place of barriers: who needs a number looks until it is there.
 // A mark is the layer's number, so all layers use the same words: a block tells something of a layer only after all blocks
@@ -20,6 +21,9 @@
 #include "token_attention.cuh"
 #include "token_experts.cuh"
 
+#ifndef AHEAD
+#define AHEAD 1  // stages of the output product on their way while queries, keys and values are multiplied
+#endif
 #ifndef TAIL
 #define TAIL 0  // stages of the next layer's first product on their way while this one's last is multiplied; 0: any
 #endif
@@ -136,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     Ring<Qkv, Output> ring(qkv, output, place);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD, copying(ring));
     timeline.mark(1);
-    ring.later = PACE;
+    ring.later = AHEAD;
     float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
     float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
     if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
