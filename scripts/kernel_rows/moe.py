@@ -271,13 +271,11 @@ def layers_predicted(count: int = 12) -> dict[str, Any]:
 
 VARIANTS: tuple[dict[str, int], ...] = (
     {},
-    {"AHEAD": 2},
-    {"AHEAD": 4},
-    {"AHEAD": 4, "TAIL": 2},
-    {"AHEAD": 4, "GUESS": 3},
+    {"LITTLE": 1},
+    {"LITTLE": 1, "GUESS": 3},
     {"GUESS": 3},
-    {"DEPTH": 3},
-    {"GUESS": 0},
+    {"PAUSE": 0},
+    {"LITTLE": 1, "PAUSE": 0},
 )
 """Macros of `cuda/moe_layers.cu`."""
 

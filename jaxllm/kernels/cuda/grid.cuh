@@ -13,6 +13,10 @@
 #define PAUSE 0  // nanoseconds between looks at what is not told
 #endif
 
+#ifndef LITTLE
+#define LITTLE 0
+#endif
+
 #ifdef JAXLLM_EMULATE
 #include "grid_on_cpu.h"
 #else
@@ -96,11 +100,21 @@ DEVICE void collect(Words (&words)[N], Place place, u32 mark = TOLD) {
   }
 }
 
-// By a whole warp: the same, and after each look that finds too little it does something else.
+// By a whole warp: the same, and after each look that finds too little it does something else. LITTLE: one lane looks until its
+// last words are told, and then all lanes do: what many look at, they find later.
 template <int N, class Words, class Place, class Meanwhile>
 DEVICE void collect(Words (&words)[N], Place place, u32 mark, Meanwhile meanwhile) {
   u64 began = 0;
-  for (u32 polls = 1;; ++polls) {
+  u32 polls = 1;
+  if (LITTLE)
+    for (;; ++polls) {
+      const bool looks = threadIdx.x % 32 == 0;
+      if (looks) look(place(N - 1), words[N - 1]);
+      if (__all_sync(~0u, !looks || is_told(words[N - 1], mark))) break;
+      meanwhile();
+      look_again(polls, began);
+    }
+  for (;; ++polls) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < N; ++i) look(place(i), words[i]);

@@ -21,13 +21,6 @@
 #include "token_attention.cuh"
 #include "token_experts.cuh"
 
-#ifndef AHEAD
-#define AHEAD 1  // stages of the output product on their way while queries, keys and values are multiplied
-#endif
-#ifndef TAIL
-#define TAIL 0  // stages of the next layer's first product on their way while this one's last is multiplied; 0: any
-#endif
-
 struct Layer {
   const float* norm;     // [WIDTH]
   const u16* qkv;        // [QKV_ROWS, WIDTH]
@@ -140,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     Ring<Qkv, Output> ring(qkv, output, place);
     if (layer) of_stream.wait(words + TOLD_NEXT, mark - TOLD, copying(ring));
     timeline.mark(1);
-    ring.later = AHEAD;
+    ring.later = PACE;
     float score = PREDICTS ? prediction.part(of_stream.x, weight) : 0.f;
     float factor = of_stream.norm<PREDICTS>(shared, first_weight, score);
     if (PREDICTS) prediction.tell_score(words, score * factor, of.bias, mark);
@@ -227,7 +220,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
     auto weight_of = [&](int piece) { return weights_here[piece / OF_EXPERT]; };
     const Qkv next = {table[last ? layer : layer + 1].qkv, last ? 0 : Qkv::ITEMS};
     Ring<Down, Qkv> end(down, next, experts);
-    if (TAIL) end.later = TAIL;
     bool waits = true;
     auto ready = [&](int stage) {
       if (!waits || stage * STAGE * PIECE < EARLY) return;
@@ -241,7 +233,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_layers(
       else tell(words + TOLD_NEXT + 2 * item, words_of(two, mark));
     }, ready);
     ready(Down::PIECES);  // with warps that have nothing to multiply
-    end.later = SLOTS - 1;
     place = end;
     timeline.mark(15);
     timeline.mark_end(1);

@@ -36,12 +36,14 @@ SLOT = 4096
 MOST_SLOTS = 6
 MOST_LAYERS = 24
 """Of a launch: each has 12 parameters, of which a kernel may have 512 everywhere."""
-DEPTH = 2
-"""Stages of a warp on their way while it multiplies: more delay what others read, 4 of them a layer by 1.5 us."""
+DEPTH = 3
+"""Stages of a warp on their way while it multiplies: 2 of them take 0.4 us a layer more."""
 PACE = 1
 """Stages of a warp on their way while it waits for what others tell: what is told comes late behind more."""
 GUESS = 4
 """Stages of predicted experts that come before the choice."""
+LITTLE = 0
+"""1: one lane of a warp looks at what is not told yet, until it is there, and not all."""
 PAUSE = 20
 """Nanoseconds between a warp's looks at what is not told yet: what it does not find, others read sooner."""
 PHASES = (
@@ -128,8 +130,8 @@ def launcher(
         raise NotImplementedError(f"inputs of {max(A, D, X * F)} numbers")
     defined = choice.macros(E, first.bias is not None) | {
         "WIDTH": D, "FFN": F, "ATTENDED": A, "EPS": f"{choice.eps!r}f", "GATED": ACTIVATIONS[activation],
-        "BLOCKS": call.SMS, "WARPS": WARPS, "SLOTS": slots, "DEPTH": DEPTH, "PACE": PACE,
-        "GUESS": min(GUESS, slots - 1),
+        "BLOCKS": call.SMS, "WARPS": WARPS, "SLOTS": slots, "DEPTH": min(DEPTH, slots - 1), "PACE": PACE,
+        "GUESS": min(GUESS, slots - 1), "LITTLE": LITTLE,
         "HEADS": N, "KV": K, "O": O, "NORM_HEADS": int(first.q_norm is not None), "SCALE_QK": repr(float(scale)),
         "IDLE": K if _rounds(first, choice, call.SMS - K) == _rounds(first, choice, call.SMS) else 0, "PAUSE": PAUSE,
         "ALONE": alone, "TIMELINE": int(timeline), **_parameters(L), **(macros or {}),
