@@ -218,35 +218,13 @@ def phases(rows: int, tokens: int, heads: int, **tuning: Any) -> dict[str, Any]:
     return found
 
 
-TRIALS: tuple[tuple[int, dict[str, Any]], ...] = (
-    # query heads, and how the kernel for many of them goes about it
-    (64, {"order": 0, "block": 32}),
-    (128, {"order": 0, "block": 32, "ahead": 4}),
-    (64, {"order": 1, "block": 32}),
-    (128, {"order": 3, "block": 32, "ahead": 4}),
-    (64, {"order": 3, "block": 32}),
-    (64, {"order": 1}),
-    (128, {"order": 0}),
-    (64, {"order": 1, "copying": 4}),
-    (128, {"order": 0, "block": 32, "ahead": 4, "copying": 4}),
-    (128, {"order": 3, "cluster": 1}),
-)
-
-
 def rows() -> Iterator[Row]:
     many: dict[str, Any] = {"source": latent_cuda.KERNEL}
     yield Row("right", right)
     yield Row("right large", right_large)
-    yield Row("right many", partial(right, **many))
-    yield Row("right many 3", partial(right, order=3, **many))
     yield Row("right large many", partial(right_large, **many))
-    yield Row("right large many 3", partial(right_large, order=3, **many))
-    for heads, block in ((64, 64), (128, 64), (64, 32), (128, 32)):
-        name = f"phases B=64 x 4096, {heads} heads, blocks of {block}"
-        yield Row(name, partial(phases, 64, 4096, heads, block=block, order=int(heads == block)))
-    for heads, tuning in TRIALS:
-        name = f"trial B=64 x 4096, {heads} heads " + " ".join(f"{key} {int(value)}" for key, value in tuning.items())
-        yield Row(name.strip(), partial(speed, 64, 4096, heads, False, **many, **tuning))
+    for count, heads in ((64, 64), (64, 128), (8, 128)):
+        yield Row(f"phases B={count} x 4096, {heads} heads", partial(phases, count, 4096, heads))
     for heads in (128, 64):
         yield Row(f"bare B=64 x 4096, {heads} heads", partial(bare_speed, 64, 4096, heads))
     for i, (count, tokens, heads) in enumerate(SPEEDS):

@@ -62,7 +62,6 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "many_parts": ((1, 12, 64, 11), {"processors": 9, "whole": 1}),
     "two_tiles_shared": ((3, 128, 64, 5), {"processors": 4, "whole": 1, "min_share": 2}),
     "many_whole": ((3, 128, 32, 9), {"processors": 4, "whole": 5}),
-    "many_whole_split": ((3, 128, 32, 9), {"processors": 4, "whole": 5, "order": 3}),
     "many_shared": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2}),
     "many_window": (
         (3, 20, 16, 23),
@@ -72,50 +71,16 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         (4, 64, 8, 37),
         {"processors": 3, "whole": 1, "min_share": 1},
     ),
-    "many_whole_32": (
-        (3, 128, 32, 9),
-        {"processors": 4, "whole": 10, "block": 32, "ahead": 3, "queries_first": True},
-    ),
-    "many_window_32": (
-        (3, 64, 64, 7),
-        {
-            "processors": 4,
-            "window": 99,
-            "whole": 1,
-            "min_share": 1,
-            "block": 32,
-            "order": 2,
-            "copying": 1,
-        },
-    ),
-    "many_rows_alone": (
-        (37, 64, 8, 9),
-        {
-            "processors": 5,
-            "whole": 1,
-            "min_share": 1,
-            "block": 32,
-            "early": True,
-        },
-    ),
+    "many_rows": ((37, 64, 8, 9), {"processors": 5, "whole": 1, "min_share": 1}),
     "many_pairs": (
         (2, 64, 32, 8),
-        {"processors": 4, "whole": 1, "min_share": 1, "even": True, "order": 3},
+        {"processors": 4, "whole": 1, "min_share": 1, "even": True},
     ),
     "many_pairs_of_20": (
         (3, 20, 32, 8),
         {"processors": 6, "whole": 1, "min_share": 1, "even": True},
     ),
-    "many_alone_128": (
-        (3, 128, 64, 7),
-        {
-            "processors": 6,
-            "whole": 1,
-            "min_share": 2,
-            "window": 150,
-            "early": 1,
-        },
-    ),
+    "many_shared_window": ((3, 128, 64, 7), {"processors": 6, "whole": 1, "min_share": 2, "window": 150, "ahead": 3}),
     "pages_of_16": ((3, 64, 16, 23), {"processors": 4, "whole": 1, "min_share": 1}),
 }
 

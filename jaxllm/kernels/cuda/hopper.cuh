@@ -293,16 +293,5 @@ DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" :::
 
 // Barrier `id` (1 to 15) of `threads` threads.
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-// The same; whether x was true of all of them.
-DEVICE bool named_all(int id, int threads, bool x) {
-  u32 all;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\n"
-      "bar.red.and.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
-      : "=r"(all)
-      : "r"((u32)x), "r"(id), "r"(threads)
-      : "memory");
-  return all;
-}
 
 #endif

@@ -1,7 +1,7 @@
 // Latents brought into stages of shared memory by the tensor memory accelerator, panel by panel.
 //
-// Macros: CLUSTER; BOX; AHEAD; COPYING, warps; QUERIES_FIRST; VALUES and those of latent.cuh. Constants of the includer: BARRIERS_AT,
-// READY_AT and FREED_AT, where barriers are; those of latent.cuh. A function of it: phase_ends(shared, which).
+// Macros: CLUSTER; BOX; AHEAD; VALUES and those of latent.cuh. Constants of the includer: COPYING, warps that copy;
+// BARRIERS_AT, READY_AT and FREED_AT, where barriers are; those of latent.cuh. A function of it: phase_ends(shared, which).
 #pragma once
 #include "cluster.cuh"
 #include "latent.cuh"
@@ -61,7 +61,6 @@ DEVICE void bring(
 #pragma unroll
   for (int i = 0; i <= AHEAD; ++i) queue[i] = boxes.next();
   phase_ends(shared, 0);
-  if (QUERIES_FIRST && queue[0].token >= 0) named_sync(4, 256 + 32 * COPYING);
 #pragma unroll 1
   for (int count = 0; queue[0].token >= 0; ++count) {
     const int stage = stage_of(count), token = queue[0].page * O + queue[0].token;

@@ -1,6 +1,6 @@
 // Two warpgroups with half of each result of attention over latents take turns: see latent_many.cu.
 //
-// Macros: H; VALUES; BLOCK; CLUSTER; ORDER; QUERIES_FIRST; COPYING; FIRST. Constants of the includer: TILE; M; STAGES;
+// Macros: H; VALUES; CLUSTER; VALUES_FIRST; FIRST. Constants of the includer: BLOCK; TILE; M; STAGES;
 // QUERY_PANEL; KV_AT and TOLD_AT, where stages and what blocks' weights go with are; TO_EXPONENT; NOTHING. A function of it:
 // phase_ends(shared, which).
 #pragma once
@@ -21,8 +21,7 @@ struct Attention {
   DEVICE float2* told(int stage) const { return (float2*)(shared + TOLD_AT) + stage * TILE; }
   DEVICE uint4* weights(int stage) const { return (uint4*)(shared + KV_AT + stage * STAGE + WEIGHTS_IN_STAGE); }
 
-  // With QUERIES_FIRST, `begins`: latents may be fetched from now on.
-  DEVICE void load_queries(const u16* from, bool begins) {
+  DEVICE void load_queries(const u16* from) {
     const int m = (group * 128 + thread) / 8, chunk = thread % 8;
     const u32 to = smem + m * ROW + ((chunk ^ m % 8) << 4);
 #pragma unroll
@@ -34,7 +33,6 @@ struct Attention {
         cp_async_16(to + panel * QUERY_PANEL + i * ROW, row + panel * 64, real ? 16 : 0);
     }
     cp_async_commit();
-    if (QUERIES_FIRST && begins) named_sync(4, 256 + 32 * COPYING);
     cp_async_wait<0>();
     fence_products();
     named_sync(3, 256);
@@ -47,17 +45,16 @@ struct Attention {
     for (int i = 0; i < 2; ++i) top[i] = own_top[i] = MASKED, sum[i] = 0.f;
   }
 
-  // Begins products with panels FROM to TO, as they come, for the scores of this warpgroup's next block; the first HALF of
-  // panels are those of its own columns. count: of all its CTA's blocks before.
-  template <int FROM, int TO>
+  // Begins the scores of this warpgroup's next block, panel by panel as they come: those of its own columns first, whose
+  // room came free before. count: of all its CTA's blocks before.
   DEVICE void multiply_keys(int count) {
     const int stage = uniform(stage_of(count));
     const u32 phase = phase_of(count), own = uniform(group) * HALF, panels = uniform(smem) + KV_AT + stage * STAGE;
     const u64 keys = matrix_descriptor(panels, ROW, 16, 8 * ROW);
     const u64 query = matrix_descriptor(uniform(smem), ROW, 16, 8 * ROW);
-    if (FROM == 0) wgmma_pin(s);
+    wgmma_pin(s);
 #pragma unroll
-    for (int i = FROM; i < TO; ++i) {
+    for (int i = 0; i < PANELS; ++i) {
       const int panel = i < 2 * HALF ? i ^ own : i;
       barrier_wait(panel_full(smem, stage, panel), phase);
       const u64 a = descriptor_at(query, panel * QUERY_PANEL), b = descriptor_at(keys, panel * PANEL);
@@ -185,40 +182,15 @@ struct Attention {
   template <bool BEFORE>
   DEVICE void step(int before, const Run& run, int block, int lowest) {
     const int count = before + block;
-    bool late = false;
-    if (BEFORE && ORDER == 3) {
-      // The other warpgroup's values wait for half of these keys, whose room came free before, and not for keys whose
-      // room they make themselves.
-      multiply_keys<0, HALF>(count);
-      late = !named_all(1 + group, 128, barrier_is_over(panel_full(smem, stage_of(count), PANELS - 1), phase_of(count)));
-      phase_ends(shared, 2);
-      if (late) {
-        multiply_their_values(count - 1);
-        wgmma_wait<0>();
-        end_their_values(count - 1);
-        multiply_keys<HALF, PANELS>(count);
-        phase_ends(shared, 2);
-        wgmma_wait<0>();
-      } else {
-        multiply_keys<HALF, PANELS>(count);
-        phase_ends(shared, 2);
-        multiply_their_values(count - 1);
-        wgmma_wait<1>();
-      }
-    } else if (BEFORE && ORDER) {
+    if (BEFORE && VALUES_FIRST) {
       multiply_their_values(count - 1);
-      // Warps may differ in this: their products come in the same order.
-      const u32 keys = panel_full(smem, stage_of(count), PANELS - 1);
-      const bool there = ORDER == 2 && __all_sync(~0u, barrier_is_over(keys, phase_of(count)));
-      if (!there) wgmma_wait<0>();  // not after the keys, which may be late
-      if (!there) end_their_values(count - 1);
-      multiply_keys<0, PANELS>(count);
+      wgmma_wait<0>();  // not after the keys, which may be late
+      end_their_values(count - 1);
+      multiply_keys(count);
       phase_ends(shared, 2);
-      if (there) wgmma_wait<1>();
-      if (there) end_their_values(count - 1);
       wgmma_wait<0>();
     } else {
-      multiply_keys<0, PANELS>(count);
+      multiply_keys(count);
       phase_ends(shared, 2);
       if (BEFORE) {
         multiply_their_values(count - 1);
@@ -232,9 +204,9 @@ struct Attention {
     float keep[2];
     make_weights(run.token + block * BLOCK, lowest, run.last, keep);
     phase_ends(shared, 5);
-    if (BEFORE && (ORDER == 0 || ORDER == 3)) {
-      wgmma_wait<0>();  // on all paths: the assembler does not see that they agree
-      if (!late) end_their_values(count - 1);
+    if (BEFORE && !VALUES_FIRST) {
+      wgmma_wait<0>();
+      end_their_values(count - 1);
     }
     tell_weights(stage_of(count), run.token + block * BLOCK, run.last, keep);
     phase_ends(shared, 10);

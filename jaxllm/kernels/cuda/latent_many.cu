@@ -8,26 +8,25 @@
 //
 // A CTA has 64 query heads and two warpgroups, each with half of the VALUES numbers of the results. Each makes the
 // weights of every other block of BLOCK tokens, for both: those of a block follow from the highest scores of the blocks
-// before, so that they come in turn, and while one warpgroup has a softmax, the other has products. A warp more lets the
+// before, so that they come in turn, and while one warpgroup has a softmax, the other has products. Two warps more let the
 // tensor memory accelerator bring block b to stage b mod STAGES, as soon as its half of the block before there is free.
 //
 // CLUSTER CTAs have the heads of a row, 64 each; each brings its part of a block's tokens to the shared memory of all, so
 // that latents are read once. They share the work as one: what shares.cuh calls a CTA is a cluster here.
 //
-// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; BLOCK: 64, or 32, of which more are under way;
-// CLUSTER; CTAS: clusters; BOX tokens of a copy, which O is a multiple of; COPYING: warps that copy; AHEAD: blocks that the second-level cache is told
-// of before they are wanted; ORDER of products: 0: keys of a block before values of the one before; 1: after them; 2: after
-// them, and before their end where they are there already; TIMELINE;
-// QUERIES_FIRST: whether no latents are fetched before a CTA's first queries are; EARLY: whether what a
-// CTA likely reads first is fetched before it is known; MIN_SHARE; WHOLE; SCALE; FIRST.
+// Macros: HEADS of queries; H; VALUES; O tokens of a page; W pages of a row; CLUSTER; CTAS: clusters; BOX tokens of a copy,
+// which O is a multiple of; AHEAD: blocks that the second-level cache is told of before they are wanted; VALUES_FIRST: whether
+// the values of a block come before the keys of the next, which gives room back sooner; TIMELINE; MIN_SHARE; WHOLE; SCALE;
+// FIRST.
 // Grid: CLUSTER * R, and then enough to have CTAS clusters; R is read from it, so that one program serves all.
 #define GRID_BARRIER  // all CTAs run at once
+#define BLOCK 64
 #define ITEMS_IN_EQUAL_PARTS
 #define COUNTED_BY_WARPS 1
 
-constexpr int TILE = 64, STAGES = 128 / BLOCK, Q = 1;
+constexpr int TILE = 64, STAGES = 2, Q = 1;
 constexpr int ITEMS = (HEADS + TILE * CLUSTER - 1) / (TILE * CLUSTER), M = HEADS < TILE ? HEADS : TILE;
-constexpr int WARPS = 12, THREADS = WARPS * 32, COPIERS = 32;
+constexpr int WARPS = 12, THREADS = WARPS * 32, COPYING = 2, COPIERS = 32;
 // Shared memory: queries, stages of latents, what blocks' weights go with, sums of rows, barriers, tables.
 constexpr int QUERY_PANEL = TILE * 128, KV_AT = H / 64 * QUERY_PANEL;
 #include "latent.cuh"
@@ -70,7 +69,7 @@ DEVICE void attend(
     if (!run.blocks) break;
     const size_t target = (size_t)run.row * HEADS + (run.item * CLUSTER + rank) * TILE;
     phase_ends(shared, 0);
-    attention.load_queries(q + target * H, blocks == 0);
+    attention.load_queries(q + target * H);
     phase_ends(shared, 1);
     attention.clear();
     attention.attend(blocks, run, FIRST ? first[run.row] : 0);
@@ -153,6 +152,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
   const int block = blockIdx.y * gridDim.x + blockIdx.x, rank = block % CLUSTER, cluster = block / CLUSTER;
   if (cluster >= CTAS) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == WARPS - 2) {  // what is read first, or likely is
+    constexpr int LINE = 32;  // numbers
+    const int count = gridDim.x / CLUSTER;
+    if (lane * LINE < count) prefetch_line(positions + lane * LINE);
+    const int items = count * ITEMS, likely = min(cluster / max(CTAS / items, 1), items - 1);
+    const int row = likely / ITEMS, from = row * HEADS + (likely % ITEMS * CLUSTER + rank) * TILE;
+    if (lane == 0) prefetch(q + (size_t)from * H, M * H * 2);
+    if (lane * LINE < W) prefetch_line(pages + (size_t)row * W + lane * LINE);
+  }
   const u64 began = TIMELINE ? nanoseconds() : 0;
   u8* const map = maps + block * 128;
   if (TIMELINE && lane < PHASES) ((u32*)(shared + TIMES_AT))[warp * PHASES + lane] = lane < PHASES - 1 ? 0 : cycles();
@@ -165,13 +173,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(CLUSTER) lat
     barrier_init_fence();
     Unmerged* const unmerged = (Unmerged*)(shared + UNMERGED_AT);
     unmerged[0] = unmerged[1] = {{0, 0, 0}, 0};
-  }
-  if (EARLY && warp == WARPS - 2) {
-    constexpr int LINE = 32;  // pages
-    const int count = gridDim.x / CLUSTER, items = count * ITEMS, likely = min(cluster / max(CTAS / items, 1), items - 1);
-    const int row = likely / ITEMS, from = row * HEADS + (likely % ITEMS * CLUSTER + rank) * TILE;
-    if (lane == 0) prefetch(q + (size_t)from * H, M * H * 2);
-    if (lane * LINE < W) prefetch_line(pages + (size_t)row * W + lane * LINE);
   }
   if (warp == WARPS - 1)  // the queries' room is scratch: they come after the barriers below
     make_map(smem, map, {kv, {H, 1 << 30, 1, 1}, {H * 2, H * 2, H * 2}, {64, BOX, 1, 1}}, lane);

@@ -58,9 +58,6 @@ inline void cp_async_arrive(u32 barrier) {
   emulator::current->open.clear();
   if (emulator::eager) emulator::land_at(b);
 }
-inline bool barrier_is_over(u32 barrier, u32 phase) {
-  return emulator::barrier_at(barrier, "barrier_is_over").phase != phase;
-}
 inline void barrier_wait(u32 barrier, u32 phase) {
   emulator::Barrier& b = emulator::barrier_at(barrier, "barrier_wait");
   while (b.phase == phase) {

@@ -5,7 +5,6 @@
 // when it is waited for, which finds operands that were overwritten too early, or (with every other seed) when it is
 // issued, which finds operands that were not there yet.
 #pragma once
-#include <map>
 
 namespace emulator {
 
@@ -160,14 +159,3 @@ template <int N> void registers_fewer() {}
 inline void fence_products() { emulator::current->unfenced = false; }
 
 inline void named_sync(int id, int threads) { named_barrier(id, threads); }
-inline bool named_all(int id, int threads, bool x) {
-  static std::map<const void*, u32> refused;
-  u32& count = refused[&emulator::barriers[id]];
-  count += !x;
-  named_barrier(id, threads);
-  const bool all = count == 0;
-  named_barrier(id, threads);
-  count = 0;
-  named_barrier(id, threads);
-  return all;
-}
