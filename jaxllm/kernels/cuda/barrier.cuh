@@ -36,6 +36,18 @@ DEVICE bool barrier_ended(u32 barrier, u32 phase) {
       : "memory");
   return ended;
 }
+// The same, and at once.
+DEVICE bool barrier_ended_now(u32 barrier, u32 phase) {
+  u32 ended;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return ended;
+}
 DEVICE u64 nanoseconds() {
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
