@@ -145,12 +145,14 @@ class Suite:
         return sum(not result.runs for result in self.results)
 
     def _run_engine(self, name: str, config: EngineConfig, rows: Sequence[Row]) -> None:
+        import jax
+
         from jaxllm.llm import LLM
 
         started = time.perf_counter()
         with LLM.from_config(config) as llm:
             self.starts[name] = dict(llm.start_report) | {"total": time.perf_counter() - started}
-            floor = _floors(config, llm)
+            floor = floors(config, jax.devices())
             for row in rows:
                 if time.monotonic() > self.deadline:
                     self._add(Result(row, error="no time was left"))
@@ -217,11 +219,9 @@ class Suite:
         return "\n".join(aligned(cells))
 
 
-def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
-    """What the plan's roofline says of a row; None on a device that is not in its table."""
-    import jax
-
-    from jaxllm.engine.sizes import kv_cache_dtype
+def floors(config: EngineConfig, devices: Sequence[Any]) -> Callable[[Row], float | None]:
+    """What the plan's roofline says of a row, in its unit; None on a device that is not in its table."""
+    from jaxllm.engine.sizes import DEFAULTS, kv_cache_dtype
     from jaxllm.parallel.layout import Layout
     from jaxllm.plan.find import find_model
     from jaxllm.plan.gpus import GPUS
@@ -230,12 +230,12 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
     from jaxllm.plan.roofline import Roofline
     from jaxllm.plan.sizes import quantized
 
-    kind = jax.devices()[0].device_kind.lower()
+    kind = devices[0].device_kind.lower()
     gpu = next((gpu for name, gpu in GPUS.items() if name in kind), None)
     if gpu is None:
         return lambda row: None
     model = quantized(find_model(config.model), config)
-    mapping = config.resolve_mapping(len(jax.devices()))
+    mapping = config.resolve_mapping(len(devices))
     dtype = DTYPES[config.dtype if config.dtype != "auto" else model.dtype]
     kept = None if model.config is None else model.config.quantization
     roofline = Roofline(
@@ -248,11 +248,12 @@ def _floors(config: EngineConfig, llm: LLM) -> Callable[[Row], float | None]:
     )
 
     lanes = roofline.sizes.layout.size("requests")  # that compute a prompt each at a time
+    most = lanes * (config.max_batch_size or DEFAULTS["gpu"].max_batch_size)
 
     def floor(row: Row) -> float | None:
         if row.kind == "sums":
             return None
-        speed = roofline.speed(row.batch, PlanLoad(row.input_len, row.output_len))
+        speed = roofline.speed(min(row.batch, most), PlanLoad(row.input_len, row.output_len))
         if row.kind in ("decode", "step"):
             return 1e3 * speed.tpot
         if row.kind == "ttft":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from jaxllm import LLM
 from jaxllm.bench import measures
 from jaxllm.bench.measures import BARE_TOKENS, decode_input
-from jaxllm.bench.suite import Result, Row, Suite, choose
+from jaxllm.bench.suite import Result, Row, Suite, choose, floors
+from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import PackedStep
 from jaxllm.settings import ConfigError
 from tests.tiny_llm import MODEL
@@ -141,6 +143,17 @@ def test_rows_of_long_prompts_and_of_steps_alone(tmp_path: Path, monkeypatch: py
 def test_share_of_the_floor() -> None:
     assert Result(ROWS[0], [5.0, 4.0, 6.0], floor=4.0).share == pytest.approx(0.8)
     assert Result(ROWS[2], [80.0], floor=100.0).share == pytest.approx(0.8)
+
+
+def test_a_floor_has_as_many_requests_as_run_at_a_time() -> None:
+    config = EngineConfig(**ENGINE)
+    floor = floors(config, [SimpleNamespace(device_kind="NVIDIA H200")])
+    four, many = (floor(Row("throughput", "throughput", "a", n, 8, 5)) for n in (4, 400))
+    assert four is not None and many == four
+    larger = {"max_batch_size": 400, "max_num_tokens": 400, "batch_buckets": [400], "token_buckets": [400]}
+    wider = floors(EngineConfig(**ENGINE | larger), [SimpleNamespace(device_kind="NVIDIA H200")])
+    assert (wider(Row("throughput", "throughput", "a", 400, 8, 5)) or 0) > four
+    assert floors(config, [SimpleNamespace(device_kind="cpu")])(ROWS[0]) is None
 
 
 def test_rows_are_chosen_by_how_they_start() -> None:
